@@ -1,0 +1,144 @@
+"""`kernel`: Numba's `njit` with a cache that no source change can leave stale, and that never fails for want of a place.
+
+Numba names a cached function by its own file's time stamp, so a helper edited in another file leaves a stale kernel.
+Here one digest over every source file of `nblora.kernels` names the cache folder: any change starts an empty one.
+The folder is the first writable of
+
+1. `$NUMBA_CACHE_DIR/nblora-<digest>`, where the user has set that variable,
+2. `__pycache__/nblora-<digest>` beside this file,
+3. the user's cache folder (`$XDG_CACHE_HOME/nblora`, `~/Library/Caches/nblora`, `%LOCALAPPDATA%\\nblora`).
+
+With none of them kernels compile in every process, after one warning. Nothing is looked up before the first kernel is called.
+"""
+
+import functools
+import hashlib
+import os
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import numba
+from numba import config
+from numba.core.caching import CompileResultCacheImpl, FunctionCache, NullCache, _CacheLocator
+
+KERNELS = Path(__file__).parent
+JIT_DISABLED = bool(config.DISABLE_JIT)
+
+
+@functools.cache
+def source_digest() -> str:
+    """Digest of every kernel source file and of what else shapes the machine code."""
+    digest = hashlib.sha256()
+    settings = (numba.__version__, config.BOUNDSCHECK, config.OPT, os.environ.get("NBLORA_VECTOR_BITS"))
+    digest.update(repr(settings).encode())
+    for path in sorted(KERNELS.rglob("*.py")):
+        digest.update(str(path.relative_to(KERNELS)).encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _user_cache() -> Path:
+    if sys.platform == "win32":
+        root = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+    elif sys.platform == "darwin":
+        root = Path.home() / "Library" / "Caches"
+    else:
+        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "nblora"
+
+
+def _candidates() -> list[Path]:
+    folder = f"nblora-{source_digest()}"
+    roots = [Path(config.CACHE_DIR)] if config.CACHE_DIR else []
+    roots.append(KERNELS / "__pycache__")
+    try:
+        roots.append(_user_cache())
+    except RuntimeError:  # a user without a home directory
+        pass
+    return [root / folder for root in roots]
+
+
+@functools.cache
+def cache_folder() -> Path | None:
+    """The folder that holds the compiled kernels, made if need be; None where nothing is writable."""
+    for folder in _candidates():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError:
+            continue
+        return folder
+    warnings.warn(
+        "nblora found no writable folder for its compiled kernels and will compile them in every process; "
+        "set NUMBA_CACHE_DIR to a writable folder to keep them",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return None
+
+
+class _Locator(_CacheLocator):
+    """Tells Numba where: in the digest's folder, under a name made of module and function."""
+
+    def __init__(self, function):
+        self._function = function
+
+    @classmethod
+    def from_function(cls, function, path):
+        return cls(function)
+
+    def get_cache_path(self):
+        return str(cache_folder())
+
+    def get_source_stamp(self):
+        return source_digest()
+
+    def get_disambiguator(self):
+        return self._function.__module__.replace(".", "_")
+
+
+class _Implementation(CompileResultCacheImpl):
+    _locator_classes = [_Locator]  # noqa: RUF012 - Numba's own attribute
+
+
+class _Cache(FunctionCache):
+    _impl_class = _Implementation
+
+
+class _LazyCache(NullCache):
+    """Opens the function's cache at its first compilation, so that importing nblora touches no disk."""
+
+    def __init__(self, function):
+        self._function = function
+
+    @functools.cached_property
+    def _cache(self):
+        return NullCache() if cache_folder() is None else _Cache(self._function)
+
+    @property
+    def cache_path(self):
+        return self._cache.cache_path
+
+    def load_overload(self, sig, target_context):
+        return self._cache.load_overload(sig, target_context)
+
+    def save_overload(self, sig, data):
+        try:
+            self._cache.save_overload(sig, data)
+        except OSError:  # a full disk costs the next process its compile time, not this one its result
+            pass
+
+
+def kernel(function=None, **options):
+    """Decorate a kernel: `njit`, without the interpreter lock, cached by the digest of all kernel sources.
+
+    `options` go to `numba.njit` (`parallel`, `fastmath`, `inline`, ...). With `NUMBA_DISABLE_JIT=1` the plain function comes back.
+    """
+    if function is None:
+        return functools.partial(kernel, **options)
+    dispatcher = numba.njit(nogil=True, **options)(function)
+    if not JIT_DISABLED:
+        dispatcher._cache = _LazyCache(function)
+    return dispatcher
