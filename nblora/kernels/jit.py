@@ -1,4 +1,4 @@
-"""`kernel`: Numba's `njit` with a cache that no source change can leave stale, and that never fails for want of a place.
+"""`kernel`: Numba's `njit` with a cache that no source change leaves stale and that no read-only folder breaks.
 
 Numba names a cached function by its own file's time stamp, so a helper edited in another file leaves a stale kernel.
 Here one digest over every source file of `nblora.kernels` names the cache folder: any change starts an empty one.
@@ -8,9 +8,11 @@ The folder is the first writable of
 2. `__pycache__/nblora-<digest>` beside this file,
 3. the user's cache folder (`$XDG_CACHE_HOME/nblora`, `~/Library/Caches/nblora`, `%LOCALAPPDATA%\\nblora`).
 
-With none of them kernels compile in every process, after one warning. Nothing is looked up before the first kernel is called.
+With none of them kernels compile in every process, after one warning.
+Nothing is looked up before the first kernel is called.
 """
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -53,10 +55,8 @@ def _candidates() -> list[Path]:
     folder = f"nblora-{source_digest()}"
     roots = [Path(config.CACHE_DIR)] if config.CACHE_DIR else []
     roots.append(KERNELS / "__pycache__")
-    try:
+    with contextlib.suppress(RuntimeError):  # a user without a home directory
         roots.append(_user_cache())
-    except RuntimeError:  # a user without a home directory
-        pass
     return [root / folder for root in roots]
 
 
@@ -125,16 +125,16 @@ class _LazyCache(NullCache):
         return self._cache.load_overload(sig, target_context)
 
     def save_overload(self, sig, data):
-        try:
+        # A full disk costs the next process its compile time, not this one its result.
+        with contextlib.suppress(OSError):
             self._cache.save_overload(sig, data)
-        except OSError:  # a full disk costs the next process its compile time, not this one its result
-            pass
 
 
 def kernel(function=None, **options):
     """Decorate a kernel: `njit`, without the interpreter lock, cached by the digest of all kernel sources.
 
-    `options` go to `numba.njit` (`parallel`, `fastmath`, `inline`, ...). With `NUMBA_DISABLE_JIT=1` the plain function comes back.
+    `options` go to `numba.njit` (`parallel`, `fastmath`, `inline`, ...). With `NUMBA_DISABLE_JIT=1` the plain
+    function comes back.
     """
     if function is None:
         return functools.partial(kernel, **options)
