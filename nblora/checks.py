@@ -110,9 +110,10 @@ def as_real(name: str, value: Any) -> np.ndarray:
 
 
 def as_parameter(name: str, value: Any, shape: tuple[int | None, ...], dtype: np.dtype | None = None) -> np.ndarray:
-    """`value` as a parameter: float32 or float64 (float32 where it is neither), C-contiguous, aligned, not copied if so.
+    """`value` as a parameter: float32 or float64, C-contiguous, aligned; not copied where it is all that.
 
-    `shape` has None where any positive size will do; `dtype` forces one.
+    `shape` has None where any positive size will do; `dtype` forces one. Without it, what is neither float32 nor
+    float64 becomes float32 (wider floats: float64), and so do lists.
     """
     array = as_real(name, value)
     if dtype is None:

@@ -1,4 +1,4 @@
-"""The operations that a backend offers: the only door between classes, which own arrays, and kernels, which own arithmetic.
+"""What a backend offers: the only door between classes, which own arrays, and kernels, which own arithmetic.
 
 Shapes: N samples, `in` and `out` features, `rank`. Arrays are C-contiguous, aligned, and of one dtype, float32 or
 float64. "Stored" arrays have the layout of the base weight: (in, out), or (out, in) where it is transposed.
