@@ -117,10 +117,8 @@ def as_parameter(name: str, value: Any, shape: tuple[int | None, ...], dtype: np
     """
     array = as_real(name, value)
     if dtype is None:
-        kept = isinstance(value, np.ndarray) or hasattr(value, "dtype")
-        dtype = array.dtype.newbyteorder("=") if kept and array.dtype in FLOAT_DTYPES else np.dtype(np.float32)
-        if kept and array.dtype.kind == "f" and array.dtype.itemsize > 8:
-            dtype = np.dtype(np.float64)
+        wide = hasattr(value, "dtype") and array.dtype.kind == "f" and array.dtype.itemsize >= 8
+        dtype = np.dtype(np.float64 if wide else np.float32)
     if array.ndim != len(shape) or any(want not in (None, got) for want, got in zip(shape, array.shape, strict=True)):
         wanted = tuple("any" if size is None else size for size in shape)
         raise ValueError(f"{name} must have shape {_shape(wanted)}, got {_shape(array.shape)}")

@@ -34,7 +34,7 @@ class Adapter(Linear):
         self.dtype = base_layer.dtype
         self.is_base_layer_frozen = checks.check_flag("freeze_base_layer", freeze)
         self.lora_dropout = checks.check_fraction("lora_dropout", lora_dropout)
-        self._rng = np.random.default_rng(rng)
+        self._rng = _saveable(np.random.default_rng(rng))
         self._enabled = True
         self._fused = isinstance(base_layer, Dense)
         self._open(base_layer._backend)
@@ -303,6 +303,13 @@ def check_base(base_layer: Any) -> None:
             f"{'None' if base_layer is None else type(base_layer).__name__}"
         )
     base_layer._require_open()
+
+
+def _saveable(rng: np.random.Generator) -> np.random.Generator:
+    """`rng` itself where its state can be saved as that of a PCG64, else a PCG64 seeded from it."""
+    if isinstance(rng.bit_generator, np.random.PCG64):
+        return rng
+    return np.random.default_rng(rng.integers(2**63))
 
 
 def _generator(config: Mapping[str, Any]) -> np.random.Generator:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
@@ -272,11 +272,13 @@ class Layer(NamedParameters):
         self.__dict__.clear()
         self._closed = True
 
-    def __getattr__(self, name: str) -> Any:
-        # Reached only for attributes that are not there: all of them, once `close` has cleared the object.
-        if self.__dict__.get("_closed") and not name.startswith("__"):
-            raise RuntimeError(f"this {type(self).__name__} is closed")
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+    if not TYPE_CHECKING:  # or every misspelt attribute would pass the type checker
+
+        def __getattr__(self, name):
+            # Reached only for attributes that are not there: all of them, once `close` has cleared the object.
+            if self.__dict__.get("_closed") and not name.startswith("__"):
+                raise RuntimeError(f"this {type(self).__name__} is closed")
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __enter__(self) -> Self:
         """Return self; the end of the `with` block closes it."""
