@@ -57,7 +57,7 @@ class DeltaLoRAAdapter(Adapter):
         low_rank = self._new_low_rank(base_layer, rank, alpha, use_rslora, init, rng)
         self._wrap(base_layer, low_rank, freeze_base_layer, lora_dropout, rng)
         self._set_method(delta_scaling, momentum_factor)
-        shape = base_layer.as_operand().weight.shape if self._fused else (self.in_features, self.out_features)
+        shape = self.base_layer.weight.shape if self._fused else (self.in_features, self.out_features)
         self._delta, self._velocity = np.zeros(shape, self.dtype), np.zeros(shape, self.dtype)
 
     def _set_method(self, delta_scaling: Any, momentum_factor: Any) -> None:

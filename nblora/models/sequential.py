@@ -57,6 +57,14 @@ class Sequential(Layer):
             return self._layers[key]
         return list(self._layers.values())[key]
 
+    def _leaves(self, prefix: str = "") -> Iterator[tuple[str, "Sequential", str]]:
+        """Every layer that is not itself a model: its dotted name, the model that holds it, and its name there."""
+        for name, layer in self.named_layers():
+            if isinstance(layer, Sequential):
+                yield from layer._leaves(f"{prefix}{name}.")
+            else:
+                yield prefix + name, self, name
+
     def named_layers(self) -> Iterator[tuple[str, Layer]]:
         """Iterate over pairs of name and layer."""
         return iter(self._layers.items())
@@ -155,7 +163,8 @@ class Sequential(Layer):
         Parameters
         ----------
         target : str, compiled expression, int, or a list of them
-            Names, fnmatch patterns (`"hidden*"`), regular expressions that match whole names, or places.
+            Names (dotted inside nested models), fnmatch patterns (`"hidden*"`), regular expressions that match whole
+            names, or places.
         adapter : {"lora", "delta"}
             Which adapter.
         rank : int
@@ -173,23 +182,23 @@ class Sequential(Layer):
             For a pattern that matches no layer; the message lists the names. Nothing is changed then.
         """
         kind = ADAPTERS[checks.check_choice("adapter", adapter, tuple(ADAPTERS))]
-        names = list(self._layers)
+        leaves = {name: (owner, key) for name, owner, key in self._leaves()}
+        names = list(leaves)
         chosen = match_names("target", target, names)
         trained = [] if modules_to_save is None else match_names("modules_to_save", modules_to_save, names)
         both = sorted(set(chosen) & set(trained))
         if both:
             raise ValueError(f"target and modules_to_save both name {', '.join(both)}: a layer is one or the other")
         children = np.random.default_rng(seed).spawn(len(chosen))
-        new = {
-            name: kind(self._layers[name], rank, seed=child, **settings)
-            for name, child in zip(chosen, children, strict=True)
-        }
-        for name, layer in self._layers.items():
-            if name not in new and not isinstance(layer, Adapter):
-                _set_trainable(layer, name in trained)
-        self._layers = {name: new.get(name, layer) for name, layer in self._layers.items()}
-        for layer in new.values():
-            layer.train() if self.training else layer.eval()
+        new = {}
+        for name, child in zip(chosen, children, strict=True):
+            owner, key = leaves[name]
+            new[name] = kind(owner[key], rank, seed=child, **settings)
+        for name, (owner, key) in leaves.items():
+            if name in new:
+                owner._layers[key] = new[name].train() if self.training else new[name].eval()
+            elif not isinstance(owner[key], Adapter):
+                owner[key].trainable = name in trained
         return self
 
     def merge(self) -> "Sequential":
@@ -295,14 +304,6 @@ def _check_chain(named: Mapping[str, Layer]) -> None:
             )
         if layer.dtype != following.dtype:
             raise ValueError(f"layer {name!r} is {layer.dtype} but layer {next_name!r} is {following.dtype}")
-
-
-def _set_trainable(layer: Layer, trainable: bool) -> None:
-    if isinstance(layer, Sequential):
-        for inner in layer:
-            _set_trainable(inner, trainable)
-    else:
-        layer.trainable = trainable
 
 
 def _merged(layer: Layer) -> Layer:
