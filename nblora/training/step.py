@@ -23,12 +23,14 @@ class Trained(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """A layer on the way back, and whether one sweep may update its dense parameters before any norm is known."""
+    """A layer on the way back: whether one sweep may update its dense parameters, what the optimiser updates, and the
+    names of all its trained parameters."""
 
     name: str
     layer: Layer
     fused: bool
     trained: list[Trained]
+    names: list[str]
 
 
 class StepResult(NamedTuple):
@@ -71,7 +73,7 @@ class Step:
         trained = [
             self._trained(f"{name}.{p.name}" if name else p.name, p, fused) for p in parameters if not p.momentum
         ]
-        return Stage(name, layer, fused, trained)
+        return Stage(name, layer, fused, trained, [p.name for p in parameters])
 
     def _trained(self, name: str, parameter: Parameter, fused: bool) -> Trained:
         zeros = self.model._backend.zeros_like
@@ -111,7 +113,7 @@ class Step:
             return None
         backend = self.model._backend
         gradients = [
-            (stage, name, gradient) for stage in self.stages for name, gradient in stage.layer._held_gradients().items()
+            (stage, name, stage.layer._held_gradients()[name]) for stage in self.stages for name in stage.names
         ]
         squares = [backend.sum_of_squares(gradient) for _, _, gradient in gradients]
         norm = math.sqrt(sum(squares))
