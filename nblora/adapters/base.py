@@ -25,6 +25,7 @@ class Adapter(Linear):
     """
 
     method: ClassVar[str]
+    _own_arrays: ClassVar[tuple[str, ...]] = ()
 
     def _wrap(self, base_layer: Any, lora_layer: LoRALayer, freeze: bool, lora_dropout: float, rng: Any) -> None:
         """Begin life around `base_layer`, all arguments checked but the base."""
@@ -37,6 +38,7 @@ class Adapter(Linear):
         self._rng = _saveable(np.random.default_rng(rng))
         self._enabled = True
         self._fused = isinstance(base_layer, Dense)
+        lora_layer._move(base_layer._backend)
         self._open(base_layer._backend)
 
     def _new_low_rank(
@@ -215,10 +217,10 @@ class Adapter(Linear):
             self.base_layer.reset_state()
         super().reset_state()
 
-    def _move(self, backend: Any) -> None:
-        self.base_layer._move(backend)
-        self.lora_layer._move(backend)
-        super()._move(backend)
+    def _pieces(self, frozen: bool) -> Iterator[tuple[Layer, tuple[str, ...], tuple[str, ...]]]:
+        yield from self.base_layer._pieces(frozen or self.is_base_layer_frozen)
+        yield from self.lora_layer._pieces(frozen)
+        yield self, self._own_arrays, ()
 
     # --- merging, describing, keeping --------------------------------------------------------------------------
 

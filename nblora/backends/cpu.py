@@ -1,6 +1,7 @@
 """The CPU backend."""
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -37,9 +38,21 @@ def _dact(z, code):
 
 class CPUBackend:
     device = "cpu"
+    precision = "float32"
+
+    def adopt(self, value: Any) -> Array | None:
+        """The array itself where it is on a GPU: never."""
+        return None
 
     def from_host(self, array):
         return array
+
+    def base_from_host(self, array: np.ndarray) -> Array:
+        """Bring the weight of a frozen base to the device: the same array."""
+        return array
+
+    def release(self) -> None:
+        """Free memory that nothing refers to: Python does."""
 
     def to_host(self, array):
         return array

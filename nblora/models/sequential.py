@@ -40,7 +40,7 @@ class Sequential(Layer):
         self._layers = named
         first, last = next(iter(named.values())), next(reversed(named.values()))
         self.in_features, self.out_features, self.dtype = first.in_features, last.out_features, first.dtype
-        self._open(first._backend)
+        self._open_from_host(first._backend)
 
     # --- the layers --------------------------------------------------------------------------------------------
 
@@ -155,10 +155,10 @@ class Sequential(Layer):
         for layer in self:
             layer.reset_state()
 
-    def _move(self, backend: Any) -> None:
+    def _pieces(self, frozen: bool) -> Iterator[tuple[Layer, tuple[str, ...], tuple[str, ...]]]:
         for layer in self:
-            layer._move(backend)
-        super()._move(backend)
+            yield from layer._pieces(frozen)
+        yield self, (), ()
 
     # --- adapters ----------------------------------------------------------------------------------------------
 
