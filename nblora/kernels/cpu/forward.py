@@ -113,9 +113,7 @@ def _dense_job(task, n0, n1, o0, o1, low_blocks, a, b, c):
 @kernel
 def _fully_connected_job(task, n0, n1, o0, o1, low_blocks, a, b, c):
     scaling = task.y.dtype.type(task.c)
-    across_rows(
-        c, True, task.S, task.D, scaling, task.has_delta, o0, o1, task.x, n0, n1, 0, task.S.shape[1], a, b
-    )
+    across_rows(c, True, task.S, task.D, scaling, task.has_delta, o0, o1, task.x, n0, n1, 0, task.S.shape[1], a, b)
     if task.has_low_rank:
         wait_for(task.counters, 1, low_blocks)
         factor_across_rows(c, False, task.B, o0, o1, task.u, n0, n1, a, b)
