@@ -1,7 +1,7 @@
 """The CPU backend: lays tasks out for the kernels and runs them on Numba's threads.
 
-Every array is C-contiguous, aligned and of one dtype. What a task lacks is filled by a stand-in of the same type, so each
-kernel has one specialisation a dtype. Scratch is kept between calls, one set for each caller at a time.
+Every array is C-contiguous, aligned and of one dtype. What a task lacks is filled by a stand-in of the same type, so
+that each kernel has one specialisation a dtype. Scratch is kept between calls, one set for each caller at a time.
 """
 
 import os
@@ -21,7 +21,7 @@ SERIAL_WORK = 1 << 17
 
 
 class _Writable:
-    """The memory of a read-only array, for `numpy.asarray`: Numba would compile every kernel anew for read-only types."""
+    """The memory of a read-only array, for `numpy.asarray`: Numba compiles every kernel anew for read-only types."""
 
     def __init__(self, array):
         address, _ = array.__array_interface__["data"]
@@ -30,7 +30,7 @@ class _Writable:
 
 
 def _plain(array):
-    """The array itself, or a writable view of a read-only one's memory. Kernels only read what they were lent to read."""
+    """The array itself, or a writable view of a read-only one's memory, for kernels that only read it."""
     return array if array.flags.writeable else np.asarray(_Writable(array))
 
 

@@ -6,7 +6,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ..jit import JIT_DISABLED, kernel
-from .microkernel import I64, element_pointer
+from .microkernel import element_pointer
 
 
 def _fetch_add(typing_context, counters, index, amount):

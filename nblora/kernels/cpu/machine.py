@@ -1,8 +1,8 @@
 """The shapes that follow the machine: vector length, register tile and cache blocks.
 
-A register tile is `TILE_ROWS` x 2 vectors. With 32 vector registers 12 rows need 24 accumulators, two vectors of B and a
-broadcast; with 16 registers 6 rows need 12. `DEPTH` inner elements by two vectors of 512 bits is a panel of 32 KB, two
-thirds of a level-1 cache; a block of `BLOCK` x `DEPTH` is 256 KB of float32 and stays in the level-2 cache.
+A register tile is `TILE_ROWS` x 2 vectors. With 32 vector registers 12 rows need 24 accumulators, two vectors of B and
+a broadcast; with 16 registers 6 rows need 12. `DEPTH` inner elements by two vectors of 512 bits is a panel of 32 KB,
+two thirds of a level-1 cache; a block of `BLOCK` x `DEPTH` is 256 KB of float32 and stays in the level-2 cache.
 """
 
 import os

@@ -88,10 +88,8 @@ def _emit_tile(builder, function, scalar, height, width, steps):
         row = splat(builder, element, vector)
         new += [builder.call(fma, [row, columns[j], sums[i * width + j]]) for j in range(width)]
     following = builder.add(k, ir.Constant(I64, 1))
-    for phi, first, value in [
-        (k, ir.Constant(I64, 0), following),
-        *((s, zero, n) for s, n in zip(sums, new, strict=True)),
-    ]:
+    firsts, nexts = [ir.Constant(I64, 0), *[zero] * len(sums)], [following, *new]
+    for phi, first, value in zip([k, *sums], firsts, nexts, strict=True):
         phi.add_incoming(first, entry)
         phi.add_incoming(value, loop)
     builder.cbranch(builder.icmp_signed("<", following, depth), loop, done)

@@ -1,6 +1,6 @@
 """Blocks of matrix products: pack a depth of both operands, run the register tile over them, go on along the depth.
 
-A block of C has at most `BLOCK` rows and columns and lies in scratch with `C_STRIDE`; `first` says that C holds nothing yet.
+A block of C has at most `BLOCK` rows and columns and lies in scratch with `C_STRIDE`; `first`: C holds nothing yet.
 Every product of forward and backward is one of three, with S [P, Q] a stored matrix and M = S + c D:
 
     along rows      C[n, q] = Σ_p L[n, p] M[p, q]      forward of Dense, input gradient of FullyConnected
@@ -24,10 +24,10 @@ PARTS = 5
 
 @kernel
 def block_size(total, quantum, pieces, largest):
-    """Size of equal blocks of `total`, a multiple of `quantum`, at least `pieces` of them where that is possible."""
+    """Size of equal blocks of `total`, at least `pieces` of them if possible, rounded up to a multiple of `quantum`."""
     pieces = max(pieces, (total + largest - 1) // largest, 1)
     size = (total + pieces - 1) // pieces
-    return max(quantum, min((size + quantum - 1) // quantum * quantum, largest // quantum * quantum))
+    return max(1, (size + quantum - 1) // quantum) * quantum
 
 
 @kernel
@@ -82,7 +82,7 @@ def factor_along_rows(c, first, L, n0, n1, F, q0, q1, a, b):
     """C[n, q] (+)= Σ_r L[n, r] F[q, r]: the low-rank term of the input gradient, F = A."""
     for k in range(0, F.shape[1], DEPTH):
         end = min(k + DEPTH, F.shape[1])
-        pack_rows(a, L, L, L[0, 0], False, n0, n1, k, end)
+        pack_rows(a, L, L, a.dtype.type(0), False, n0, n1, k, end)
         pack_columns_transposed(b, F, k, end, q0, q1)
         _multiply_rows(a, n1 - n0, b, q1 - q0, end - k, c, first and k == 0)
 
@@ -104,7 +104,7 @@ def gradient(c, L, p0, p1, R, q0, q1, a, b):
     while n == 0 or n < L.shape[0]:
         end = min(n + DEPTH, L.shape[0])
         pack_steps(a, L, p0, p1, n, end)
-        pack_columns(b, R, R, c[0], False, n, end, q0, q1)
+        pack_columns(b, R, R, b.dtype.type(0), False, n, end, q0, q1)
         _multiply_steps(a, p1 - p0, b, q1 - q0, end - n, c, n == 0)
         n += DEPTH
 

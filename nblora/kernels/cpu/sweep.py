@@ -6,10 +6,10 @@
 With S [P, Q] stored, L [N, P] and R [N, Q]: Dense has L = x, R = gz; FullyConnected has L = gz, R = x; G = Lᵀ R in
 either. A block of G lives in scratch until it has been used, so the gradient never exists as a matrix.
 
-Workers draw jobs from a counter, kind after kind: samples (gz and t), input gradient, factors and bias, weight gradient.
-A kind that needs another waits until that one's blocks are counted as done. Up to `BLOCK` samples the input and
-weight gradients are one kind: a job owns whole rows (Dense) or columns (FullyConnected) of S, those whose input gradient
-it computes, and updates each tile right after it took its part of the product.
+Workers draw jobs from a counter, kind after kind: samples (gz and t), input gradient, factors and bias, weight
+gradient. A kind that needs another waits until that one's blocks are counted as done. Up to `BLOCK` samples the input
+and weight gradients are one kind: a job owns whole rows (Dense) or columns (FullyConnected) of S, those whose input
+gradient it computes, and updates each tile right after it took its part of the product.
 """
 
 from typing import NamedTuple
@@ -186,7 +186,7 @@ def _cross_job(task, n0, n1, i0, i1, prepared, fused, parts):
 @kernel
 def _factor_job(out, L, R, p0, q0, parts):
     """A block of dA or dB: out[p, q] = Σ_n L[n, p] R[n, q]."""
-    a, b, c, g, steps = parts
+    _, b, _, g, steps = parts
     p1, q1 = min(p0 + BLOCK, out.shape[0]), min(q0 + BLOCK, out.shape[1])
     gradient(g, L, p0, p1, R, q0, q1, steps, b)
     store_block(out, p0, p1, q0, q1, g, out.dtype.type(1))

@@ -6,6 +6,7 @@ gradient held in memory, the fused form is in `sweep`.
 
 import math
 
+import numpy as np
 from numba import prange
 
 from .. import elementwise
@@ -66,7 +67,7 @@ def update(code, p, g, first, second, scalars, workers):
     """Update flat `p` in place by the rule `code`.
 
     SGD: p -= lr g. MOMENTUM: first = m first + (1 - m) g, p -= lr first. ADAMW: moments `first` and `second`.
-    ADD: p += g. SCALE: p *= factor. MULTIPLY: p *= g. `scalars` are (lr or factor, m or beta1, beta2, eps, decay, step).
+    ADD: p += g. SCALE: p *= factor. MULTIPLY: p *= g. `scalars`: lr or factor, m or beta1, beta2, eps, decay, step.
     """
     size = p.shape[0]
     if workers == 1:
@@ -84,7 +85,7 @@ def update(code, p, g, first, second, scalars, workers):
 def _chunk_sum_of_squares(chunk):
     total = 0.0
     for i in range(chunk.shape[0]):
-        value = float(chunk[i])
+        value = np.float64(chunk[i])
         total += value * value
     return total
 
@@ -110,7 +111,7 @@ def _merge_row(out, weight, delta, left, right, s, c, has_delta):
 
 @kernel(parallel=True)
 def merge(out, S, D, left, right, s, c, has_delta, workers):
-    """out = S + c D + s·left·right, all stored (P, Q): left (P, rank), right (rank, Q); for FullyConnected Bᵀ and Aᵀ."""
+    """out = S + c D + s·left·right, stored (P, Q): left (P, rank), right (rank, Q); for FullyConnected Bᵀ and Aᵀ."""
     kind = out.dtype.type
     if workers == 1:
         for p in range(out.shape[0]):

@@ -1,6 +1,7 @@
 """Vector moves that packing is made of, as intrinsics on flat arrays and offsets, each with its plain twin.
 
-Row slices vectorise in Numba too, but a slice of one panel row (two vectors) spends more on its loop's checks than on the copy.
+Row slices vectorise in Numba too, but a slice of one panel row, two vectors, spends more on its loop's checks than on
+the copy.
 """
 
 from llvmlite import ir
