@@ -79,9 +79,9 @@ def command(
 
 def _check_device(device: str | None) -> None:
     """A wrong name is the caller's mistake, said before anything runs."""
-    from nblora.backends import resolve
+    from nblora.backends import default_backend, resolve
 
     try:
-        resolve(device or "cpu")
+        default_backend() if device is None else resolve(device)
     except ValueError as error:
-        raise click.BadParameter(str(error), param_hint="--device") from error
+        raise click.BadParameter(str(error), param_hint="--device or NBLORA_DEVICE") from error

@@ -70,7 +70,7 @@ def _draw_curves(axes: "Axes", result: DemoResult) -> None:
 
 
 def _draw_band(axes: "Axes", row: MethodResult) -> None:
-    accuracies = 100 * np.array([[epoch["accuracy"] for epoch in curve] for curve in row.curves])
+    accuracies = 100 * np.array([[epoch["val_accuracy"] for epoch in curve] for curve in row.curves])
     epochs = [epoch["epoch"] for epoch in row.curves[0]]
     style: dict[str, Any] = STYLES[row.method]
     axes.fill_between(epochs, accuracies.min(axis=0), accuracies.max(axis=0), color=style["color"], alpha=0.2, lw=0)

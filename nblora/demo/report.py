@@ -28,7 +28,7 @@ CSV_COLUMNS = (
     "merge_changed_labels",
     "adapter_file",
 )
-CURVE_COLUMNS = ("method", "seed", "epoch", "loss", "val_loss", "accuracy")
+CURVE_COLUMNS = ("method", "seed", "epoch", "loss", "val_loss", "val_accuracy")
 
 
 def table_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:

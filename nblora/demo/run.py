@@ -11,7 +11,7 @@ import numpy as np
 
 from nblora import DeltaLoRAAdapter, Sequential
 from nblora.errors import NbloraError
-from nblora.training import AdamW, fit
+from nblora.training import AdamW, Optimizer, fit
 
 from .data import Digits, Split, load_digits
 from .methods import DELTA_LORA, LORA, METHODS, Candidate, Method, new_network
@@ -163,7 +163,7 @@ class _Experiment:
             row.seconds.append(seconds)
             models.append(model)
             bar.update()
-        row.trainable_parameters, row.state_bytes = models[0].parameter_count, state_bytes(models[0])
+        row.trainable_parameters, row.state_bytes = models[0].parameter_count, state_bytes(models[0], AdamW(lr=candidate.lr))
         return row, models[0]
 
 
@@ -174,7 +174,7 @@ def _first(split: Split, count: int) -> Split:
 def curve(history: Any) -> Iterator[dict[str, float]]:
     """Rows of epoch, training loss, validation loss and validation accuracy."""
     for row in history.rows:
-        yield {key: row[key] for key in ("epoch", "loss", "val_loss", "accuracy")}
+        yield {key: row[key] for key in ("epoch", "loss", "val_loss", "val_accuracy")}
 
 
 def accuracy(model: Sequential, split: Split) -> float:
@@ -190,10 +190,11 @@ def learned_delta(model: Sequential) -> np.ndarray:
     return adapter.delta_scaling * adapter.get_current_delta()
 
 
-def state_bytes(model: Sequential) -> int:
-    """Bytes that training holds beyond the frozen weights: each trainable parameter, with AdamW's two moments or,
-    for a delta, its velocity. Gradients are left out; they are the same size again for all but a fused delta."""
-    return sum(int(np.prod(p.shape)) * model.dtype.itemsize * (2 if p.momentum else 3) for p in model._trainable())
+def state_bytes(model: Sequential, optimizer: Optimizer) -> int:
+    """Bytes that training holds beyond the frozen weights: trainable parameters, each with the optimiser's arrays
+    (AdamW's two moments) or, for a delta, its velocity. Gradients are left out: a fused delta has none."""
+    copies = {True: 2, False: 1 + len(optimizer.slots)}
+    return sum(int(np.prod(p.shape)) * model.dtype.itemsize * copies[p.momentum] for p in model._trainable())
 
 
 def check_merge(model: Sequential, row: MethodResult, split: Split) -> None:

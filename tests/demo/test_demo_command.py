@@ -82,7 +82,7 @@ def test_curves_hold_a_row_for_each_method_seed_and_epoch(tiny, content):
     ]
     for row, method in zip(rows, content["methods"], strict=True):
         assert float(row["loss"]) == method["curves"][0][0]["loss"]
-        assert 0 <= float(row["accuracy"]) <= 1
+        assert 0 <= float(row["val_accuracy"]) <= 1
 
 
 def test_the_figure_is_a_picture_with_something_in_it(tiny):
