@@ -163,7 +163,10 @@ class _Experiment:
             row.seconds.append(seconds)
             models.append(model)
             bar.update()
-        row.trainable_parameters, row.state_bytes = models[0].parameter_count, state_bytes(models[0], AdamW(lr=candidate.lr))
+        row.trainable_parameters, row.state_bytes = (
+            models[0].parameter_count,
+            state_bytes(models[0], AdamW(lr=candidate.lr)),
+        )
         return row, models[0]
 
 
