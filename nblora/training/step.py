@@ -65,6 +65,7 @@ class Step:
                 "layer.trainable = True"
             )
         self.stages = [self._stage(name, layer) for name, layer in reversed(leaves[first:])]
+        self._idle = [layer for _, layer in leaves[:first] if not layer._generators()]
 
     def _stage(self, name: str, layer: Layer) -> Stage:
         parameters = list(layer._trainable())
@@ -85,6 +86,12 @@ class Step:
     def trained(self) -> list[Trained]:
         """Every parameter that the optimiser updates, in the model's order."""
         return [trained for stage in reversed(self.stages) for trained in stage.trained]
+
+    def enter_training(self) -> None:
+        """Put the model in training mode, but for layers that get no backward: theirs need keep nothing."""
+        self.model.train()
+        for layer in self._idle:
+            layer.eval()
 
     def __call__(self, x: np.ndarray, y: np.ndarray, factor: float) -> StepResult:
         """Train by one batch, every learning rate multiplied by `factor`.
