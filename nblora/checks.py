@@ -143,7 +143,7 @@ def is_device_array(value: Any) -> bool:
 
 def as_rows(array: np.ndarray) -> np.ndarray:
     """View (..., features) as (N, features), C-contiguous and aligned; copies only what is neither."""
-    rows = array.reshape(math.prod(array.shape[:-1]), array.shape[-1])
+    rows = array.reshape((math.prod(array.shape[:-1]), array.shape[-1]))
     if rows.flags.c_contiguous and rows.flags.aligned:
         return rows
     return np.require(rows, requirements=["C", "A"])

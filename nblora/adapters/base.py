@@ -93,13 +93,13 @@ class Adapter(Linear):
     def forward(self, x: Any) -> np.ndarray:
         if self._fused:
             return super().forward(x)
-        samples = checks.as_samples("x", x, self.in_features, self.dtype)
+        samples, on_device = self._enter("x", x, self.in_features)
         y = self.base_layer.forward(samples)
         if self._enabled:
             self._backend.add(y, super().forward(samples))
         elif self._training:
             self._saved = None
-        return y
+        return self._leave(y, on_device)
 
     def backward(self, grad_output: Any, accumulate: bool = False) -> np.ndarray:
         if self._fused:
@@ -109,10 +109,11 @@ class Adapter(Linear):
             if self._gradients is None or not accumulate:
                 self._gradients = {p.name: self._backend.zeros_like(p.array) for p in self._own_trainable()}
             return grad_input
-        own = super().backward(grad_output, accumulate)
-        grad_input = self.base_layer.backward(grad_output, accumulate)
+        grad, on_device = self._enter("grad_output", grad_output, self.out_features)
+        own = super().backward(grad, accumulate)
+        grad_input = self.base_layer.backward(grad, accumulate)
         self._backend.add(grad_input, own)
-        return grad_input
+        return self._leave(grad_input, on_device)
 
     def backward_update(self, grad_output: Any, lr: float) -> np.ndarray:
         if self._enabled:
@@ -126,13 +127,15 @@ class Adapter(Linear):
     def _sweep(self, grad_output: Any, lr: float, delta_lr: float) -> np.ndarray:
         if self._fused:
             return super()._sweep(grad_output, lr, delta_lr)
-        own = super()._sweep(grad_output, lr, delta_lr)
+        # The base first: the adapter's own sweep ends by forgetting both forwards.
+        grad, on_device = self._enter("grad_output", grad_output, self.out_features)
         if self.is_base_layer_frozen:
-            grad_input = self.base_layer.backward(grad_output)
+            grad_input = self.base_layer.backward(grad)
+            self.base_layer._forget_forward()
         else:
-            grad_input = self.base_layer._sweep(grad_output, lr, delta_lr)
-        self._backend.add(grad_input, own)
-        return grad_input
+            grad_input = self.base_layer._sweep(grad, lr, delta_lr)
+        self._backend.add(grad_input, super()._sweep(grad, lr, delta_lr))
+        return self._leave(grad_input, on_device)
 
     def _forget_forward(self) -> None:
         super()._forget_forward()

@@ -72,26 +72,30 @@ class Sequential(Layer):
     # --- computing ---------------------------------------------------------------------------------------------
 
     def forward(self, x: Any) -> np.ndarray:
+        x, on_device = self._enter("x", x, self.in_features)
         for layer in self:
             x = layer.forward(x)
-        return x
+        return self._leave(x, on_device)
 
     def backward(self, grad_output: Any, accumulate: bool = False) -> np.ndarray:
+        grad, on_device = self._enter("grad_output", grad_output, self.out_features)
         for layer in reversed(self._layers.values()):
-            grad_output = layer.backward(grad_output, accumulate)
-        return grad_output
+            grad = layer.backward(grad, accumulate)
+        return self._leave(grad, on_device)
 
     def _sweep(self, grad_output: Any, lr: float, delta_lr: float) -> np.ndarray:
+        grad, on_device = self._enter("grad_output", grad_output, self.out_features)
         for layer in reversed(self._layers.values()):
-            grad_output = layer._sweep(grad_output, lr, delta_lr)
-        return grad_output
+            grad = layer._sweep(grad, lr, delta_lr)
+        return self._leave(grad, on_device)
 
     def backward_update(self, grad_output: Any, lr: float) -> np.ndarray:
         checks.check_not_negative("lr", lr)
         self._check_trainable_memory()
+        grad, on_device = self._enter("grad_output", grad_output, self.out_features)
         for layer in reversed(self._layers.values()):
-            grad_output = layer.backward_update(grad_output, lr)
-        return grad_output
+            grad = layer.backward_update(grad, lr)
+        return self._leave(grad, on_device)
 
     def _apply_gradients(self, lr: float) -> None:
         for layer in self:

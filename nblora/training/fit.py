@@ -86,8 +86,8 @@ def fit(
     progress : bool, optional
         Show a bar with the loss and samples/s; default: where standard error is a terminal.
     checkpoint : path, optional
-        After each epoch, write the model and all the run's state to this file, atomically. `nblora.load` reads the
-        model from it.
+        After each epoch, write the whole model, its frozen base included, and the run's state to this file,
+        atomically. `nblora.load` reads the model from it.
     resume : path, optional
         Go on from such a file: model, optimiser, callbacks, schedule's position and random states are brought to where
         they were, and the run then equals an uninterrupted one bit for bit, given the same data and arguments. Where
@@ -224,7 +224,7 @@ class Run:
         try:
             # Overflow is looked for where it matters; NumPy's warnings would tell of it without layer or step.
             with np.errstate(over="ignore", invalid="ignore"):
-                self.model.train()
+                self.step.enter_training()
                 self._train(safe, bar)
             for callback in self.callbacks:
                 callback.on_train_end()
@@ -301,7 +301,7 @@ class Run:
                 f"the validation loss is {figures['loss']} after step {self.step.count}, "
                 f"first from {self._fault(self.held_out, size)}"
             )
-        self.model.train()
+        self.step.enter_training()
         return {f"val_{name}": value for name, value in figures.items()}
 
     def _fault(self, samples: Samples, batch_size: int) -> str:

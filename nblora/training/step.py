@@ -65,6 +65,7 @@ class Step:
                 "layer.trainable = True"
             )
         self.stages = [self._stage(name, layer) for name, layer in reversed(leaves[first:])]
+        self._idle = [layer for _, layer in leaves[:first] if not layer._generators()]
 
     def _stage(self, name: str, layer: Layer) -> Stage:
         parameters = list(layer._trainable())
@@ -86,6 +87,12 @@ class Step:
         """Every parameter that the optimiser updates, in the model's order."""
         return [trained for stage in reversed(self.stages) for trained in stage.trained]
 
+    def enter_training(self) -> None:
+        """Put the model in training mode, but for layers that get no backward: theirs need keep nothing."""
+        self.model.train()
+        for layer in self._idle:
+            layer.eval()
+
     def __call__(self, x: np.ndarray, y: np.ndarray, factor: float) -> StepResult:
         """Train by one batch, every learning rate multiplied by `factor`.
 
@@ -95,7 +102,8 @@ class Step:
             That names the layer and the step; the model may then be half updated.
         """
         lr, delta_lr = factor * self.optimizer.lr, factor * self.delta_lr
-        output = self.model.forward(x)
+        # On a GPU the batch is brought there once: output and gradients stay, the host sees the loss.
+        output = self.model.forward(self.model._enter("x", x, self.model.in_features)[0])
         value, grad = self.loss.value_and_gradient(output, y, self.model._backend)
         self.count += 1
         if not math.isfinite(value):
@@ -105,7 +113,7 @@ class Step:
         norm = self._clip()
         for stage in self.stages:
             self._update(stage, lr, delta_lr)
-        return StepResult(value, output, norm)
+        return StepResult(value, self.model._backend.to_host(output) if self.loss.metrics else output, norm)
 
     def _clip(self) -> float | None:
         """Scale all gradients so that their global norm is at most `clip_norm`; return the norm before."""
