@@ -1,6 +1,5 @@
 """One CUDA device: what is missing to use it, its memory, and launches. Only the CUDA backend imports this."""
 
-import importlib.util
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,14 +7,14 @@ import numpy as np
 
 from nblora.errors import DeviceMemoryError, DeviceUnavailableError
 from nblora.kernels.cuda.simulated import from_bfloat16, to_bfloat16
-from nblora.kernels.cuda.target import SIMULATED, cuda
+from nblora.kernels.cuda.target import COMPILED, SIMULATED, cuda
 
 
 def missing() -> str | None:
     """What keeps CUDA from running here, with the remedy; None where nothing does."""
     if SIMULATED:
         return None
-    if importlib.util.find_spec("numba_cuda") is None:
+    if not COMPILED:
         return "the package numba-cuda is not installed: pip install 'nblora[cuda12]' or 'nblora[cuda13]'"
     if cuda.is_available():
         return None

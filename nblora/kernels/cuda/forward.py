@@ -6,7 +6,7 @@ from numba.core import types
 
 from .intrinsics import add_scaled, load, part, store, zeros
 from .rules import rules
-from .target import SIMULATED, cuda, kernel
+from .target import COMPILED, cuda, kernel
 from .tiles import Tile, accumulator, geometry
 
 int32, int64 = types.int32, types.int64
@@ -33,7 +33,7 @@ def forward(tile: Tile, transposed: bool, delta: bool):
 
     @kernel(tile.threads)
     def forward(x, weight, delta, factor, low, B, bias, code, flags, chunk, z, y):
-        if SIMULATED:
+        if not COMPILED:
             shared = cuda.shared.array(SHARED, TYPE)
         else:
             shared = cuda.shared.array(SHARED, TYPE, alignment=16)

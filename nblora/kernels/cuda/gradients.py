@@ -11,7 +11,7 @@ from numba.core import types
 from .forward import FACTOR, HAS_BASE, HAS_LOW, LOW, OUT, WEIGHT, X
 from .intrinsics import add_scaled, load, multiply, part, scale, store, with_part, zeros
 from .rules import rules
-from .target import SIMULATED, cuda, kernel
+from .target import COMPILED, cuda, kernel
 from .tiles import Tile, accumulator, geometry
 
 int32, int64 = types.int32, types.int64
@@ -33,7 +33,7 @@ def input_gradient(tile: Tile, transposed: bool, delta: bool, masked: bool):
 
     @kernel(tile.threads)
     def input_gradient(gz, weight, delta, factor, low, A, mask, flags, chunk, gx):
-        if SIMULATED:
+        if not COMPILED:
             shared = cuda.shared.array(SHARED, TYPE)
         else:
             shared = cuda.shared.array(SHARED, TYPE, alignment=16)
@@ -82,7 +82,7 @@ def product(tile: Tile, p_inner: bool, q_inner: bool, masked: bool):
 
     @kernel(tile.threads)
     def product(p, mask, q, factor, flags, chunk, out):
-        if SIMULATED:
+        if not COMPILED:
             shared = cuda.shared.array(SHARED, TYPE)
         else:
             shared = cuda.shared.array(SHARED, TYPE, alignment=16)
@@ -125,7 +125,7 @@ def dense_update(tile: Tile, delta: bool, weight: bool):
 
     @kernel(tile.threads)
     def dense_update(p, q, momentum, gain, delta_lr, lr, flags, D, V, W):
-        if SIMULATED:
+        if not COMPILED:
             shared = cuda.shared.array(SHARED, TYPE)
         else:
             shared = cuda.shared.array(SHARED, TYPE, alignment=16)
@@ -170,7 +170,7 @@ def merge(tile: Tile, transposed: bool, delta: bool):
 
     @kernel(tile.threads)
     def merge(p, q, low_scaling, weight, D, delta_scaling, flags, out):
-        if SIMULATED:
+        if not COMPILED:
             shared = cuda.shared.array(SHARED, TYPE)
         else:
             shared = cuda.shared.array(SHARED, TYPE, alignment=16)

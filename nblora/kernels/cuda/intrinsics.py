@@ -1,14 +1,14 @@
 """Building blocks below the level of Python: vectors, register tiles kept in tuples, tensor cores.
 
 A tuple of values is what LLVM keeps in registers on every architecture; a local array is not (on compute capability
-8.0 and 9.0 an 8 x 8 one goes to memory). Under the simulator the same names are the plain functions of `simulated`.
+8.0 and 9.0 an 8 x 8 one goes to memory). Without a compiler the same names are the plain functions of `simulated`.
 Arrays are taken as memory: C-contiguous, whatever their number of dimensions, `offset` counting elements.
 uint16 arrays hold bfloat16 values and are read as float32.
 """
 
-from .target import SIMULATED
+from .target import COMPILED
 
-if SIMULATED:
+if not COMPILED:
     from .simulated import (  # noqa: F401 - this module's names, whatever the target
         add_scaled,
         load,

@@ -1,26 +1,40 @@
-"""What a kernel is compiled by: Numba's CUDA compiler, or its simulator."""
+"""What a kernel is compiled by: NVIDIA's numba-cuda, Numba's simulator, or nothing where there is neither."""
 
+import importlib.util
 import warnings
+from types import SimpleNamespace
 
 from numba.core import config
 
 SIMULATED = bool(config.ENABLE_CUDASIM)
+COMPILED = not SIMULATED and importlib.util.find_spec("numba_cuda") is not None
 
-with warnings.catch_warnings():
-    # The simulator inside Numba, which needs no extra, announces that NVIDIA's package replaces the compiler beside it.
-    warnings.simplefilter("ignore")
-    from numba import cuda
+if SIMULATED or COMPILED:
+    with warnings.catch_warnings():
+        # The simulator inside Numba needs no extra, and announces that the compiler beside it moved to NVIDIA's package.
+        warnings.simplefilter("ignore")
+        from numba import cuda
+else:
+    cuda = SimpleNamespace()
 
 
 def kernel(threads):
     """Decorate a kernel that is launched with at most `threads` threads a block."""
-    if SIMULATED:
-        return cuda.jit
-    return cuda.jit(launch_bounds=threads)
+    if COMPILED:
+        # Two blocks an SM hide each other's waiting: 65,536 registers allow it for up to 256 threads of 128 registers.
+        return cuda.jit(launch_bounds=(threads, 2))
+    return _plain
 
 
 def device_function(function):
     """Decorate a function that kernels call: always inlined, so that its tuples stay in registers."""
+    if COMPILED:
+        return cuda.jit(device=True, forceinline=True)(function)
+    return _plain(function, device=True)
+
+
+def _plain(function, device=False):
+    """For the simulator; without CUDA only a holder of the Python function, which the tests' emulator runs."""
     if SIMULATED:
-        return cuda.jit(device=True)(function)
-    return cuda.jit(device=True, forceinline=True)(function)
+        return cuda.jit(device=device)(function)
+    return SimpleNamespace(py_func=function)
