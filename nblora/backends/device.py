@@ -107,6 +107,13 @@ class DeviceArray:
         return f"DeviceArray({self._device.name}, {self.copy_to_host()!r})"
 
 
+def as_argument(value: Any) -> Any:
+    """What a kernel is given: memory, or a number of 32 bits, which is what kernels count with."""
+    if isinstance(value, DeviceArray):
+        return value.memory
+    return np.int32(value) if isinstance(value, int) else value
+
+
 class Device:
     """A CUDA device, or Numba's simulator of one."""
 
@@ -202,9 +209,8 @@ class Device:
 
     def launch(self, kernel: Any, grid: Any, threads: int, *arguments: Any) -> None:
         """Run a kernel on the default stream; the host waits only where it reads."""
-        given = [a.memory if isinstance(a, DeviceArray) else a for a in arguments]
         with self._gpu:
-            kernel[grid, threads](*given)
+            kernel[grid, threads](*map(as_argument, arguments))
 
     def release(self) -> None:
         """Give memory that nothing refers to back to the driver, which Numba otherwise puts off."""
