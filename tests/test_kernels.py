@@ -188,9 +188,7 @@ def brought(operands, bring):
             return None
         return type(values)(*[bring(v) if isinstance(v, np.ndarray) else v for v in values])
 
-    return operands._replace(
-        base=part(operands.base), low_rank=part(operands.low_rank), delta=part(operands.delta)
-    )
+    return operands._replace(base=part(operands.base), low_rank=part(operands.low_rank), delta=part(operands.delta))
 
 
 @pytest.mark.small

@@ -19,19 +19,22 @@ from .protocol import Array, Gradients, Operands, Saved
 
 @dataclass(frozen=True)
 class Shapes:
-    """Tiles and block sizes for one dtype: `wide` products, few rows (`flat`), few columns (`narrow`), and the rest."""
+    """Tiles and block sizes for one dtype: `wide` products, few rows (`flat`), few columns (`narrow`), and the rest.
+
+    `split` is the number of inner elements that a split keeps at least: below it adding the splits up costs what they
+    save.
+    """
 
     wide: Tile
     flat: Tile
     narrow: Tile
     threads: int
+    split: int = 256
 
 
 PLAIN = {
     "float32": Shapes(Tile(128, 128, 8), Tile(32, 128, 8), Tile(64, 32, 8), 256),
-    "float64": Shapes(
-        Tile(64, 64, 8, "float64"), Tile(16, 64, 8, "float64"), Tile(64, 32, 8, "float64"), 256
-    ),
+    "float64": Shapes(Tile(64, 64, 8, "float64"), Tile(16, 64, 8, "float64"), Tile(64, 32, 8, "float64"), 256),
 }
 TENSOR = PLAIN | {
     "float32": Shapes(Tile(128, 64, 16, tensor=True), Tile(32, 128, 16, tensor=True), Tile(64, 32, 8), 256)
@@ -41,7 +44,6 @@ SIMULATED = {
     "float32": Shapes(*[Tile(32, 64, 8)] * 3, 32),
     "float64": Shapes(*[Tile(16, 32, 4, "float64")] * 3, 32),
 }
-SPLIT_INNER = 256  # inner elements that a split keeps at least: below it adding the splits up costs what they save
 
 
 class CUDABackend:
@@ -116,9 +118,10 @@ class CUDABackend:
 
     def _splits(self, tile: Tile, rows: int, columns: int, inner: int) -> tuple[tuple[int, int, int], int]:
         """Grid and the share of `inner` of each split."""
+        least = self._shapes[tile.dtype].split
         across, down = -(-columns // tile.columns), -(-rows // tile.rows)
         wanted = -(-2 * self._device.multiprocessors // (across * down))
-        splits = max(1, min(wanted, inner // SPLIT_INNER, 64))
+        splits = max(1, min(wanted, inner // least, 64))
         chunk = -(-max(inner, 1) // (splits * tile.depth)) * tile.depth
         return (across, down, max(1, -(-inner // chunk))), chunk
 
@@ -136,9 +139,7 @@ class CUDABackend:
         self._device.launch(kernel, grid, tile.threads, p, shared, q, p.dtype.type(factor), flags, chunk, sums)
         return sums if grid[2] == 1 else self._finish(sums, rows)
 
-    def _project(
-        self, x: Array, matrix: Array, along: bool, factor: float, mask: Array | None = None
-    ) -> Array:
+    def _project(self, x: Array, matrix: Array, along: bool, factor: float, mask: Array | None = None) -> Array:
         """factor · (mask∘x) M for few columns; M is (columns, inner) where `along`."""
         if x.shape[0] > 1:
             return self._product(self._shapes[x.dtype.name].narrow, x, True, matrix, along, factor, mask)
@@ -181,9 +182,7 @@ class CUDABackend:
         splits = -(-rows // chunk)
         sums = self._device.empty((splits, columns), matrix.dtype)
         kernel = vectors.down_columns(matrix.dtype.name, shapes.threads, delta, ones)
-        self._device.launch(
-            kernel, (across, splits), shapes.threads, x, matrix, changed, factor, aligned, chunk, sums
-        )
+        self._device.launch(kernel, (across, splits), shapes.threads, x, matrix, changed, factor, aligned, chunk, sums)
         return sums
 
     def _finish(

@@ -12,12 +12,10 @@ from tests.cuda.emulator import emulate
 
 # Small tiles: a few threads each, so that small arrays have many blocks with edges on every side.
 SMALL = {
-    "float32": Shapes(Tile(16, 16, 4), Tile(8, 16, 4), Tile(16, 8, 4), 32),
-    "float64": Shapes(
-        Tile(8, 8, 2, "float64"), Tile(4, 8, 2, "float64"), Tile(8, 4, 2, "float64"), 32
-    ),
+    "float32": Shapes(Tile(16, 16, 4), Tile(8, 16, 4), Tile(16, 8, 4), 64, 16),
+    "float64": Shapes(Tile(8, 8, 2, "float64"), Tile(4, 8, 2, "float64"), Tile(8, 4, 2, "float64"), 32, 16),
 }
-TENSOR = {"float32": Shapes(Tile(32, 32, 8, tensor=True), Tile(32, 32, 8, tensor=True), Tile(16, 8, 4), 32)}
+TENSOR = {"float32": Shapes(Tile(32, 32, 8, tensor=True), Tile(32, 32, 8, tensor=True), Tile(16, 8, 4), 32, 16)}
 
 
 class EmulatedDevice(Device):

@@ -13,6 +13,7 @@ from types import CellType, FunctionType, SimpleNamespace
 import numpy as np
 from greenlet import greenlet, getcurrent
 from numba import types
+from numba.np.numpy_support import as_dtype
 
 from nblora.kernels.cuda import simulated, target
 
@@ -60,7 +61,8 @@ class Launch:
         caller = sys._getframe(1)
         key = caller.f_code, caller.f_lasti
         if key not in self.memory:
-            self.memory[key] = np.full(shape, np.nan, dtype)
+            kind = as_dtype(dtype) if isinstance(dtype, types.Type) else dtype
+            self.memory[key] = np.full(shape, np.nan, kind)
         return self.memory[key]
 
     # --- intrinsics that differ from their simulated form

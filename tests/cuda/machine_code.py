@@ -36,18 +36,24 @@ class Code:
         return Counter(op.split(".")[0] for _, op, _ in self.instructions)
 
     def loops(self):
-        """Every loop, as its list of opcodes: from the target of a backward branch to the branch."""
+        """Every loop, from the target of a backward branch to the branch: both addresses and the opcodes."""
         addresses = [address for address, _, _ in self.instructions]
         for place, (address, op, operands) in enumerate(self.instructions):
             target = re.search(r"0x([0-9a-f]+)", operands) if op.startswith("BRA") else None
             if target and int(target[1], 16) < address and int(target[1], 16) in addresses:
-                yield [o for _, o, _ in self.instructions[addresses.index(int(target[1], 16)) : place + 1]]
+                first = addresses.index(int(target[1], 16))
+                yield addresses[first], address, [o for _, o, _ in self.instructions[first : place + 1]]
 
-    def main_loop(self, prefix):
-        """The innermost loop that has most of `prefix`."""
-        found = [loop for loop in self.loops() if any(op.startswith(prefix) for op in loop)]
-        most = max(sum(op.startswith(prefix) for op in loop) for loop in found)
-        return min((lo for lo in found if sum(op.startswith(prefix) for op in lo) == most), key=len)
+    def main_loops(self, prefix):
+        """The loops that multiply what is in shared memory: they hold `prefix`, and no loop lies within them."""
+        loops = sorted(self.loops(), key=len)
+        found = []
+        for first, last, opcodes in loops:
+            inner = any(first <= start and stop <= last and (start, stop) != (first, last) for start, stop, _ in loops)
+            count = sum(op.startswith(prefix) for op in opcodes)
+            if not inner and count >= 16 and any(op.startswith("LDS") for op in opcodes):
+                found.append((count, len(opcodes)))
+        return found
 
 
 def disassembler():

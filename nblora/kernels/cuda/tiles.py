@@ -249,7 +249,22 @@ def accumulator(
 
     @device_function
     def accumulate(
-        sums, shared, p, p_other, p_aligned, q, q_other, q_aligned, factor, rows, columns, inner, begin, end, row, column
+        sums,
+        shared,
+        p,
+        p_other,
+        p_aligned,
+        q,
+        q_other,
+        q_aligned,
+        factor,
+        rows,
+        columns,
+        inner,
+        begin,
+        end,
+        row,
+        column,
     ):
         t = int32(cuda.threadIdx.x)
         p_stride = inner if p_inner else rows

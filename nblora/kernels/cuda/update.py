@@ -38,14 +38,6 @@ def elementwise(dtype: str, threads: int):
             store(array, offset, array.size - offset, aligned, zeros(LANES, value))
 
     @kernel(threads)
-    def copy(target, source, aligned):
-        """Target = source."""
-        for vector in range(cuda.grid(1), count(target), cuda.gridsize(1)):
-            offset = int64(vector) * LANES
-            valid = target.size - offset
-            store(target, offset, valid, aligned, load(source, offset, valid, aligned, LANES))
-
-    @kernel(threads)
     def add(target, source, aligned):
         """Target += source."""
         for vector in range(cuda.grid(1), count(target), cuda.gridsize(1)):
@@ -117,7 +109,6 @@ def elementwise(dtype: str, threads: int):
 
     return SimpleNamespace(
         fill=fill,
-        copy=copy,
         add=add,
         times=times,
         masked=masked,
@@ -130,7 +121,10 @@ def elementwise(dtype: str, threads: int):
 
 @functools.cache
 def block_sum(threads: int):
-    """A device function: the sum of one float64 a thread, in a tree, the same for every thread of the block."""
+    """A device function: the sum of one float64 a thread, in a tree, the same for every thread of the block.
+
+    Once a kernel: nothing holds back a thread that would write to the same shared memory again.
+    """
     HALF = threads // 2
 
     @device_function
@@ -143,9 +137,7 @@ def block_sum(threads: int):
                 shared[t] += shared[t + width]
             cuda.syncthreads()  # this level of the tree is there
             width //= 2
-        total = shared[0]
-        cuda.syncthreads()  # every thread has read; shared memory may be used again
-        return total
+        return shared[0]
 
     return block_sum
 

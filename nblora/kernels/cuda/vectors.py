@@ -122,4 +122,3 @@ def finish(dtype: str, threads: int):
             y[n, o] = activate(value, code)
 
     return finish
-
