@@ -50,7 +50,8 @@ def resolve(device: Any, precision: str = "float32") -> "Backend":
     if not isinstance(device, str):
         raise TypeError(f"device must be a string such as 'cpu' or 'cuda:0', got {device!r}")
     if device == "auto":
-        device = "cuda" if not config.ENABLE_CUDASIM and _cuda_count() else "cpu"
+        simulated = getattr(config, "ENABLE_CUDASIM", False)
+        device = "cuda" if not simulated and _cuda_count() else "cpu"
     if device == "cpu":
         return _cpu()
     if not re.fullmatch(r"cuda(:\d+)?", device):

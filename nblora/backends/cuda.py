@@ -40,9 +40,10 @@ TENSOR = PLAIN | {
     "float32": Shapes(Tile(128, 64, 16, tensor=True), Tile(32, 128, 16, tensor=True), Tile(64, 32, 8), 256)
 }
 # Numba's simulator makes a Python thread of each thread: blocks of 32, few of them.
+_TINY, _TINY_64 = Tile(32, 64, 8), Tile(16, 32, 4, "float64")
 SIMULATED = {
-    "float32": Shapes(*[Tile(32, 64, 8)] * 3, 32),
-    "float64": Shapes(*[Tile(16, 32, 4, "float64")] * 3, 32),
+    "float32": Shapes(_TINY, _TINY, _TINY, 32),
+    "float64": Shapes(_TINY_64, _TINY_64, _TINY_64, 32),
 }
 
 
@@ -230,7 +231,7 @@ class CUDABackend:
 
     def forward(self, x: Array, operands: Operands, mask: Array | None, keep: bool) -> tuple[Array, Saved | None]:
         """y = act(x (W + c D) + s (mask∘x) A B + b), and what backward needs where `keep`."""
-        base, low_rank, delta, code, _ = operands
+        base, low_rank, _, code, _ = operands
         N = x.shape[0]
         outputs = low_rank.B.shape[1] if low_rank else base.weight.shape[0 if base.transposed else 1]  # type: ignore[union-attr]  # one of the two is there
         low = self._device.empty((N, low_rank.A.shape[1]), x.dtype) if low_rank else None

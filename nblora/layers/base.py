@@ -12,7 +12,6 @@ from nblora.storage.checkpoint import read_checkpoint, write_checkpoint
 
 from .named_parameters import NamedParameters, Parameter
 
-
 PRECISIONS = ("float32", "tf32", "bf16-base")
 
 

@@ -75,7 +75,7 @@ def check_life(rng, move, path):
 
 def check_gradients_move(rng, move):
     """Gradients held at a move are there after it."""
-    host, device = pair(rng, move)
+    host, _ = pair(rng, move)
     x, grad = rng.normal(size=(3, SIZES[0])), rng.normal(size=(3, SIZES[1]))
     host.forward(x)
     host.backward(grad)

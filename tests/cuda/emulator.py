@@ -11,7 +11,7 @@ from collections import Counter
 from types import CellType, FunctionType, SimpleNamespace
 
 import numpy as np
-from greenlet import greenlet, getcurrent
+from greenlet import getcurrent, greenlet
 from numba import types
 from numba.np.numpy_support import as_dtype
 
@@ -37,8 +37,8 @@ class Launch:
 
     # --- the module `cuda` as kernels see it
 
-    threadIdx = property(lambda self: self.current.index)  # noqa: N815 - CUDA's name
-    blockIdx = property(lambda self: self.block)  # noqa: N815 - CUDA's name
+    threadIdx = property(lambda self: self.current.index)
+    blockIdx = property(lambda self: self.block)
 
     def grid(self, dimensions):
         assert dimensions == 1

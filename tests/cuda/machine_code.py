@@ -69,7 +69,7 @@ def disassembler():
 def pretended_device(architecture):
     """Let device functions be compiled for a device that is not there."""
     device = SimpleNamespace(compute_capability=architecture)
-    with mock.patch("numba.cuda.dispatcher.get_current_device", lambda: device):
+    with mock.patch("numba.cuda.dispatcher.get_current_device", return_value=device):
         yield
 
 

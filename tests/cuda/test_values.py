@@ -118,3 +118,33 @@ def test_same_bits_in_every_order():
         problems.append([a for launch in backend._device.launches for a in launch[3] if isinstance(a, np.ndarray)])
     for first, other in zip(problems[0], problems[1], strict=True):
         np.testing.assert_array_equal(first, other)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("samples", [1, 7, 16, 40])
+def test_traffic_of_weight_sized_arrays(samples, transposed):
+    """The forward reads W and D once a block row of N; the sweep moves 2·⌈N / rows⌉ + 4 arrays of that size."""
+    from tests.test_kernels import Problem, brought
+
+    problem = Problem((samples, 20, 24, 3), "float32", transposed, Case())
+    backend = make_backend()
+    backend._device.multiprocessors = 1
+    operands = brought(problem.operands(), backend.from_host)
+    x, gy = (backend.from_host(problem.arrays[name]) for name in ("x", "gy"))
+    traffic, size = backend._device.traffic, 20 * 24
+    owners = {
+        name: id(array.memory.base)
+        for name, array in (("W", operands.base.weight), ("D", operands.delta.delta), ("V", operands.delta.velocity))
+    }
+
+    def moved(name, direction):
+        return traffic[owners[name], direction] / size
+
+    _, saved = backend.forward(x, operands, None, True)
+    rows = -(-samples // backend._tile(samples, np.dtype(np.float32)).rows)
+    assert moved("W", "read") == moved("D", "read") == rows
+    assert moved("W", "written") == moved("D", "written") == 0
+    traffic.clear()
+    backend.backward_update(gy, saved, operands, 0.1, 0.1)
+    total = sum(moved(name, direction) for name in "WDV" for direction in ("read", "written"))
+    assert total == 2 * rows + 4

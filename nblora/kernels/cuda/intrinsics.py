@@ -9,7 +9,7 @@ uint16 arrays hold bfloat16 values and are read as float32.
 from .target import COMPILED
 
 if not COMPILED:
-    from .simulated import (  # noqa: F401 - this module's names, whatever the target
+    from .simulated import (
         add_scaled,
         load,
         load_shared,

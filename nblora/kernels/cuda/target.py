@@ -11,7 +11,7 @@ COMPILED = not SIMULATED and importlib.util.find_spec("numba_cuda") is not None
 
 if SIMULATED or COMPILED:
     with warnings.catch_warnings():
-        # The simulator inside Numba needs no extra, and announces that the compiler beside it moved to NVIDIA's package.
+        # The simulator inside Numba needs no extra, and announces that the compiler beside it has moved.
         warnings.simplefilter("ignore")
         from numba import cuda
 else:
