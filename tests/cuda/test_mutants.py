@@ -11,6 +11,7 @@ from tests.cuda.emulator import ORDERS
 MUTANTS = mutants.mutants()
 
 
+@pytest.mark.slow
 def test_whole_kernels_pass():
     found = mutants.killed_by("tiles", lambda source: source)
     assert found is None, found

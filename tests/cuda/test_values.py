@@ -17,7 +17,7 @@ SHAPES = [
     (1, 1, 1, 1),
     (1, 33, 17, 2),
     (1, 40, 64, 8),
-    (1, 97, 130, 4),
+    (1, 37, 66, 4),
     (2, 3, 5, 1),
     (7, 31, 33, 3),
     (8, 16, 16, 4),
@@ -25,17 +25,16 @@ SHAPES = [
     (16, 32, 16, 8),
     (17, 18, 19, 5),
     (33, 20, 21, 1),
-    (16, 65, 70, 64),
+    (9, 20, 24, 64),
 ]
 
 
-@pytest.mark.parametrize("case", CASES[:2], ids=str)
-@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_shapes(shape, dtype, transposed, case):
-    order = ORDERS[SHAPES.index(shape) % 3]
-    run(shape, dtype, transposed, case, make_backend(order), TOLERANCE[dtype])
+def test_shapes(shape, dtype):
+    place = SHAPES.index(shape)
+    backend = make_backend(ORDERS[place % 3])
+    run(shape, dtype, (place + (dtype == "float64")) % 2 == 0, CASES[1], backend, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("case", CASES[2:], ids=str)
@@ -56,11 +55,11 @@ def test_orders_of_threads(dtype, order):
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_shapes_parts_and_orders(shape, case, dtype, transposed, order):
-    if case.base or not transposed:
-        run(shape, dtype, transposed, case, make_backend(order), TOLERANCE[dtype])
+def test_shapes_parts_and_orders(shape, dtype, transposed, order):
+    for case in CASES:
+        if case.base or not transposed:
+            run(shape, dtype, transposed, case, make_backend(order), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -80,9 +79,8 @@ def test_split_inner_dimension(shape, transposed):
 
 @pytest.mark.parametrize("shape", [*SHAPES[3:9], (33, 40, 35, 5), (64, 40, 33, 8), (3, 70, 36, 2), (34, 8, 64, 1),
                                    (32, 32, 32, 16), (5, 12, 100, 64)], ids=str)  # fmt: skip
-@pytest.mark.parametrize("transposed", [False, True])
-def test_tensor_cores(shape, transposed):
-    order = ORDERS[shape[0] % 3]
+def test_tensor_cores(shape):
+    order, transposed = ORDERS[shape[0] % 3], shape[2] % 2 == 1
     run(shape, "float32", transposed, Case(masked=shape[0] % 2 == 0), make_backend(order, precision="tf32"),
         TOLERANCE["tf32"])  # fmt: skip
 
