@@ -127,6 +127,7 @@ class Adapter(Linear):
         # The base first: the adapter's own sweep ends by forgetting both forwards.
         if self.is_base_layer_frozen:
             grad_input = self.base_layer.backward(grad_output)
+            self.base_layer._forget_forward()
         else:
             grad_input = self.base_layer._sweep(grad_output, lr, delta_lr)
         self._backend.add(grad_input, super()._sweep(grad_output, lr, delta_lr))
