@@ -166,7 +166,10 @@ class CPUBackend:
                 low_rank is not None,
                 bias is not None,
             )
-            self._pool.run(forward_kernel.forward, task, workers)
+            if workers == 1:
+                forward_kernel.forward_worker(task, 0, 1)
+            else:
+                self._pool.run(forward_kernel.forward, task, workers)
             self._scratch.give(scratch)
         if not keep:
             return y, None
@@ -250,7 +253,10 @@ class CPUBackend:
             masked,
             update,
         )
-        self._pool.run(sweep_kernel.sweep, task, workers)
+        if workers == 1:
+            sweep_kernel.sweep_worker(task, 0, 1)
+        else:
+            self._pool.run(sweep_kernel.sweep, task, workers)
         self._scratch.give(scratch)
         if masked:
             update_kernel.add_masked_low_rank(gx, _plain(mask), t, A)

@@ -6,17 +6,17 @@ its first product to its activation; the low-rank term comes last in a block, wh
 
 from typing import NamedTuple
 
+import numpy as np
 from numba import prange
 
 from .. import elementwise
-from ..jit import kernel
+from ..jit import kernel, part
 from .atomics import fetch_add, wait_for
 from .machine import BLOCK, TILE_ROWS
 from .microkernel import lanes
 from .products import (
     C_STRIDE,
     PART,
-    PARTS,
     across_rows,
     along_rows,
     block_size,
@@ -25,7 +25,7 @@ from .products import (
     transpose_block,
 )
 
-activate = kernel(elementwise.activate)
+activate = part(elementwise.activate)
 
 
 class ForwardTask(NamedTuple):
@@ -53,7 +53,7 @@ class ForwardTask(NamedTuple):
     has_bias: bool
 
 
-@kernel
+@part
 def _geometry(task, workers):
     """Sizes of the blocks: samples of u, samples of z, outputs of z."""
     N, out = task.y.shape
@@ -65,7 +65,7 @@ def _geometry(task, workers):
     return low, samples, outputs
 
 
-@kernel
+@part
 def _low_job(task, n0, n1, a, b, c):
     """u[n0:n1] = s·x_low[n0:n1]·A."""
     rank = task.A.shape[1]
@@ -76,7 +76,7 @@ def _low_job(task, n0, n1, a, b, c):
         store_block(task.u, n0, n1, r, end, c, s)
 
 
-@kernel
+@part
 def _activate_block(task, n0, n1, o0, o1, c):
     """z = C + b and y = act(z) for n0 <= n < n1, o0 <= o < o1."""
     for n in range(n1 - n0):
@@ -97,7 +97,7 @@ def _activate_block(task, n0, n1, o0, o1, c):
                 y[o] = activate(z[o], task.activation)
 
 
-@kernel
+@part
 def _dense_job(task, n0, n1, o0, o1, low_blocks, a, b, c):
     scaling = task.y.dtype.type(task.c)
     if task.has_base:
@@ -110,7 +110,7 @@ def _dense_job(task, n0, n1, o0, o1, low_blocks, a, b, c):
     _activate_block(task, n0, n1, o0, o1, c)
 
 
-@kernel
+@part
 def _fully_connected_job(task, n0, n1, o0, o1, low_blocks, a, b, c):
     scaling = task.y.dtype.type(task.c)
     across_rows(c, True, task.S, task.D, scaling, task.has_delta, o0, o1, task.x, n0, n1, 0, task.S.shape[1], a, b)
@@ -149,12 +149,6 @@ def forward_worker(task, worker, workers):
 
 @kernel(parallel=True)
 def forward(task, workers):
-    """Run a `ForwardTask` with so many workers, in the calling thread where it is one."""
-    if workers == 1:
-        forward_worker(task, 0, 1)
-    else:
-        for worker in prange(workers):
-            forward_worker(task, worker, workers)
-
-
-__all__ = ["PARTS", "ForwardTask", "forward"]
+    """Run a `ForwardTask` with so many workers; `forward_worker(task, 0, 1)` runs it in the calling thread."""
+    for worker in prange(workers):
+        forward_worker(task, np.int64(worker), np.int64(workers))

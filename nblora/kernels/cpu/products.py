@@ -10,7 +10,7 @@ Every product of forward and backward is one of three, with S [P, Q] a stored ma
 The low-rank term is a second call on the same C: `rank` more steps of the inner dimension.
 """
 
-from ..jit import kernel
+from ..jit import part
 from .machine import BLOCK, DEPTH, ROW_STRIDE, TILE_ROWS, VECTOR_BITS
 from .microkernel import lanes, tile_rows, tile_steps
 from .packing import pack_columns, pack_columns_transposed, pack_rows, pack_rows_transposed, pack_steps
@@ -22,7 +22,7 @@ PARTS = 5
 """A worker's scratch is `PARTS` arrays of `PART` elements: A, B, C, a second C, and A in steps."""
 
 
-@kernel
+@part
 def block_size(total, quantum, pieces, largest):
     """Size of equal blocks of `total`, at least `pieces` of them if possible, rounded up to a multiple of `quantum`."""
     pieces = max(pieces, (total + largest - 1) // largest, 1)
@@ -30,7 +30,7 @@ def block_size(total, quantum, pieces, largest):
     return max(1, (size + quantum - 1) // quantum) * quantum
 
 
-@kernel
+@part
 def _multiply_rows(a, rows, b, columns, depth, c, first):
     """C (+)= A·B, A in rows."""
     width = 2 * lanes(b)
@@ -45,7 +45,7 @@ def _multiply_rows(a, rows, b, columns, depth, c, first):
             i += height
 
 
-@kernel
+@part
 def _multiply_steps(a, rows, b, columns, depth, c, first):
     """C (+)= A·B, A in steps."""
     width = 2 * lanes(b)
@@ -57,7 +57,7 @@ def _multiply_steps(a, rows, b, columns, depth, c, first):
             tile_steps(depth, height, vectors, a, i * DEPTH, b, j * DEPTH, c, at, C_STRIDE, not first)
 
 
-@kernel
+@part
 def along_rows(c, first, L, n0, n1, S, D, scaling, combined, q0, q1, k0, k1, a, b):
     """C[n, q] (+)= Σ_p L[n, p] M[p, q] for n0 <= n < n1, q0 <= q < q1, k0 <= p < k1."""
     for k in range(k0, k1, DEPTH):
@@ -67,7 +67,7 @@ def along_rows(c, first, L, n0, n1, S, D, scaling, combined, q0, q1, k0, k1, a, 
         _multiply_rows(a, n1 - n0, b, q1 - q0, end - k, c, first and k == k0)
 
 
-@kernel
+@part
 def across_rows(c, first, S, D, scaling, combined, p0, p1, R, n0, n1, k0, k1, a, b):
     """C[p, n] (+)= Σ_q M[p, q] R[n, q] for p0 <= p < p1, n0 <= n < n1, k0 <= q < k1."""
     for k in range(k0, k1, DEPTH):
@@ -77,7 +77,7 @@ def across_rows(c, first, S, D, scaling, combined, p0, p1, R, n0, n1, k0, k1, a,
         _multiply_rows(a, p1 - p0, b, n1 - n0, end - k, c, first and k == k0)
 
 
-@kernel
+@part
 def factor_along_rows(c, first, L, n0, n1, F, q0, q1, a, b):
     """C[n, q] (+)= Σ_r L[n, r] F[q, r]: the low-rank term of the input gradient, F = A."""
     for k in range(0, F.shape[1], DEPTH):
@@ -87,7 +87,7 @@ def factor_along_rows(c, first, L, n0, n1, F, q0, q1, a, b):
         _multiply_rows(a, n1 - n0, b, q1 - q0, end - k, c, first and k == 0)
 
 
-@kernel
+@part
 def factor_across_rows(c, first, F, p0, p1, R, n0, n1, a, b):
     """C[p, n] (+)= Σ_r F[r, p] R[n, r]: the low-rank term of the transposed forward, F = B."""
     for k in range(0, F.shape[0], DEPTH):
@@ -97,7 +97,7 @@ def factor_across_rows(c, first, F, p0, p1, R, n0, n1, a, b):
         _multiply_rows(a, p1 - p0, b, n1 - n0, end - k, c, first and k == 0)
 
 
-@kernel
+@part
 def gradient(c, L, p0, p1, R, q0, q1, a, b):
     """C[p, q] = Σ_n L[n, p] R[n, q] for p0 <= p < p1, q0 <= q < q1, over every sample."""
     n = 0
@@ -109,7 +109,7 @@ def gradient(c, L, p0, p1, R, q0, q1, a, b):
         n += DEPTH
 
 
-@kernel
+@part
 def transpose_block(target, source, rows, columns):
     """target[j, i] = source[i, j], both blocks with `C_STRIDE`."""
     length = lanes(target)
@@ -118,7 +118,7 @@ def transpose_block(target, source, rows, columns):
             transpose_square(target, j * C_STRIDE + i, C_STRIDE, source, i * C_STRIDE + j, C_STRIDE)
 
 
-@kernel
+@part
 def store_block(out, n0, n1, j0, j1, c, scaling):
     """out[n, j] = scaling·C[n - n0, j - j0]."""
     for n in range(n1 - n0):

@@ -14,10 +14,11 @@ gradient it computes, and updates each tile right after it took its part of the 
 
 from typing import NamedTuple
 
+import numpy as np
 from numba import prange
 
 from .. import elementwise
-from ..jit import kernel
+from ..jit import kernel, part
 from .atomics import fetch_add, wait_for
 from .machine import BLOCK, DEPTH, TILE_ROWS
 from .microkernel import lanes
@@ -33,9 +34,9 @@ from .products import (
     transpose_block,
 )
 
-activation_slope = kernel(elementwise.activation_slope)
-momentum_step = kernel(elementwise.momentum_step)
-descend = kernel(elementwise.descend)
+activation_slope = part(elementwise.activation_slope)
+momentum_step = part(elementwise.momentum_step)
+descend = part(elementwise.descend)
 
 DRAWN, PREPARED, CROSSED = range(3)
 
@@ -79,7 +80,7 @@ class SweepTask(NamedTuple):
     update: bool
 
 
-@kernel
+@part
 def _prepare_job(task, n0, n1, a, b, c, other):
     """gz = gy·act'(z) and t = s gz Bᵀ for n0 <= n < n1."""
     if task.activation != elementwise.IDENTITY:
@@ -97,7 +98,7 @@ def _prepare_job(task, n0, n1, a, b, c, other):
             store_block(task.t, n0, n1, r, end, other, s)
 
 
-@kernel
+@part
 def _finish_input(task, n0, n1, i0, i1, prepared, a, b, c, other):
     """Add t Aᵀ to the block of the input gradient in C, and store it; C is transposed for a Dense layer."""
     low = task.has_low_rank and not task.masked
@@ -118,7 +119,7 @@ def _finish_input(task, n0, n1, i0, i1, prepared, a, b, c, other):
         store_block(task.gx, n0, n1, i0, i1, other, one)
 
 
-@kernel
+@part
 def _input_product(task, n0, n1, i0, i1, k0, k1, a, b, c):
     """C (+)= gz Mᵀ over k0 <= k < k1 of the outputs; transposed, [in][n], for a Dense layer."""
     scaling = task.gx.dtype.type(task.c)
@@ -128,7 +129,7 @@ def _input_product(task, n0, n1, i0, i1, k0, k1, a, b, c):
         across_rows(c, k0 == 0, task.S, task.D, scaling, task.has_delta, i0, i1, task.gz, n0, n1, k0, k1, a, b)
 
 
-@kernel
+@part
 def _apply_gradient(task, p0, p1, q0, q1, g):
     """Use the block of G = Lᵀ R in scratch: store it, or V = mV + (1-m) c G, D -= delta_lr V, W -= lr G."""
     kind = task.gx.dtype.type
@@ -157,7 +158,7 @@ def _apply_gradient(task, p0, p1, q0, q1, g):
                     dW[q] = block[q]
 
 
-@kernel
+@part
 def _weight_gradient(task, p0, p1, q0, q1, steps, b, g):
     """Compute and use G for p0 <= p < p1, q0 <= q < q1."""
     if task.transposed:
@@ -167,7 +168,7 @@ def _weight_gradient(task, p0, p1, q0, q1, steps, b, g):
     _apply_gradient(task, p0, p1, q0, q1, g)
 
 
-@kernel
+@part
 def _cross_job(task, n0, n1, i0, i1, prepared, fused, parts):
     """A block of the input gradient; where `fused` also the rows or columns of V, D and W that belong to it."""
     a, b, c, g, steps = parts
@@ -183,7 +184,7 @@ def _cross_job(task, n0, n1, i0, i1, prepared, fused, parts):
     _finish_input(task, n0, n1, i0, i1, prepared, a, b, c, g)
 
 
-@kernel
+@part
 def _factor_job(out, L, R, p0, q0, parts):
     """A block of dA or dB: out[p, q] = Σ_n L[n, p] R[n, q]."""
     _, b, _, g, steps = parts
@@ -192,7 +193,7 @@ def _factor_job(out, L, R, p0, q0, parts):
     store_block(out, p0, p1, q0, q1, g, out.dtype.type(1))
 
 
-@kernel
+@part
 def _bias_job(task, o0, o1):
     """db = Σ_n gz."""
     db = task.db[o0:o1]
@@ -203,7 +204,7 @@ def _bias_job(task, o0, o1):
             db[o] += gz[o]
 
 
-@kernel
+@part
 def _count(total, size):
     return (total + size - 1) // size
 
@@ -272,9 +273,6 @@ def sweep_worker(task, worker, workers):
 
 @kernel(parallel=True)
 def sweep(task, workers):
-    """Run a `SweepTask` with so many workers, in the calling thread where it is one."""
-    if workers == 1:
-        sweep_worker(task, 0, 1)
-    else:
-        for worker in prange(workers):
-            sweep_worker(task, worker, workers)
+    """Run a `SweepTask` with so many workers; `sweep_worker(task, 0, 1)` runs it in the calling thread."""
+    for worker in prange(workers):
+        sweep_worker(task, np.int64(worker), np.int64(workers))
