@@ -166,10 +166,7 @@ class CPUBackend:
                 low_rank is not None,
                 bias is not None,
             )
-            if workers == 1:
-                forward_kernel.forward_worker(task, 0, 1)
-            else:
-                self._pool.run(forward_kernel.forward, task, workers)
+            self._pool.run(forward_kernel.forward, task, workers)
             self._scratch.give(scratch)
         if not keep:
             return y, None
@@ -253,10 +250,7 @@ class CPUBackend:
             masked,
             update,
         )
-        if workers == 1:
-            sweep_kernel.sweep_worker(task, 0, 1)
-        else:
-            self._pool.run(sweep_kernel.sweep, task, workers)
+        self._pool.run(sweep_kernel.sweep, task, workers)
         self._scratch.give(scratch)
         if masked:
             update_kernel.add_masked_low_rank(gx, _plain(mask), t, A)

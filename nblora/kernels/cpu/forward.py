@@ -6,9 +6,6 @@ its first product to its activation; the low-rank term comes last in a block, wh
 
 from typing import NamedTuple
 
-import numpy as np
-from numba import prange
-
 from .. import elementwise
 from ..jit import kernel, part
 from .atomics import fetch_add, wait_for
@@ -24,6 +21,7 @@ from .products import (
     store_block,
     transpose_block,
 )
+from .threads import call, entry, launch
 
 activate = part(elementwise.activate)
 
@@ -121,7 +119,6 @@ def _fully_connected_job(task, n0, n1, o0, o1, low_blocks, a, b, c):
     _activate_block(task, n0, n1, o0, o1, b)
 
 
-@kernel
 def forward_worker(task, worker, workers):
     """Draw jobs until none is left."""
     scratch = task.scratch[worker]
@@ -147,8 +144,14 @@ def forward_worker(task, worker, workers):
             _dense_job(task, n0, n1, o0, o1, low_blocks, a, b, c)
 
 
-@kernel(parallel=True)
+_entry = entry(forward_worker)
+
+
+@kernel
 def forward(task, workers):
-    """Run a `ForwardTask` with so many workers; `forward_worker(task, 0, 1)` runs it in the calling thread."""
-    for worker in prange(workers):
-        forward_worker(task, np.int64(worker), np.int64(workers))
+    """Run a `ForwardTask` with so many workers, in the calling thread where it is one."""
+    function, address = _entry(task)
+    if workers == 1:
+        call(function, address, 0, 1)
+    else:
+        launch(function, address, workers)

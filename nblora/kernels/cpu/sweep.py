@@ -14,9 +14,6 @@ gradient it computes, and updates each tile right after it took its part of the 
 
 from typing import NamedTuple
 
-import numpy as np
-from numba import prange
-
 from .. import elementwise
 from ..jit import kernel, part
 from .atomics import fetch_add, wait_for
@@ -33,6 +30,7 @@ from .products import (
     store_block,
     transpose_block,
 )
+from .threads import call, entry, launch
 
 activation_slope = part(elementwise.activation_slope)
 momentum_step = part(elementwise.momentum_step)
@@ -209,7 +207,6 @@ def _count(total, size):
     return (total + size - 1) // size
 
 
-@kernel
 def sweep_worker(task, worker, workers):
     """Draw jobs until none is left."""
     scratch = task.scratch[worker]
@@ -271,8 +268,14 @@ def sweep_worker(task, worker, workers):
         _weight_gradient(task, p0, min(P, p0 + p_size), q0, min(Q, q0 + q_size), parts[4], b, parts[3])
 
 
-@kernel(parallel=True)
+_entry = entry(sweep_worker)
+
+
+@kernel
 def sweep(task, workers):
-    """Run a `SweepTask` with so many workers; `sweep_worker(task, 0, 1)` runs it in the calling thread."""
-    for worker in prange(workers):
-        sweep_worker(task, np.int64(worker), np.int64(workers))
+    """Run a `SweepTask` with so many workers, in the calling thread where it is one."""
+    function, address = _entry(task)
+    if workers == 1:
+        call(function, address, 0, 1)
+    else:
+        launch(function, address, workers)
