@@ -13,11 +13,11 @@ from .machine import BLOCK, TILE_ROWS
 from .microkernel import lanes
 from .products import (
     C_STRIDE,
-    PART,
     across_rows,
     along_rows,
     block_size,
     factor_across_rows,
+    scratch_work,
     store_block,
     transpose_block,
 )
@@ -40,6 +40,8 @@ class ForwardTask(NamedTuple):
     z: object  # (N, out), written; may be y
     y: object  # (N, out), written
     scratch: object  # (workers, PARTS·PART)
+    tile_rows: int  # addresses of `tile_functions`
+    tile_steps: int
     counters: object  # (2,) int64 zeros: jobs drawn, blocks of u done
     s: float
     c: float
@@ -64,14 +66,14 @@ def _geometry(task, workers):
 
 
 @part
-def _low_job(task, n0, n1, a, b, c):
+def _low_job(task, n0, n1, work):
     """u[n0:n1] = s·x_low[n0:n1]·A."""
     rank = task.A.shape[1]
     s = task.y.dtype.type(task.s)
     for r in range(0, rank, BLOCK):
         end = min(r + BLOCK, rank)
-        along_rows(c, True, task.x_low, n0, n1, task.A, task.A, s, False, r, end, 0, task.A.shape[0], a, b)
-        store_block(task.u, n0, n1, r, end, c, s)
+        along_rows(work, True, task.x_low, n0, n1, task.A, task.A, s, False, r, end, 0, task.A.shape[0])
+        store_block(task.u, n0, n1, r, end, work.c, s)
 
 
 @part
@@ -96,33 +98,32 @@ def _activate_block(task, n0, n1, o0, o1, c):
 
 
 @part
-def _dense_job(task, n0, n1, o0, o1, low_blocks, a, b, c):
+def _dense_job(task, n0, n1, o0, o1, low_blocks, work):
     scaling = task.y.dtype.type(task.c)
     if task.has_base:
         inner = task.S.shape[0]
-        along_rows(c, True, task.x, n0, n1, task.S, task.D, scaling, task.has_delta, o0, o1, 0, inner, a, b)
+        along_rows(work, True, task.x, n0, n1, task.S, task.D, scaling, task.has_delta, o0, o1, 0, inner)
     if task.has_low_rank:
         wait_for(task.counters, 1, low_blocks)
         rank = task.B.shape[0]
-        along_rows(c, not task.has_base, task.u, n0, n1, task.B, task.B, scaling, False, o0, o1, 0, rank, a, b)
-    _activate_block(task, n0, n1, o0, o1, c)
+        along_rows(work, not task.has_base, task.u, n0, n1, task.B, task.B, scaling, False, o0, o1, 0, rank)
+    _activate_block(task, n0, n1, o0, o1, work.c)
 
 
 @part
-def _fully_connected_job(task, n0, n1, o0, o1, low_blocks, a, b, c):
+def _fully_connected_job(task, n0, n1, o0, o1, low_blocks, work):
     scaling = task.y.dtype.type(task.c)
-    across_rows(c, True, task.S, task.D, scaling, task.has_delta, o0, o1, task.x, n0, n1, 0, task.S.shape[1], a, b)
+    across_rows(work, True, task.S, task.D, scaling, task.has_delta, o0, o1, task.x, n0, n1, 0, task.S.shape[1])
     if task.has_low_rank:
         wait_for(task.counters, 1, low_blocks)
-        factor_across_rows(c, False, task.B, o0, o1, task.u, n0, n1, a, b)
-    transpose_block(b, c, o1 - o0, n1 - n0)
-    _activate_block(task, n0, n1, o0, o1, b)
+        factor_across_rows(work, False, task.B, o0, o1, task.u, n0, n1)
+    transpose_block(work.g, work.c, o1 - o0, n1 - n0)
+    _activate_block(task, n0, n1, o0, o1, work.g)
 
 
 def forward_worker(task, worker, workers):
     """Draw jobs until none is left."""
-    scratch = task.scratch[worker]
-    a, b, c = scratch[:PART], scratch[PART : 2 * PART], scratch[2 * PART : 3 * PART]
+    work = scratch_work(task.scratch[worker], task.tile_rows, task.tile_steps)
     N, out = task.y.shape
     low, samples, outputs = _geometry(task, workers)
     low_blocks = (N + low - 1) // low if task.has_low_rank else 0
@@ -130,7 +131,7 @@ def forward_worker(task, worker, workers):
     while True:
         job = fetch_add(task.counters, 0, 1)
         if job < low_blocks:
-            _low_job(task, job * low, min(N, job * low + low), a, b, c)
+            _low_job(task, job * low, min(N, job * low + low), work)
             fetch_add(task.counters, 1, 1)
             continue
         job -= low_blocks
@@ -139,9 +140,9 @@ def forward_worker(task, worker, workers):
         n0, o0 = job // columns * samples, job % columns * outputs
         n1, o1 = min(N, n0 + samples), min(out, o0 + outputs)
         if task.transposed:
-            _fully_connected_job(task, n0, n1, o0, o1, low_blocks, a, b, c)
+            _fully_connected_job(task, n0, n1, o0, o1, low_blocks, work)
         else:
-            _dense_job(task, n0, n1, o0, o1, low_blocks, a, b, c)
+            _dense_job(task, n0, n1, o0, o1, low_blocks, work)
 
 
 _entry = entry(forward_worker)

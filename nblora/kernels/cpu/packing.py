@@ -7,7 +7,7 @@ a panel of B or of steps has `DEPTH` rows. Columns beyond the matrix are zeros: 
 from ..jit import part
 from .machine import DEPTH, ROW_STRIDE, TILE_ROWS
 from .microkernel import lanes
-from .vectors import combine_pair, copy_pair, transpose_square
+from .vectors import combine_pair, copy_pair, copy_vector, transpose_square
 
 
 @part
@@ -36,22 +36,25 @@ def pack_rows_transposed(a, S, i0, i1, k0, k1):
 
 @part
 def pack_steps(a, S, i0, i1, k0, k1):
-    """a[panel][k][i] = S[k0 + k, i0 + panel·TILE_ROWS + i]."""
-    for panel in range((i1 - i0 + TILE_ROWS - 1) // TILE_ROWS):
-        first = i0 + panel * TILE_ROWS
-        height = min(TILE_ROWS, i1 - first)
-        start = panel * DEPTH * TILE_ROWS
-        for k in range(k1 - k0):
-            at = start + k * TILE_ROWS
-            row = S[k0 + k, first : first + height]
-            if height == TILE_ROWS:
-                for i in range(TILE_ROWS):
-                    a[at + i] = row[i]
+    """a[panel][k][i] = S[k0 + k, i0 + panel·TILE_ROWS + i].
+
+    Whole vectors are copied: what they write beyond a step is overwritten by the next, what they read beyond a row is
+    the start of the next row. Only at the very end of S there is none.
+    """
+    length = lanes(a)
+    source = S.reshape(-1)
+    last = source.shape[0] - TILE_ROWS - length
+    for first in range(i0, i1, TILE_ROWS):
+        to = (first - i0) * DEPTH
+        for k in range(k0, k1):
+            at = k * S.shape[1] + first
+            if at <= last:
+                for i in range(0, TILE_ROWS, length):
+                    copy_vector(a, to + i, source, at + i)
             else:
-                for i in range(height):
-                    a[at + i] = row[i]
-                for i in range(height, TILE_ROWS):
-                    a[at + i] = 0
+                for i in range(min(TILE_ROWS, i1 - first)):
+                    a[to + i] = source[at + i]
+            to += TILE_ROWS
 
 
 @part
