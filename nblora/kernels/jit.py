@@ -146,11 +146,11 @@ def kernel(function=None, **options):
 
 
 def part(function=None, **options):
-    """Decorate a function that only kernels call: no entry points and no cache of its own, no reference counts.
+    """Decorate a function that only kernels call: without entry points and a cache of its own.
 
-    It takes and slices arrays that its caller keeps alive and returns none. Compiling a step with its inner functions
-    as kernels of their own took three times as long. Called from Python it is the plain function.
+    Compiling a step took three times as long when its inner functions were kernels themselves. Called from Python it is
+    the plain function.
     """
     if function is None:
         return functools.partial(part, **options)
-    return numba.extending.register_jitable(_nrt=False, **options)(function)
+    return numba.extending.register_jitable(**options)(function)

@@ -19,7 +19,9 @@ _WORKER = ir.FunctionType(ir.VoidType(), [I8P, I64, I64])
 def _trampoline(context, builder, worker, task_type):
     """The LLVM function (task*, worker, workers) that loads the task and calls `worker`."""
     signature = types.none(task_type, types.int64, types.int64)
-    compiled = context.compile_subroutine(builder, worker, signature, flags=compiler.Flags())
+    flags = compiler.Flags()
+    flags.nrt = True
+    compiled = context.compile_subroutine(builder, worker, signature, flags=flags)
     name = f"nblora_enter.{compiled.fndesc.mangled_name}"
     function = ir.Function(builder.module, _WORKER, name)
     function.linkage = "internal"
