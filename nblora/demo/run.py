@@ -3,6 +3,7 @@
 Everything that is drawn comes from the seeds, so a second run measures the same, but for the seconds.
 """
 
+import contextlib
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -47,10 +48,24 @@ def run_demo(settings: Settings, progress: bool = True) -> DemoResult:
     experiment = _Experiment(settings, load_digits(settings.seed))
     runs = experiment.run_count()
     # disable=None: silent where standard error is no terminal
-    with tqdm(total=runs, unit="run", disable=None if progress else True) as bar:
+    with one_thread(), tqdm(total=runs, unit="run", disable=None if progress else True) as bar:
         result = experiment.run(bar)
     result.seconds = time.perf_counter() - start
     return result
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Let kernels run in the calling thread. These layers are too small to share: a second thread gains nothing on an
+    idle machine, and where another program has its core each kernel waits for it (0.1 s a run became 3 s)."""
+    import numba
+
+    before = numba.get_num_threads()
+    numba.set_num_threads(1)
+    try:
+        yield
+    finally:
+        numba.set_num_threads(before)
 
 
 class _Experiment:
@@ -228,6 +243,5 @@ def _machine() -> dict[str, Any]:
         "cpu": found["cpu"]["name"],
         "cores": found["cpu"]["usable_cores"],
         "threads": found["threads"]["numba_threads"],
-        "threading_layer": found["threads"]["layer"],
         "versions": found["versions"],
     }
