@@ -17,6 +17,7 @@ from nblora.training import AdamW, Optimizer, fit
 from .data import Digits, Split, load_digits
 from .methods import DELTA_LORA, LORA, METHODS, Candidate, Method, new_network
 from .results import DemoResult, MethodResult, Settings, mean
+from .warm_up import compile_kernels
 
 PRETRAIN_LR = 0.003
 TUNING_SEEDS = 2
@@ -49,8 +50,10 @@ def run_demo(settings: Settings, progress: bool = True) -> DemoResult:
     runs = experiment.run_count()
     # disable=None: silent where standard error is no terminal
     with one_thread(), tqdm(total=runs, unit="run", disable=None if progress else True) as bar:
+        bar.set_description("compiling kernels, once")
+        compiled = settings.device in (None, "cpu", "auto") and compile_kernels()
         result = experiment.run(bar)
-    result.seconds = time.perf_counter() - start
+    result.seconds, result.compiled = time.perf_counter() - start, compiled
     return result
 
 
@@ -117,7 +120,7 @@ class _Experiment:
             rows.append(row)
         steps = self.epochs * -(-len(self.digits.adaptation.y) // self.settings.batch_size)
         samples = {name: len(split.y) for name, split in self.digits._asdict().items() if name != "upright_test"}
-        return DemoResult(self.settings, _machine(), samples, steps, before, rows, delta, 0.0)
+        return DemoResult(self.settings, _machine(), samples, steps, before, rows, delta, 0.0, False)
 
     def pretrain(self, seed: int) -> Sequential:
         model = new_network(seed)
