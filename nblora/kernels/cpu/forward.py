@@ -6,24 +6,26 @@ its first product to its activation; the low-rank term comes last in a block, wh
 
 from typing import NamedTuple
 
+from numba import int64, prange
+
 from .. import elementwise
-from ..jit import kernel, part
+from ..jit import kernel
 from .atomics import fetch_add, wait_for
 from .machine import BLOCK, TILE_ROWS
 from .microkernel import lanes
 from .products import (
     C_STRIDE,
+    PART,
+    PARTS,
     across_rows,
     along_rows,
     block_size,
     factor_across_rows,
-    scratch_work,
     store_block,
     transpose_block,
 )
-from .threads import call, entry, launch
 
-activate = part(elementwise.activate)
+activate = kernel(elementwise.activate)
 
 
 class ForwardTask(NamedTuple):
@@ -40,8 +42,6 @@ class ForwardTask(NamedTuple):
     z: object  # (N, out), written; may be y
     y: object  # (N, out), written
     scratch: object  # (workers, PARTS·PART)
-    tile_rows: int  # addresses of `tile_functions`
-    tile_steps: int
     counters: object  # (2,) int64 zeros: jobs drawn, blocks of u done
     s: float
     c: float
@@ -53,7 +53,7 @@ class ForwardTask(NamedTuple):
     has_bias: bool
 
 
-@part
+@kernel
 def _geometry(task, workers):
     """Sizes of the blocks: samples of u, samples of z, outputs of z."""
     N, out = task.y.shape
@@ -65,18 +65,18 @@ def _geometry(task, workers):
     return low, samples, outputs
 
 
-@part
-def _low_job(task, n0, n1, work):
+@kernel
+def _low_job(task, n0, n1, a, b, c):
     """u[n0:n1] = s·x_low[n0:n1]·A."""
     rank = task.A.shape[1]
     s = task.y.dtype.type(task.s)
     for r in range(0, rank, BLOCK):
         end = min(r + BLOCK, rank)
-        along_rows(work, True, task.x_low, n0, n1, task.A, task.A, s, False, r, end, 0, task.A.shape[0])
-        store_block(task.u, n0, n1, r, end, work.c, s)
+        along_rows(c, True, task.x_low, n0, n1, task.A, task.A, s, False, r, end, 0, task.A.shape[0], a, b)
+        store_block(task.u, n0, n1, r, end, c, s)
 
 
-@part
+@kernel
 def _activate_block(task, n0, n1, o0, o1, c):
     """z = C + b and y = act(z) for n0 <= n < n1, o0 <= o < o1."""
     for n in range(n1 - n0):
@@ -97,33 +97,35 @@ def _activate_block(task, n0, n1, o0, o1, c):
                 y[o] = activate(z[o], task.activation)
 
 
-@part
-def _dense_job(task, n0, n1, o0, o1, low_blocks, work):
+@kernel
+def _dense_job(task, n0, n1, o0, o1, low_blocks, a, b, c):
     scaling = task.y.dtype.type(task.c)
     if task.has_base:
         inner = task.S.shape[0]
-        along_rows(work, True, task.x, n0, n1, task.S, task.D, scaling, task.has_delta, o0, o1, 0, inner)
+        along_rows(c, True, task.x, n0, n1, task.S, task.D, scaling, task.has_delta, o0, o1, 0, inner, a, b)
     if task.has_low_rank:
         wait_for(task.counters, 1, low_blocks)
         rank = task.B.shape[0]
-        along_rows(work, not task.has_base, task.u, n0, n1, task.B, task.B, scaling, False, o0, o1, 0, rank)
-    _activate_block(task, n0, n1, o0, o1, work.c)
+        along_rows(c, not task.has_base, task.u, n0, n1, task.B, task.B, scaling, False, o0, o1, 0, rank, a, b)
+    _activate_block(task, n0, n1, o0, o1, c)
 
 
-@part
-def _fully_connected_job(task, n0, n1, o0, o1, low_blocks, work):
+@kernel
+def _fully_connected_job(task, n0, n1, o0, o1, low_blocks, a, b, c):
     scaling = task.y.dtype.type(task.c)
-    across_rows(work, True, task.S, task.D, scaling, task.has_delta, o0, o1, task.x, n0, n1, 0, task.S.shape[1])
+    across_rows(c, True, task.S, task.D, scaling, task.has_delta, o0, o1, task.x, n0, n1, 0, task.S.shape[1], a, b)
     if task.has_low_rank:
         wait_for(task.counters, 1, low_blocks)
-        factor_across_rows(work, False, task.B, o0, o1, task.u, n0, n1)
-    transpose_block(work.g, work.c, o1 - o0, n1 - n0)
-    _activate_block(task, n0, n1, o0, o1, work.g)
+        factor_across_rows(c, False, task.B, o0, o1, task.u, n0, n1, a, b)
+    transpose_block(b, c, o1 - o0, n1 - n0)
+    _activate_block(task, n0, n1, o0, o1, b)
 
 
+@kernel
 def forward_worker(task, worker, workers):
     """Draw jobs until none is left."""
-    work = scratch_work(task.scratch[worker], task.tile_rows, task.tile_steps)
+    scratch = task.scratch[worker]
+    a, b, c = scratch[:PART], scratch[PART : 2 * PART], scratch[2 * PART : 3 * PART]
     N, out = task.y.shape
     low, samples, outputs = _geometry(task, workers)
     low_blocks = (N + low - 1) // low if task.has_low_rank else 0
@@ -131,7 +133,7 @@ def forward_worker(task, worker, workers):
     while True:
         job = fetch_add(task.counters, 0, 1)
         if job < low_blocks:
-            _low_job(task, job * low, min(N, job * low + low), work)
+            _low_job(task, job * low, min(N, job * low + low), a, b, c)
             fetch_add(task.counters, 1, 1)
             continue
         job -= low_blocks
@@ -140,19 +142,20 @@ def forward_worker(task, worker, workers):
         n0, o0 = job // columns * samples, job % columns * outputs
         n1, o1 = min(N, n0 + samples), min(out, o0 + outputs)
         if task.transposed:
-            _fully_connected_job(task, n0, n1, o0, o1, low_blocks, work)
+            _fully_connected_job(task, n0, n1, o0, o1, low_blocks, a, b, c)
         else:
-            _dense_job(task, n0, n1, o0, o1, low_blocks, work)
+            _dense_job(task, n0, n1, o0, o1, low_blocks, a, b, c)
 
 
-_entry = entry(forward_worker)
-
-
-@kernel
+@kernel(parallel=True)
 def forward(task, workers):
     """Run a `ForwardTask` with so many workers, in the calling thread where it is one."""
-    function, address = _entry(task)
+    # The index of prange is unsigned and a literal has a type of its own: as int64, one worker is compiled, not three.
     if workers == 1:
-        call(function, address, 0, 1)
+        forward_worker(task, int64(0), workers)
     else:
-        launch(function, address, workers)
+        for worker in prange(workers):
+            forward_worker(task, int64(worker), workers)
+
+
+__all__ = ["PARTS", "ForwardTask", "forward"]
