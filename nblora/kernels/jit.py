@@ -152,5 +152,5 @@ def part(function=None, **options):
     the plain function.
     """
     if function is None:
-        return functools.partial(part, **options)
-    return numba.extending.register_jitable(**options)(function)
+        return numba.extending.register_jitable(**options)
+    return numba.extending.register_jitable(function)
