@@ -102,6 +102,7 @@ class Adapter(Linear):
     def backward(self, grad_output: Any, accumulate: bool = False) -> np.ndarray:
         if self._fused:
             return super().backward(grad_output, accumulate)
+        self._require_forward()
         if self._saved is None and not self._enabled:
             grad_input = self.base_layer.backward(grad_output, accumulate)
             if self._gradients is None or not accumulate:
@@ -124,6 +125,7 @@ class Adapter(Linear):
     def _sweep(self, grad_output: Any, lr: float, delta_lr: float) -> np.ndarray:
         if self._fused:
             return super()._sweep(grad_output, lr, delta_lr)
+        self._require_forward()
         own = super()._sweep(grad_output, lr, delta_lr)
         if self.is_base_layer_frozen:
             grad_input = self.base_layer.backward(grad_output)
@@ -132,6 +134,12 @@ class Adapter(Linear):
             grad_input = self.base_layer._sweep(grad_output, lr, delta_lr)
         self._backend.add(grad_input, own)
         return grad_input
+
+    def _require_forward(self) -> None:
+        if self._fused or self._enabled:
+            super()._require_forward()
+        if not self._fused:
+            self.base_layer._require_forward()
 
     def _forget_forward(self) -> None:
         super()._forget_forward()

@@ -138,6 +138,10 @@ class Layer(NamedParameters):
     def _apply_momentum(self, lr: float) -> None:
         """Update in place what follows a velocity, where its gradient is held: nothing but in delta adapters."""
 
+    def _require_forward(self) -> None:
+        """RuntimeError where there is no forward to go back through, at any depth."""
+        raise NotImplementedError
+
     def _forget_forward(self) -> None:
         """Drop what the last forward kept for backward."""
         raise NotImplementedError

@@ -54,11 +54,17 @@ class Linear(Layer):
     def _forget_forward(self) -> None:
         self._saved = None
 
-    def _checked_gradient(self, grad_output: Any) -> tuple[Any, Saved, tuple[int, ...], Operands]:
+    def _require_forward(self) -> None:
+        self._last_forward()
+
+    def _last_forward(self) -> tuple[Saved, tuple[int, ...], Operands]:
         if self._saved is None:
             self._require_open()
             raise RuntimeError(_why_no_forward(self._training))
-        saved, shape, operands = self._saved
+        return self._saved
+
+    def _checked_gradient(self, grad_output: Any) -> tuple[Any, Saved, tuple[int, ...], Operands]:
+        saved, shape, operands = self._last_forward()
         grad = checks.as_samples("grad_output", grad_output, self.out_features, self.dtype)
         if grad.shape[:-1] != shape[:-1]:
             raise ValueError(

@@ -77,6 +77,7 @@ class Sequential(Layer):
         return x
 
     def backward(self, grad_output: Any, accumulate: bool = False) -> np.ndarray:
+        self._require_forward()
         for layer in reversed(self._layers.values()):
             grad_output = layer.backward(grad_output, accumulate)
         return grad_output
@@ -89,6 +90,7 @@ class Sequential(Layer):
     def backward_update(self, grad_output: Any, lr: float) -> np.ndarray:
         checks.check_not_negative("lr", lr)
         self._check_trainable_memory()
+        self._require_forward()
         for layer in reversed(self._layers.values()):
             grad_output = layer.backward_update(grad_output, lr)
         return grad_output
@@ -100,6 +102,10 @@ class Sequential(Layer):
     def _apply_momentum(self, lr: float) -> None:
         for layer in self:
             layer._apply_momentum(lr)
+
+    def _require_forward(self) -> None:
+        for layer in self:
+            layer._require_forward()
 
     def _forget_forward(self) -> None:
         for layer in self:
