@@ -126,13 +126,12 @@ class Adapter(Linear):
         if self._fused:
             return super()._sweep(grad_output, lr, delta_lr)
         self._require_forward()
-        own = super()._sweep(grad_output, lr, delta_lr)
         if self.is_base_layer_frozen:
             grad_input = self.base_layer.backward(grad_output)
             self.base_layer._forget_forward()
         else:
             grad_input = self.base_layer._sweep(grad_output, lr, delta_lr)
-        self._backend.add(grad_input, own)
+        self._backend.add(grad_input, super()._sweep(grad_output, lr, delta_lr))
         return grad_input
 
     def _require_forward(self) -> None:
