@@ -17,7 +17,7 @@ from nblora.layers.named_parameters import Parameter
 from nblora.storage.checkpoint import take_tensor
 
 
-class Adapter(Linear):
+class Adapter(Linear, abstract=True):
     """A base layer plus a trained change of it.
 
     On a `Dense` or `FullyConnected` base everything is one fused computation on the pre-activation. Any other base

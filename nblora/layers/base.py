@@ -28,9 +28,10 @@ class Layer(NamedParameters):
     trainable: bool = True
     _closed = False
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, abstract: bool = False, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        Layer.kinds[cls.__name__] = cls
+        if not abstract:  # or a file could ask for half a class
+            Layer.kinds[cls.__name__] = cls
 
     def _open(self, backend: Any) -> None:
         """Begin life: in training mode, on `backend`, without gradients."""

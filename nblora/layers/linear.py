@@ -11,7 +11,7 @@ from nblora.backends.protocol import Gradients, Operands, Saved
 from .base import Layer
 
 
-class Linear(Layer):
+class Linear(Layer, abstract=True):
     """A layer whose arithmetic is one call of the backend: any of base, low-rank factors and delta (`Operands`)."""
 
     _saved: tuple[Saved, tuple[int, ...], Operands] | None = None
