@@ -1,6 +1,5 @@
 """Shapes up to 1024 against NumPy's float64 formulas."""
 
-import numpy as np
 import pytest
 
 from tests import oracle

@@ -121,13 +121,20 @@ def test_any_flipped_bit_is_seen(adapter, path, rng):
         damaged = bytearray(whole)
         damaged[place] ^= 1 << int(rng.integers(8))
         path.write_bytes(bytes(damaged))
-        try:
+        if not is_refused(path):
+            # A bit of nothing that counts: the version of nblora, or a blank of the header's padding.
             loaded = nblora.load(path)
-        except FormatError as error:
-            assert str(error).startswith(str(path))
-        else:  # a bit of nothing that counts: the version of nblora, or a blank of the header's padding
             assert_unchanged(loaded, before)
             assert loaded._config() == adapter._config()
+
+
+def is_refused(path):
+    """Whether loading ends in a FormatError; any other error passes through."""
+    try:
+        nblora.load(path)
+    except FormatError:
+        return True
+    return False
 
 
 @given(data=st.binary(max_size=200))
