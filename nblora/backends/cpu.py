@@ -6,6 +6,7 @@ that each kernel has one specialisation a dtype. Scratch is kept between calls, 
 
 import os
 import threading
+from typing import Any
 
 import numba
 import numpy as np
@@ -332,7 +333,7 @@ class CPUBackend:
         return self._loss(loss_kernel.binary_cross_entropy, logits, target)
 
     @staticmethod
-    def _loss(function, output, target):
+    def _loss(function: Any, output: Array, target: Array) -> tuple[float, Array]:
         gradient, total = np.empty(output.shape, output.dtype), np.zeros(1)
         function(_plain(output), _plain(target), gradient, total)
         return float(total[0]), gradient
