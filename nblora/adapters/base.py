@@ -15,6 +15,7 @@ from nblora.layers.linear import Linear
 from nblora.layers.low_rank import LoRALayer
 from nblora.layers.named_parameters import Parameter
 from nblora.storage.checkpoint import take_tensor
+from nblora.storage.onnx_graph import OnnxGraph
 
 
 class Adapter(Linear, abstract=True):
@@ -263,6 +264,16 @@ class Adapter(Linear, abstract=True):
             "lora_dropout": self.lora_dropout,
         }
         return describe_linear(self, extra | self._method_config())
+
+    def _onnx_operands(self) -> Operands:
+        operands = self._operands()
+        return operands if self._fused else operands._replace(base=None)  # that one adds itself
+
+    def _add_to_onnx(self, graph: OnnxGraph, x: str) -> str:
+        if self._fused:
+            return super()._add_to_onnx(graph, x)
+        y = self.base_layer._add_to_onnx(graph, x)
+        return graph.node("Add", y, super()._add_to_onnx(graph, x)) if self._enabled else y
 
     def _method_config(self) -> dict[str, Any]:
         """The settings that only this method has."""

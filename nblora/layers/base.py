@@ -9,6 +9,7 @@ import numpy as np
 from nblora import checks
 from nblora.backends import resolve
 from nblora.storage.checkpoint import read_checkpoint, write_checkpoint
+from nblora.storage.onnx_graph import OnnxGraph
 
 from .named_parameters import NamedParameters, Parameter
 
@@ -335,6 +336,24 @@ class Layer(NamedParameters):
             twin.forward(samples)
             twin.backward_update(grad, 0.0)
         return self
+
+    def to_onnx(self, path: str | os.PathLike[str]) -> None:
+        """Write the forward graph, as it is in evaluation mode, to an ONNX file, atomically (extra `onnx`).
+
+        The graph maps `x` (batch, in_features) to `y` (batch, out_features) in the layer's dtype.
+
+        Raises
+        ------
+        MissingExtraError
+            Where onnx is not installed.
+        """
+        self._require_open()
+        graph = OnnxGraph(self.dtype)
+        graph.write(path, self._add_to_onnx(graph, "x"), self.in_features, self.out_features)
+
+    def _add_to_onnx(self, graph: OnnxGraph, x: str) -> str:
+        """Add the forward computation on the value called `x`, and return the name of its result."""
+        raise NotImplementedError
 
     def diagnostics(self) -> dict[str, Any]:
         """Return a flat dict that describes the layer; it never raises on NaN."""

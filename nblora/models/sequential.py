@@ -12,6 +12,7 @@ from nblora import checks
 from nblora.adapters import Adapter, DeltaLoRAAdapter, LoRAAdapter
 from nblora.layers.base import Layer, layer_from_state
 from nblora.layers.named_parameters import Parameter
+from nblora.storage.onnx_graph import OnnxGraph
 
 from .targets import match_names
 
@@ -94,6 +95,11 @@ class Sequential(Layer):
         for layer in reversed(self._layers.values()):
             grad_output = layer.backward_update(grad_output, lr)
         return grad_output
+
+    def _add_to_onnx(self, graph: OnnxGraph, x: str) -> str:
+        for layer in self:
+            x = layer._add_to_onnx(graph, x)
+        return x
 
     def _apply_gradients(self, lr: float) -> None:
         for layer in self:
