@@ -16,6 +16,7 @@ from ..kernels.cpu import forward as forward_kernel
 from ..kernels.cpu import losses as loss_kernel
 from ..kernels.cpu import sweep as sweep_kernel
 from ..kernels.cpu import update as update_kernel
+from ..kernels.cpu.microkernel import tile_functions
 from ..kernels.cpu.products import PART, PARTS
 from .protocol import Array, Gradients, Operands, Saved
 
@@ -110,7 +111,15 @@ class CPUBackend:
     def __init__(self):
         self._pool = _Pool()
         self._scratch = _Scratch()
+        self._tile_functions = {}
         self._stand_ins = {np.dtype(t): (np.zeros((1, 1), t), np.zeros(1, t)) for t in ("float32", "float64")}
+
+    def _tiles(self, dtype):
+        """Addresses of the register tiles of a dtype."""
+        found = self._tile_functions.get(dtype)
+        if found is None:
+            found = self._tile_functions[dtype] = tile_functions(self._stand_ins[dtype][1])
+        return found
 
     def from_host(self, array: np.ndarray) -> Array:
         """Bring a NumPy array to the device: the same array."""
@@ -159,6 +168,7 @@ class CPUBackend:
                 z,
                 y,
                 scratch,
+                *self._tiles(dtype),
                 np.zeros(2, np.int64),
                 float(s),
                 float(delta.scaling) if delta is not None else 0.0,
@@ -237,6 +247,7 @@ class CPUBackend:
             none if dW is None else dW,
             none if dD is None else dD,
             scratch,
+            *self._tiles(dtype),
             np.zeros(3, np.int64),
             float(low_rank.scaling) if low_rank is not None else 0.0,
             float(delta.scaling) if delta is not None else 0.0,
