@@ -1,1 +1,1 @@
-"""To be written."""
+"""Files: checkpoints, PEFT adapters, safetensors."""
