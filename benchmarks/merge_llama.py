@@ -140,7 +140,7 @@ def main() -> None:
     source, out = folder / "base/model.safetensors", folder / "out"
     commands = {
         "copy + fsync": [sys.executable, "-S", "-c", COPY_RUN, str(source), str(out)],
-        "nblora merge": [sys.executable, "-m", "nblora.cli", "merge", str(folder / "base"), "--adapter", str(folder / "adapter"), "--output", str(out)],
+        "nblora merge": [sys.executable, "-c", "from nblora.cli import main; main()", "merge", str(folder / "base"), "--adapter", str(folder / "adapter"), "--output", str(out)],
     }  # fmt: skip
     if arguments.peer:
         commands["peft"] = [arguments.peer, "-c", PEFT_RUN, str(folder / "base"), str(folder / "adapter"), str(out)]

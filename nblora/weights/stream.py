@@ -19,7 +19,7 @@ from numba import config
 from nblora.formats.safetensors_reader import SafetensorsFile, TensorInfo
 from nblora.kernels.cpu import weights_merge as kernels
 from nblora.kernels.cpu.weights_numbers import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
-from nblora.weights.factors import Stack
+from nblora.weights.factors import Stack, held
 from nblora.weights.plan import COLUMNS, Recipe
 
 CODES = {"F64": FLOAT64, "F32": FLOAT32, "F16": FLOAT16, "BF16": BFLOAT16}
@@ -170,12 +170,12 @@ class Stream:
         """
         source = replace(base, file=recipe.replacement[0], info=recipe.replacement[1]) if recipe.replacement else base
         narrow = dtype in ("F16", "BF16") and "F64" not in (source.info.dtype, base.info.dtype)
-        working = np.float32 if narrow else np.float64
-        stack = self._stack(source, recipe, working)
+        working = np.empty(0, np.float32 if narrow else np.float64)
+        stack = self._stack(source, recipe)
         codes = CODES[source.info.dtype], CODES[base.info.dtype], CODES[dtype]
         change = Change.none()
         item = max(source.itemsize, base.itemsize, 2 if dtype in ("F16", "BF16") else 4 if dtype == "F32" else 8)
-        height, width = self._block_shape(recipe, item, np.dtype(working).itemsize)
+        height, width = self._block_shape(recipe, item)
         for first in range(0, recipe.rows, height):
             rows = first, min(first + height, recipe.rows)
 
@@ -186,14 +186,12 @@ class Stream:
                     columns = left, min(left + width, recipe.columns)
                     old = base.read(buffers[0], rows, columns)
                     new = old if source is base else source.read(buffers[1], rows, columns)
-                    scale = stack.scale[slice(*rows)] if stack.scale_axis == kernels.SCALE_ROWS else stack.scale
-                    if stack.scale_axis == kernels.SCALE_COLUMNS:
-                        scale = stack.scale[slice(*columns)]
                     size = (rows[1] - rows[0]) * (columns[1] - columns[0])
                     target = buffers[2][: size * _ITEMSIZE[dtype]]
+                    row_scale, column_scale = stack.row_scale[slice(*rows)], stack.column_scale[slice(*columns)]
                     kernels.merge_block(
-                        new, codes[0], old, codes[1], P, stack.Q(*columns), scale, stack.scale_axis, target, codes[2],
-                        sums, counts,
+                        new, codes[0], old, codes[1], P, stack.Q(*columns), row_scale, column_scale, working,
+                        target, codes[2], sums, counts,
                     )  # fmt: skip
                     base.write(sink, start, target, rows, columns)
                     if keep:
@@ -209,27 +207,25 @@ class Stream:
         while self._pending:
             self._gather()
 
-    def _stack(self, source: Matrix, recipe: Recipe, working: type) -> Stack:
-        item = np.dtype(working).itemsize
-        expected = min(recipe.rows * recipe.rank * item, self._factor_limit)
-        expected += min(recipe.columns * recipe.rank * item, self._factor_limit)
+    def _stack(self, source: Matrix, recipe: Recipe) -> Stack:
+        expected = sum(min(count * recipe.rank * 8, self._factor_limit) for count in (recipe.rows, recipe.columns))
         while self._pending and self._held + expected > self._stack_limit:
             self._gather()
-        stack = Stack(recipe, working, self._factor_limit)
+        stack = Stack(recipe, self._factor_limit)
         if recipe.dora:
-            stack.fold_magnitude(self._norms(source, recipe, working))
+            stack.fold_magnitude(self._norms(source, recipe))
         return stack
 
-    def _norms(self, source: Matrix, recipe: Recipe, working: type) -> np.ndarray:
+    def _norms(self, source: Matrix, recipe: Recipe) -> np.ndarray:
         """‖W + sBA‖ of the DoRA term alone, float64, along its axis."""
         term = recipe.dora
         assert term
         alone = Recipe(recipe.rows, recipe.columns, terms=[replace(term, magnitude=None)])
-        stack = Stack(alone, working, self._factor_limit)
+        stack = Stack(alone, self._factor_limit)
         by_column = term.axis == COLUMNS
-        axis = kernels.SCALE_COLUMNS if by_column else kernels.SCALE_ROWS
+        axis = kernels.BY_COLUMN if by_column else kernels.BY_ROW
         squares = np.zeros(recipe.columns if by_column else recipe.rows)
-        height, width = self._block_shape(alone, source.itemsize, np.dtype(working).itemsize)
+        height, width = self._block_shape(alone, source.itemsize)
 
         def block(buffers: list[np.ndarray], rows: tuple[int, int]) -> None:
             P = stack.P(*rows)
@@ -247,16 +243,17 @@ class Stream:
         self.finish()
         return np.sqrt(squares)
 
-    def _block_shape(self, recipe: Recipe, item: int, working_item: int) -> tuple[int, int]:
+    def _block_shape(self, recipe: Recipe, item: int) -> tuple[int, int]:
         """Rows and columns of a block: whole rows wherever they fit, else whole segments of them."""
         segment = kernels.SEGMENT
         width = max(self._piece // item // segment, 1) * segment
-        if recipe.rank and recipe.columns * recipe.rank * working_item > self._factor_limit:
-            width = min(width, max(self._factor_limit // (recipe.rank * working_item) // segment, 1) * segment)
+        per_line = recipe.rank * 8
+        if not held(recipe.columns, recipe, self._factor_limit):
+            width = min(width, max(self._factor_limit // per_line // segment, 1) * segment)
         width = min(width, max(recipe.columns, 1))
         height = max(self._piece // (item * width), 1)
-        if recipe.rank and recipe.rows * recipe.rank * working_item > self._factor_limit:
-            height = min(height, max(self._factor_limit // (recipe.rank * working_item), 1))
+        if not held(recipe.rows, recipe, self._factor_limit):
+            height = min(height, max(self._factor_limit // per_line, 1))
         return height, width
 
     def _submit(self, block: Callable[[list[np.ndarray]], Any], change: Change, count: int, held: int) -> None:

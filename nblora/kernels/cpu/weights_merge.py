@@ -8,12 +8,12 @@ gives every element and every per-row sum the bits that any other division into 
 import numpy as np
 from numba.extending import intrinsic
 
-from nblora.kernels.cpu.weights_numbers import BFLOAT16, FLOAT32, FLOAT64, decode, encode
+from nblora.kernels.cpu.weights_numbers import BFLOAT16, FLOAT32, FLOAT64, decode, encode, round_to_odd
 from nblora.kernels.jit import JIT_DISABLED, kernel
 
 SEGMENT = 512
-NO_SCALE, SCALE_ROWS, SCALE_COLUMNS = 0, 1, 2
-CHANGE, BASE, VALUE = 0, 1, 2
+BY_ROW, BY_COLUMN = 0, 1
+CHANGE, BASE = 0, 1
 LOST, NOT_FINITE = 0, 1
 
 
@@ -55,12 +55,51 @@ def low_rank_segment(P, Q, total):
 
 @kernel
 def pack_segment(Q, first, n, packed):
-    """packed[:, :n] = Q[:, first : first + n]; Q (K, columns), packed (K, ≥ n).
+    """packed[:, :n] = Q[:, first : first + n], in the type of `packed`; Q float64 (K, columns), packed (K, ≥ n).
 
     Rows of Q that lie a power of two apart share cache sets; packed they do not (0.51 against 0.75 ns an element).
     """
     for k in range(Q.shape[0]):
-        packed[k, :n] = Q[k, first : first + n]
+        row, column = packed[k], Q[k, first : first + n]
+        for j in range(n):
+            row[j] = column[j]
+
+
+@kernel
+def count_near_ties(bits, mask, half, reach):
+    """How many of the float32 numbers with these bits lie within `reach` units of a tie of the 16-bit rounding.
+
+    bits int32 (n,); mask: the bits that rounding drops; half: the tie among them.
+    """
+    near = 0
+    for j in range(bits.shape[0]):
+        near += abs((bits[j] & mask) - half) <= reach
+    return near
+
+
+@kernel
+def settle_ties(P, Q, start, row_scale, column_scale, first, number, value):
+    """Compute again in float64 what float32 sums leave too close to a tie to be rounded to 16 bits.
+
+    The float32 error of a sum of K terms is a few of its units; entries nearer to a tie than that (one in a thousand)
+    are replaced by the float64 value, rounded to odd, so that the rounding that follows is the exact value's.
+
+    P float64 (K,), one row; Q float64 (K, columns); start float32 (n,), what the sum is added to, times row_scale and
+    column_scale[j] (unless empty); first: the segment's column; number: the stored type; value float32 (n,), updated.
+    """
+    bits = value.view(np.int32)
+    dropped = np.int32(16 if number == BFLOAT16 else 13)
+    mask, half = np.int32((1 << dropped) - 1), np.int32(1 << (dropped - 1))
+    reach = np.int32(min(16 + P.shape[0] // 4, 1 << (dropped - 2)))
+    if count_near_ties(bits, mask, half, reach) == 0:
+        return
+    for j in range(value.shape[0]):
+        if abs((bits[j] & mask) - half) <= reach:
+            total = 0.0
+            for k in range(P.shape[0]):
+                total = fma(P[k], Q[k, first + j], total)
+            scale = row_scale * column_scale[first + j] if column_scale.shape[0] else row_scale
+            round_to_odd(fma(scale, np.float64(start[j]), total), value, bits, j)
 
 
 @kernel(fastmath={"reassoc", "nsz"})
@@ -110,25 +149,30 @@ def itemsize(number):
 
 
 @kernel
-def merge_block(source, source_number, base, base_number, P, Q, scale, scale_axis, target, target_number, sums, counts):
+def merge_block(
+    source, source_number, base, base_number, P, Q, row_scale, column_scale, working, target, target_number, sums, counts
+):
     """target = round(g ∘ source + P Q), and what that did to `base`.
 
     source uint8 (rows · columns · itemsize,): the numbers to start from, stored as `source_number` says
     base uint8, likewise: what the checkpoint holds; the same array as `source` unless an adapter replaces the weight
-    P (rows, K), Q (K, columns): stacked low-rank factors of the working type, float32 or float64, scalings folded in
-    scale: g of the working type, (rows,) with SCALE_ROWS, (columns,) with SCALE_COLUMNS, unused with NO_SCALE
+    P (rows, K), Q (K, columns): stacked low-rank factors, float64, scalings folded in
+    row_scale, column_scale: g[i, j] = row_scale[i] · column_scale[j], float64; empty where it is 1
+    working (any,): its type, float32 or float64, is the one that is computed in; float32 only for 16-bit targets
     target uint8 (rows · columns · itemsize,), written
     sums float64 (rows, 2), added to: Σ (value − base)², Σ base²; counts int64 (2,), added to: see `count_lost`
     """
     rows, columns = P.shape[0], Q.shape[1]
     same = source_number == base_number and source.ctypes.data == base.ctypes.data
+    scaled = row_scale.shape[0] + column_scale.shape[0] > 0
     s_size, b_size, t_size = itemsize(source_number), itemsize(base_number), itemsize(target_number)
     width = min(SEGMENT, columns)
     narrow, scratch = np.empty(width, np.float32), np.empty(width, np.float32)
-    before, start = np.empty(width, P.dtype), np.empty(width, P.dtype)
-    change, value = np.empty(width, P.dtype), np.empty(width, P.dtype)
+    before, start = np.empty(width, working.dtype), np.empty(width, working.dtype)
+    change, value = np.empty(width, working.dtype), np.empty(width, working.dtype)
+    g, p = np.ones(width, working.dtype), np.empty(P.shape[1], working.dtype)
+    packed = np.empty((Q.shape[0], width + 16), working.dtype)
     rounded = np.empty(width * 8, np.uint8)
-    packed = np.empty((Q.shape[0], width + 16), P.dtype)
     for first in range(0, columns, SEGMENT):
         n = min(SEGMENT, columns - first)
         pack_segment(Q, first, n, packed)
@@ -141,12 +185,12 @@ def merge_block(source, source_number, base, base_number, P, Q, scale, scale_axi
                 x = w
             else:
                 decode(source[at * s_size : (at + n) * s_size], source_number, narrow[:n], x)
-            low_rank_segment(P[i], packed, d)
-            if scale_axis == SCALE_ROWS:
+            p[:] = P[i]
+            low_rank_segment(p, packed, d)
+            scale = row_scale[i] if row_scale.shape[0] else 1.0
+            if scaled:
                 for j in range(n):
-                    v[j] = x[j] * scale[i] + d[j]
-            elif scale_axis == SCALE_COLUMNS:
-                g = scale[first : first + n]
+                    g[j] = scale * column_scale[first + j] if column_scale.shape[0] else scale
                 for j in range(n):
                     v[j] = x[j] * g[j] + d[j]
             elif P.shape[1] == 0:
@@ -154,7 +198,9 @@ def merge_block(source, source_number, base, base_number, P, Q, scale, scale_axi
             else:
                 for j in range(n):
                     v[j] = x[j] + d[j]
-            if scale_axis != NO_SCALE or not same:
+            if working.itemsize == 4 and (scaled or P.shape[1] > 0):
+                settle_ties(P[i], Q, x, scale, column_scale, first, target_number, v)
+            if scaled or not same:
                 for j in range(n):
                     d[j] = v[j] - w[j]
             written = target[at * t_size : (at + n) * t_size]
@@ -169,10 +215,10 @@ def merge_block(source, source_number, base, base_number, P, Q, scale, scale_axi
 
 @kernel
 def norm_block(source, source_number, P, Q, axis, squares):
-    """Add Σ (source + P Q)² along the columns (axis SCALE_ROWS) or the rows (SCALE_COLUMNS) to `squares`.
+    """Add Σ (source + P Q)², one number a row (BY_ROW) or a column (BY_COLUMN), to `squares`; all in float64.
 
-    source uint8 (rows · columns · itemsize,); P (rows, K), Q (K, columns) of the working type;
-    squares float64, (rows,) or (columns,). With SCALE_COLUMNS rows are added one after the other: blocks must come in
+    source uint8 (rows · columns · itemsize,); P (rows, K), Q (K, columns) float64;
+    squares float64, (rows,) or (columns,). With BY_COLUMN rows are added one after the other: blocks must come in
     the order of their rows.
     """
     rows, columns = P.shape[0], Q.shape[1]
@@ -190,7 +236,7 @@ def norm_block(source, source_number, P, Q, axis, squares):
             low_rank_segment(P[i], packed, d)
             for j in range(n):
                 d[j] += x[j]
-            if axis == SCALE_ROWS:
+            if axis == BY_ROW:
                 squares[i] += sum_of_squares(d)
             else:
                 for j in range(n):

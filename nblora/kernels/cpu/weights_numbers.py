@@ -100,17 +100,15 @@ def _round_float16(bits, scaled, target):
 
 
 @kernel
-def _round_to_odd(numbers, narrow):
-    """narrow = numbers, rounded to odd: what a later rounding to 16 bits needs in order to be the only one.
+def round_to_odd(number, narrow, bits, j):
+    """narrow[j] = number, rounded to odd: what a later rounding to 16 bits needs in order to be the only one.
 
-    numbers float32 or float64 (n,); narrow float32 (n,).
+    number float64; narrow float32 (n,), and bits int32 (n,), the same memory.
     """
-    bits = narrow.view(np.int32)
-    for j in range(numbers.shape[0]):
-        narrow[j] = np.float32(numbers[j])
-        error = np.float64(narrow[j]) - np.float64(numbers[j])
-        if abs(error) > 0 and (bits[j] & np.int32(1)) == 0:
-            bits[j] += np.int32(1) if (error > 0) == (bits[j] < 0) else np.int32(-1)
+    narrow[j] = np.float32(number)
+    error = np.float64(narrow[j]) - number
+    if abs(error) > 0 and (bits[j] & np.int32(1)) == 0:
+        bits[j] += np.int32(1) if (error > 0) == (bits[j] < 0) else np.int32(-1)
 
 
 @kernel
@@ -131,7 +129,9 @@ def encode(numbers, number, narrow, scratch, target):
             single[j] = np.float32(numbers[j])
         return
     if numbers.itemsize == 8:
-        _round_to_odd(numbers, narrow)
+        bits = narrow.view(np.int32)
+        for j in range(numbers.shape[0]):
+            round_to_odd(np.float64(numbers[j]), narrow, bits, j)
     else:
         for j in range(numbers.shape[0]):
             narrow[j] = np.float32(numbers[j])
