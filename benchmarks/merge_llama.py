@@ -114,7 +114,10 @@ def run(command: list[str]) -> tuple[float, float]:
 
 def worst_error(folder: Path, merged: Path) -> float:
     """Largest difference from the exact value on sampled rows, in units in the last place of max(|W|, |change|)."""
-    base, adapter = SafetensorsFile(folder / "base/model.safetensors"), SafetensorsFile(folder / "adapter/adapter_model.safetensors")
+    base, adapter = (
+        SafetensorsFile(folder / "base/model.safetensors"),
+        SafetensorsFile(folder / "adapter/adapter_model.safetensors"),
+    )
     result, worst = SafetensorsFile(merged), 0.0
     wide = lambda bits: (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     for name in PROJECTIONS:
@@ -131,7 +134,9 @@ def worst_error(folder: Path, merged: Path) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="a folder with 8 GB to spare")
-    parser.add_argument("--peer", help="a Python with torch, transformers and peft; left out, only nblora and the copy run")
+    parser.add_argument(
+        "--peer", help="a Python with torch, transformers and peft; left out, only nblora and the copy run"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
     folder = arguments.work
@@ -165,8 +170,12 @@ def main() -> None:
     medians = {name: statistics.median(values) for name, values in times.items()}
     for name, median in medians.items():
         spread = f"{min(times[name]):.2f} to {max(times[name]):.2f}"
-        print(f"{name:<14} median {median:6.2f} s ({spread})  {median / medians['copy + fsync']:5.2f} × copy  peak {memory[name]:.0f} MiB")
-    print(f"machine: {os.cpu_count()} cores, {resource.getpagesize()} B pages, Python {sys.version.split()[0]}, NumPy {np.__version__}")
+        print(
+            f"{name:<14} median {median:6.2f} s ({spread})  {median / medians['copy + fsync']:5.2f} × copy  peak {memory[name]:.0f} MiB"
+        )
+    print(
+        f"machine: {os.cpu_count()} cores, {resource.getpagesize()} B pages, Python {sys.version.split()[0]}, NumPy {np.__version__}"
+    )
     shutil.rmtree(out, ignore_errors=True)
 
 

@@ -8,13 +8,26 @@ from pathlib import Path
 from typing import Any
 
 from nblora.errors import FormatError
+from nblora.formats.bounded import parse_object, read_bounded
 from nblora.formats.peft_tensors import TENSORS_NAME
-from nblora.formats.safetensors_reader import SafetensorsFile, TensorInfo, open_regular, parse_json
+from nblora.formats.safetensors_reader import SafetensorsFile, TensorInfo
 
 INDEX_SUFFIX = ".safetensors.index.json"
-ORIGINALS_NAME = "nblora-originals.safetensors"
+ORIGINALS_SUFFIX = ".nblora-originals"
 MAX_JSON = 256 * 2**20
-_WEIGHTS = (".safetensors", INDEX_SUFFIX, ".bin", ".bin.index.json", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
+_WEIGHTS = (
+    ".safetensors",
+    INDEX_SUFFIX,
+    ".bin",
+    ".bin.index.json",
+    ".pt",
+    ".pth",
+    ".gguf",
+    ".onnx",
+    ".h5",
+    ".msgpack",
+    ORIGINALS_SUFFIX,
+)
 
 
 @dataclass
@@ -29,28 +42,34 @@ class ModelFiles:
         In the order of their names; their file names are the output's too.
     index : Path or None
         The index of a sharded checkpoint.
-    index_data : dict
-        The index as it was read; empty without one.
+    index_bytes, index_data : bytes, dict
+        The index as it is and as it was read; empty without one.
     is_folder : bool
         Whether the output is a folder: the base is one, or its index was given.
-    config : dict
-        `config.json` beside the weights; empty without one.
+    config_bytes, config : bytes, dict
+        `config.json` beside the weights, as it is and as it was read; empty without one.
     companions : list of Path
         The other files of the folder (configuration, tokenizer), which a merged folder takes along.
+    overlay : SafetensorsFile or None
+        Tensors that stand in for those of the shards.
     """
 
     path: Path
     shards: list[SafetensorsFile]
     index: Path | None = None
+    index_bytes: bytes = b""
     index_data: dict[str, Any] = field(default_factory=dict)
     is_folder: bool = False
+    config_bytes: bytes = b""
     config: dict[str, Any] = field(default_factory=dict)
     companions: list[Path] = field(default_factory=list)
+    overlay: SafetensorsFile | None = None
 
     @property
     def tensors(self) -> dict[str, tuple[SafetensorsFile, TensorInfo]]:
         """Every tensor by name, with the file that holds it."""
-        return {name: (shard, info) for shard in self.shards for name, info in shard.tensors.items()}
+        files = [*self.shards, self.overlay] if self.overlay else self.shards
+        return {name: (file, info) for file in files for name, info in file.tensors.items()}
 
     @property
     def inputs(self) -> list[Path]:
@@ -82,9 +101,12 @@ def open_model(path: str | os.PathLike[str]) -> Iterator[ModelFiles]:
         names, folder = [given.name], given.parent
         model = ModelFiles(given, [])
     if model.index:
-        model.index_data = read_json(model.index)
+        model.index_bytes = read_bounded(model.index, MAX_JSON)
+        model.index_data = parse_object(model.index_bytes, model.index)
         names = _shard_names(model.index, model.index_data)
-    model.config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if (folder / "config.json").is_file():
+        model.config_bytes = read_bounded(folder / "config.json", MAX_JSON)
+        model.config = parse_object(model.config_bytes, folder / "config.json")
     with contextlib.ExitStack() as stack:
         for name in names:
             try:
@@ -97,29 +119,6 @@ def open_model(path: str | os.PathLike[str]) -> Iterator[ModelFiles]:
         yield model
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file of bounded size.
-
-    Raises
-    ------
-    FormatError
-        If it is too large or not a JSON object.
-    OSError
-        If it cannot be read.
-    """
-    with os.fdopen(open_regular(path), "rb") as file:
-        data = file.read(MAX_JSON + 1)
-    if len(data) > MAX_JSON:
-        raise FormatError(f"{path}: larger than {MAX_JSON} bytes")
-    try:
-        result = parse_json(data)
-    except ValueError as error:
-        raise FormatError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(result, dict):
-        raise FormatError(f"{path}: expected a JSON object, got {type(result).__name__}")
-    return result
-
-
 def _choose(folder: Path) -> tuple[list[str], Path | None]:
     """Which files of a folder are the checkpoint: the names without an index, or the index."""
     entries = sorted(os.listdir(folder))
@@ -130,7 +129,7 @@ def _choose(folder: Path) -> tuple[list[str], Path | None]:
         return [], folder / indexes[0]
     if indexes:
         raise FormatError(f"{folder}: holds several indexes ({', '.join(indexes)}); pass the one that is meant")
-    names = [n for n in entries if n.endswith(".safetensors") and n not in (TENSORS_NAME, ORIGINALS_NAME)]
+    names = [n for n in entries if n.endswith(".safetensors") and n != TENSORS_NAME]
     if "model.safetensors" in names:
         names = ["model.safetensors"]
     if not names:

@@ -1,18 +1,17 @@
 """PEFT LoRA adapters: a folder with `adapter_config.json` and `adapter_model.safetensors`, read and written."""
 
-import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 
 from nblora.errors import FormatError
+from nblora.formats.bounded import read_bounded
 from nblora.formats.peft_config import CONFIG_NAME, MAX_CONFIG, PeftConfig, parse_config
 from nblora.formats.peft_tensors import PREFIX, TENSORS_NAME, LoraModule, sort_tensors
-from nblora.formats.safetensors_reader import SafetensorsFile, TensorInfo, open_regular
+from nblora.formats.safetensors_reader import SafetensorsFile, TensorInfo
 
 __all__ = ["CONFIG_NAME", "PREFIX", "TENSORS_NAME", "LoraModule", "PeftAdapter", "PeftConfig"]
 
@@ -51,7 +50,7 @@ class PeftAdapter:
             if not given.exists():
                 raise FileNotFoundError(2, "no such adapter folder", str(given))
             raise FormatError(f"{given}: expected a folder with {CONFIG_NAME} and {TENSORS_NAME}")
-        self.config = parse_config(_read_bounded(self.path / CONFIG_NAME), self.path / CONFIG_NAME)
+        self.config = parse_config(read_bounded(self.path / CONFIG_NAME, MAX_CONFIG), self.path / CONFIG_NAME)
         if not (self.path / TENSORS_NAME).exists() and (self.path / "adapter_model.bin").exists():
             raise FormatError(
                 f"{self.path}: holds adapter_model.bin, a pickle; save it again as safetensors with PEFT "
@@ -80,12 +79,3 @@ class PeftAdapter:
     def read(self, info: TensorInfo) -> np.ndarray:
         """Return a tensor of the adapter as `SafetensorsFile.read` does."""
         return self.file.read(info.name)
-
-
-def _read_bounded(path: Path) -> bytes:
-    descriptor = open_regular(path)
-    with os.fdopen(descriptor, "rb") as file:
-        data = file.read(MAX_CONFIG + 1)
-    if len(data) > MAX_CONFIG:
-        raise FormatError(f"{path}: larger than {MAX_CONFIG} bytes; not a configuration")
-    return data

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nblora.errors import FormatError
-from nblora.formats.safetensors_reader import parse_json
+from nblora.formats.bounded import parse_object
 
 CONFIG_NAME = "adapter_config.json"
 MAX_CONFIG = 64 * 2**20
@@ -114,13 +114,7 @@ def parse_config(data: bytes, path: Path) -> PeftConfig:
         If the file is not such a configuration, or sets a field that changes the arithmetic and is not supported;
         the message names the field.
     """
-    try:
-        raw = parse_json(data)
-    except ValueError as error:
-        raise FormatError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise FormatError(f"{path}: expected a JSON object, got {type(raw).__name__}")
-    return config_from_dict(raw, path)
+    return config_from_dict(parse_object(data, path), path)
 
 
 def config_from_dict(raw: dict[str, Any], path: Path) -> PeftConfig:
@@ -137,7 +131,9 @@ def config_from_dict(raw: dict[str, Any], path: Path) -> PeftConfig:
         rank=_rank(raw.get("r", 8), "r", path),
         alpha=_alpha(raw.get("lora_alpha", 8), "lora_alpha", path),
         rank_pattern={key: _rank(value, "rank_pattern", path) for key, value in _pattern(raw, "rank_pattern", path)},
-        alpha_pattern={key: _alpha(value, "alpha_pattern", path) for key, value in _pattern(raw, "alpha_pattern", path)},
+        alpha_pattern={
+            key: _alpha(value, "alpha_pattern", path) for key, value in _pattern(raw, "alpha_pattern", path)
+        },
         use_rslora=_typed(raw, "use_rslora", path, bool, False),
         use_dora=_typed(raw, "use_dora", path, bool, False),
         lora_bias=_typed(raw, "lora_bias", path, bool, False),
@@ -161,7 +157,12 @@ def _refuse_unsupported(raw: dict[str, Any], path: Path) -> None:
         )
     for field, value in raw.items():
         # PEFT switches its variants on by a true flag, a list or a sub-configuration; names and numbers only tune them.
-        if field not in INERT and field not in UNSUPPORTED and (value is True or isinstance(value, (dict, list))) and value:
+        if (
+            field not in INERT
+            and field not in UNSUPPORTED
+            and (value is True or isinstance(value, (dict, list)))
+            and value
+        ):
             raise FormatError(
                 f"{path}: {field} is set ({value!r}); nblora does not know this field and what it changes. "
                 "Remove it from the file if it does not change the adapter's arithmetic"

@@ -144,9 +144,7 @@ def _module(
         raise fault(f"its tensors have rank {rank}, but {config.path.name} says {config.module_rank(name)}")
     _check_switch(fault, "lora_bias", config.lora_bias, "lora_B.bias", bias, B.shape[0], kind)
     _check_switch(fault, "use_dora", config.use_dora, "lora_magnitude_vector", magnitude, B.shape[0], kind)
-    return LoraModule(
-        name, kind, A, B, bias, magnitude, rank, config.module_alpha(name), config.scaling(name), groups
-    )
+    return LoraModule(name, kind, A, B, bias, magnitude, rank, config.module_alpha(name), config.scaling(name), groups)
 
 
 def _check_switch(fault, switch, is_on, name, info, outputs, kind) -> None:  # type: ignore[no-untyped-def]

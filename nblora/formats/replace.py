@@ -50,7 +50,9 @@ def check_output(output: Path, inputs: Collection[Path], known: Collection[str] 
             raise FormatError(f"{output}: is the output and the input {path} at once; choose another output")
     if known is None:
         if not output.is_file():
-            raise FormatError(f"{output}: expected a file or nothing at the output's place, got a folder or special file")
+            raise FormatError(
+                f"{output}: expected a file or nothing at the output's place, got a folder or special file"
+            )
         return
     if not output.is_dir():
         raise FormatError(f"{output}: expected a folder or nothing at the output's place, got a file")

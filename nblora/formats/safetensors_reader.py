@@ -5,9 +5,7 @@ so are duplicate names, fields that the format does not know, symbolic links and
 """
 
 import contextlib
-import json
 import os
-import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any, Self
 import numpy as np
 
 from nblora.errors import FormatError
+from nblora.formats.bounded import open_regular, parse_json
 
 MAX_HEADER = 100_000_000  # bytes, the reference implementation's own bound
 _LARGEST = 2**64 - 1  # sizes and offsets are unsigned 64-bit numbers
@@ -62,44 +61,6 @@ def element_count(shape: tuple[int, ...]) -> int:
     return count
 
 
-def open_regular(path: str | os.PathLike[str]) -> int:
-    """Open a regular file for reading and return its descriptor.
-
-    Raises
-    ------
-    FormatError
-        If `path` is a symbolic link (other than a Hugging Face cache's own) or not a regular file.
-    OSError
-        If it cannot be opened.
-    """
-    target = resolve_link(Path(path))
-    # O_NONBLOCK: opening a named pipe must not wait for a writer.
-    flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-    descriptor = os.open(target, flags)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise FormatError(f"{path}: expected a regular file, got a folder or a special file")
-    return descriptor
-
-
-def resolve_link(path: Path) -> Path:
-    """Return `path`, or what it points to if it is a link of a Hugging Face cache (snapshots/… to blobs/…).
-
-    Raises
-    ------
-    FormatError
-        For any other symbolic link: it may lead out of the checkpoint, or into the output.
-    """
-    if not path.is_symlink():
-        return path
-    target = path.resolve()
-    repository = target.parent.parent
-    inside = path.absolute().parent.resolve()
-    if target.parent.name == "blobs" and inside.is_relative_to(repository / "snapshots"):
-        return target
-    raise FormatError(f"{path}: is a symbolic link (to {target}); pass the real file or a folder that holds it")
-
-
 class SafetensorsFile:
     """An open safetensors file, its header checked.
 
@@ -134,7 +95,7 @@ class SafetensorsFile:
         try:
             self.nbytes = os.fstat(self._descriptor).st_size
             self.header = self._read_header()
-            self.metadata, self.tensors = self._parse()
+            self.metadata, self.tensors = parse_header(self.header, self.path, self.nbytes)
         except BaseException:
             self.close()
             raise
@@ -187,7 +148,7 @@ class SafetensorsFile:
         """
         info = self.tensors[name]
         raw = np.empty(info.nbytes, np.uint8)
-        self.pread(memoryview(raw), info.start)
+        self.pread(raw.data, info.start)
         dtype = FLOATS.get(info.dtype)
         return raw if dtype is None else raw.view(dtype).reshape(info.shape)
 
@@ -208,119 +169,85 @@ class SafetensorsFile:
         self.pread(memoryview(header), 0)
         return bytes(header)
 
-    def _parse(self) -> tuple[dict[str, str], dict[str, TensorInfo]]:
-        try:
-            header = parse_json(self.header[8:])
-        except ValueError as error:
-            raise self._fault(f"the header is not valid: {error}") from None
-        if not isinstance(header, dict):
-            raise self._fault("the header is not a JSON object")
-        metadata = header.pop("__metadata__", None) or {}
-        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-            raise self._fault("__metadata__ must map strings to strings")
-        infos = [self._tensor(name, entry) for name, entry in header.items()]
-        infos.sort(key=lambda info: (info.start, info.stop))
-        self._check_coverage(infos)
-        return metadata, {info.name: info for info in infos}
 
-    def _tensor(self, name: str, entry: Any) -> TensorInfo:
-        if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-            raise self._fault(f"tensor {name!r} must have exactly dtype, shape and data_offsets")
-        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if not isinstance(dtype, str) or dtype not in BITS:
-            raise self._fault(f"tensor {name!r} has the unknown dtype {dtype!r}; known are {', '.join(BITS)}")
-        if not _is_sizes(shape):
-            raise self._fault(f"tensor {name!r} has the shape {shape!r}; expected a list of sizes")
-        if not _is_sizes(offsets) or len(offsets) != 2:
-            raise self._fault(f"tensor {name!r} has data_offsets {offsets!r}; expected two offsets")
-        bits = BITS[dtype]
-        count = 1
-        for size in shape:
-            count *= size
-            if count > _LARGEST:
-                raise self._fault(f"tensor {name!r} has the shape {shape!r}; its size overflows 64 bits")
-        bits *= count
-        start, stop = offsets
-        if bits > _LARGEST or bits % 8 or stop - start != bits // 8:
-            raise self._fault(
-                f"tensor {name!r}: {dtype} of shape {shape} needs {bits / 8:g} bytes, but data_offsets "
-                f"[{start}, {stop}] hold {stop - start}"
-            )
-        base = len(self.header)
-        return TensorInfo(name, dtype, tuple(shape), base + start, base + stop)
+def parse_header(header: bytes, path: Path, nbytes: int | None = None) -> tuple[dict[str, str], dict[str, TensorInfo]]:
+    """Check a safetensors header.
 
-    def _check_coverage(self, infos: list[TensorInfo]) -> None:
-        base = end = len(self.header)
-        for info in infos:
-            if info.start != end:
-                fault = "overlaps the tensor before it" if info.start < end else "leaves a hole before it"
-                offsets = f"[{info.start - base}, {info.stop - base}]"
-                raise self._fault(f"tensor {info.name!r} at data_offsets {offsets} {fault} (expected {end - base})")
-            end = info.stop
-        if end != self.nbytes:
-            fault = "data is missing: the file is cut" if end > self.nbytes else "bytes follow that no tensor covers"
-            raise self._fault(f"the tensors end at byte {end} of {self.nbytes}; {fault}")
+    Parameters
+    ----------
+    header : bytes
+        Its length included.
+    path : Path
+        The file, for messages.
+    nbytes : int, optional
+        Size of the file, which the tensors must cover; not checked when left out.
+
+    Returns
+    -------
+    metadata : dict of str to str
+    tensors : dict of str to TensorInfo
+        In the order of their bytes.
+
+    Raises
+    ------
+    FormatError
+        The message names the file, the tensor and the fault.
+    """
+    try:
+        parsed = parse_json(header[8:])
+    except ValueError as error:
+        raise FormatError(f"{path}: the header is not valid: {error}") from None
+    if not isinstance(parsed, dict):
+        raise FormatError(f"{path}: the header is not a JSON object")
+    metadata = parsed.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise FormatError(f"{path}: __metadata__ must map strings to strings")
+    infos = [_check_tensor(path, len(header), name, entry) for name, entry in parsed.items()]
+    infos.sort(key=lambda info: (info.start, info.stop))
+    _check_coverage(path, len(header), infos, nbytes)
+    return metadata, {info.name: info for info in infos}
+
+
+def _check_tensor(path: Path, base: int, name: str, entry: Any) -> TensorInfo:
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise FormatError(f"{path}: tensor {name!r} must have exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise FormatError(f"{path}: tensor {name!r} has the unknown dtype {dtype!r}; known are {', '.join(BITS)}")
+    if not _is_sizes(shape):
+        raise FormatError(f"{path}: tensor {name!r} has the shape {shape!r}; expected a list of sizes")
+    if not _is_sizes(offsets) or len(offsets) != 2:
+        raise FormatError(f"{path}: tensor {name!r} has data_offsets {offsets!r}; expected two offsets")
+    count = 1
+    for size in shape:
+        count *= size
+        if count > _LARGEST:
+            raise FormatError(f"{path}: tensor {name!r} has the shape {shape!r}; its size overflows 64 bits")
+    bits = BITS[dtype] * count
+    start, stop = offsets
+    if bits > _LARGEST or bits % 8 or stop - start != bits // 8:
+        raise FormatError(
+            f"{path}: tensor {name!r}: {dtype} of shape {shape} needs {bits / 8:g} bytes, but data_offsets "
+            f"[{start}, {stop}] hold {stop - start}"
+        )
+    return TensorInfo(name, dtype, tuple(shape), base + start, base + stop)
+
+
+def _check_coverage(path: Path, base: int, infos: list[TensorInfo], nbytes: int | None) -> None:
+    end = base
+    for info in infos:
+        if info.start != end:
+            fault = "overlaps the tensor before it" if info.start < end else "leaves a hole before it"
+            offsets = f"[{info.start - base}, {info.stop - base}]"
+            raise FormatError(f"{path}: tensor {info.name!r} at data_offsets {offsets} {fault}; expected {end - base}")
+        end = info.stop
+    if nbytes is not None and end != nbytes:
+        fault = "data is missing: the file is cut" if end > nbytes else "bytes follow that no tensor covers"
+        raise FormatError(f"{path}: the tensors end at byte {end} of {nbytes}; {fault}")
 
 
 def _is_sizes(value: Any) -> bool:
     return isinstance(value, list) and all(type(size) is int and 0 <= size <= _LARGEST for size in value)
-
-
-def parse_json(data: bytes) -> Any:
-    """Parse JSON as strictly as the format's reference implementation does, and without duplicate names.
-
-    Parameters
-    ----------
-    data : bytes
-        UTF-8.
-
-    Returns
-    -------
-    object
-        What `json.loads` gives; integers beyond 64 bits and minus zero come as floats.
-
-    Raises
-    ------
-    ValueError
-        For anything that is not strict JSON; the message says what.
-    """
-    try:
-        return json.loads(
-            data.decode(),
-            object_pairs_hook=_unique,
-            parse_int=lambda digits: float(digits) if digits == "-0" or len(digits) > 20 else int(digits),
-            parse_constant=_reject_constant,
-        )
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 at byte {error.start}") from None
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        seen: set[str] = set()
-        for name, _ in pairs:
-            if name in seen:
-                raise ValueError(f"the name {name!r} occurs twice")
-            seen.add(name)
-    for name, value in pairs:
-        _check_text(name)
-        if isinstance(value, str):
-            _check_text(value)
-    return result
-
-
-def _check_text(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"the string {text!r} holds half of a surrogate pair") from None
-
-
-def _reject_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a JSON number")
 
 
 def iterate_chunks(nbytes: int, chunk: int) -> Iterator[tuple[int, int]]:

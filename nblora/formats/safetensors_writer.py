@@ -76,5 +76,4 @@ def write_safetensors(
     with replace_whole(path) as file:
         file.write(build_header((Entry(name, names[name], arrays[name].shape) for name in order), metadata))
         for name in order:
-            file.write(memoryview(arrays[name]).cast("B") if arrays[name].size else b"")
-
+            file.write(arrays[name].tobytes())

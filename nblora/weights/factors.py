@@ -76,7 +76,9 @@ class Stack:
         """
         term = self.recipe.dora
         assert term and term.magnitude
-        with np.errstate(divide="ignore", invalid="ignore"):  # a weight of zeros has no direction: NaN, which is counted
+        with np.errstate(
+            divide="ignore", invalid="ignore"
+        ):  # a weight of zeros has no direction: NaN, which is counted
             factor = read_all(term.magnitude) / norms
         kept = (1 - term.weight) + term.weight * factor
         at = self.recipe.terms.index(term)
@@ -121,7 +123,7 @@ def held(count: int, recipe: Recipe, limit: int) -> bool:
 def read_all(factor: Factor) -> np.ndarray:
     """All numbers of a small stored tensor, float64 (n,)."""
     raw = np.empty(factor.info.nbytes, np.uint8)
-    factor.file.pread(memoryview(raw), factor.info.start)
+    factor.file.pread(raw.data, factor.info.start)
     return widen(raw, factor.info.dtype)
 
 
@@ -132,11 +134,11 @@ def read_rows(factor: Factor, rank: int, start: int, stop: int) -> np.ndarray:
     n = info.size // rank
     if not factor.transposed:
         raw = np.empty((stop - start) * rank * item, np.uint8)
-        factor.file.pread(memoryview(raw), info.start + start * rank * item)
+        factor.file.pread(raw.data, info.start + start * rank * item)
         return widen(raw, info.dtype).reshape(stop - start, rank)
     if stop - start == n:
         return read_all(factor).reshape(rank, n).T
     raw = np.empty((rank, (stop - start) * item), np.uint8)
     for k in range(rank):
-        factor.file.pread(memoryview(raw[k]), info.start + (k * n + start) * item)
+        factor.file.pread(raw[k].data, info.start + (k * n + start) * item)
     return widen(raw.reshape(-1), info.dtype).reshape(rank, stop - start).T

@@ -1,13 +1,14 @@
 """Merge adapters into a checkpoint, streamed: memory is bounded by what the caller allows, never by the model."""
 
 import contextlib
+import json
 import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from nblora.formats.model_files import open_model
+from nblora.formats.model_files import ModelFiles, open_model
 from nblora.formats.peft import CONFIG_NAME, PeftAdapter
 from nblora.weights.originals import originals_of
 from nblora.weights.output import lay_out
@@ -111,8 +112,12 @@ def merge(
     with open_model(base) as model, open_adapters(adapters) as opened:
         plan = make_plan(model, opened, maps)
         shards = lay_out(model, stored, shard_limit)
-        originals = originals_of(model, shards, plan.recipes, opened) if keep_original else None
-        writer = CheckpointWriter(model, shards, plan.recipes, Path(output), stored, originals)
+        texts = _retyped_config(model, dtype)
+        originals = None
+        if keep_original:
+            old = model.config_bytes.decode(errors="replace") if texts else None
+            originals = originals_of(model, shards, plan.recipes, opened, old)
+        writer = CheckpointWriter(model, shards, plan.recipes, Path(output), originals, texts)
         writer.check([model.path, *model.inputs, *adapter_files(opened)])
         report = MergeReport(str(output), [], writer.copied, writer.nbytes, dry_run=dry_run, warnings=plan.warnings)
         changes: dict[str, Change] = {}
@@ -122,6 +127,14 @@ def merge(
         report.tensors = writer.reports(changes, plan.ties)
     report.seconds = time.perf_counter() - began
     return report
+
+
+def _retyped_config(model: ModelFiles, dtype: str | None) -> dict[str, bytes]:
+    """`config.json` naming the output's dtype: else a loader would silently round the weights back to the old one."""
+    keys = {"torch_dtype", "dtype"} & model.config.keys()
+    if dtype is None or not keys:
+        return {}
+    return {"config.json": json.dumps(model.config | dict.fromkeys(keys, dtype), indent=2).encode() + b"\n"}
 
 
 def byte_counter(progress: Callable[[int, int], object] | None, total: int) -> Callable[[int], None]:

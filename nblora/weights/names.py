@@ -115,7 +115,7 @@ def _twins(tensors: Mapping[str, tuple[SafetensorsFile, TensorInfo]], targets: s
     for name, (file, info) in tensors.items():
         if len(info.shape) > 1 and info.size and (info.dtype, info.shape) in shapes:
             probe = np.empty(min(_PROBED, info.nbytes), np.uint8)
-            file.pread(memoryview(probe), info.start)
+            file.pread(probe.data, info.start)
             alike.setdefault((info.dtype, info.shape, probe.tobytes()), []).append(name)
     result = {}
     for group in alike.values():
@@ -132,10 +132,10 @@ def _is_constant(file: SafetensorsFile, info: TensorInfo) -> bool:
     width = info.nbytes // info.size
     buffer = np.empty(_COMPARED, np.uint8)
     first = np.empty(width, np.uint8)
-    file.pread(memoryview(first), info.start)
+    file.pread(first.data, info.start)
     for start, stop in iterate_chunks(info.nbytes, _COMPARED):
         part = buffer[: stop - start]
-        file.pread(memoryview(part), info.start + start)
+        file.pread(part.data, info.start + start)
         if not (part.reshape(-1, width) == first).all():
             return False
     return True
@@ -153,8 +153,8 @@ def same_bytes(a_file: SafetensorsFile, a: TensorInfo, b_file: SafetensorsFile, 
     first, second = np.empty(size, np.uint8), np.empty(size, np.uint8)
     for start, stop in iterate_chunks(a.nbytes, size):
         x, y = first[: stop - start], second[: stop - start]
-        a_file.pread(memoryview(x), a.start + start)
-        b_file.pread(memoryview(y), b.start + start)
+        a_file.pread(x.data, a.start + start)
+        b_file.pread(y.data, b.start + start)
         if not np.array_equal(x, y):
             return False
     return True

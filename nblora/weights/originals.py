@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from nblora.errors import FormatError
-from nblora.formats.model_files import ModelFiles
-from nblora.formats.safetensors_reader import SafetensorsFile, TensorInfo, parse_json
+from nblora.formats.bounded import parse_json
+from nblora.formats.model_files import ORIGINALS_SUFFIX, ModelFiles
+from nblora.formats.safetensors_reader import SafetensorsFile
 from nblora.formats.safetensors_writer import Entry, build_header
 from nblora.weights.output import OutputShard
 from nblora.weights.plan import Recipe, WeightedAdapter
 
-SUFFIX = ".nblora-originals"
 _KEY = "nblora-originals"
 _VERSION = 1
 
@@ -28,7 +28,7 @@ class Originals:
 
 def originals_path(place: Path, is_folder: bool) -> Path:
     """Where the originals of an output are kept."""
-    return place / f"model{SUFFIX}" if is_folder else place.with_name(place.name + SUFFIX)
+    return place / f"model{ORIGINALS_SUFFIX}" if is_folder else place.with_name(place.name + ORIGINALS_SUFFIX)
 
 
 def originals_of(
@@ -36,8 +36,24 @@ def originals_of(
     shards: Sequence[OutputShard],
     recipes: Mapping[str, Recipe],
     adapters: Sequence[WeightedAdapter],
+    config_text: str | None = None,
 ) -> Originals:
-    """Lay out the originals of a merge: every tensor whose bytes it does not just copy."""
+    """Lay out the originals of a merge: every tensor whose bytes it does not just copy.
+
+    Parameters
+    ----------
+    model : ModelFiles
+    shards : sequence of OutputShard
+    recipes : mapping of str to Recipe
+    adapters : sequence of WeightedAdapter
+        Noted in the record.
+    config_text : str, optional
+        The base's `config.json`, where the output's differs.
+
+    Returns
+    -------
+    Originals
+    """
     infos = [
         placed.info
         for shard in shards
@@ -48,7 +64,8 @@ def originals_of(
         "version": _VERSION,
         "headers": {shard.path.name: shard.header[8:].decode() for shard in model.shards},
         "index": model.index.name if model.index else None,
-        "index_data": model.index_data,
+        "index_text": model.index_bytes.decode(errors="replace"),
+        "config_text": config_text,
         "adapters": [{"path": str(each.adapter.path), "weight": each.weight} for each in adapters],
     }
     entries = [Entry(info.name, info.dtype, info.shape) for info in infos]
@@ -72,13 +89,10 @@ def read_record(file: SafetensorsFile) -> dict[str, Any]:
         record = parse_json(file.metadata[_KEY].encode())
         if record["version"] != _VERSION:
             raise FormatError(f"{file.path}: was written by another version of nblora")
-        if not all(isinstance(record[key], dict) for key in ("headers", "index_data")):
+        if not isinstance(record["headers"], dict) or not isinstance(record["index_text"], str):
             raise TypeError
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, FormatError):
             raise
         raise FormatError(f"{file.path}: is not a file of originals that nblora merge --keep-original wrote") from None
     return record
-
-
-__all__ = ["SUFFIX", "Originals", "TensorInfo", "originals_of", "originals_path", "read_record"]

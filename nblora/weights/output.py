@@ -5,7 +5,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from nblora.formats.model_files import INDEX_SUFFIX, ModelFiles
 from nblora.formats.safetensors_reader import FLOATS, SafetensorsFile, TensorInfo
@@ -63,7 +62,9 @@ def lay_out(model: ModelFiles, dtype: str | None = None, shard_size: int | None 
     names = [f"{stem}-{at:05d}-of-{len(groups):05d}.safetensors" for at in range(1, len(groups) + 1)]
     if len(groups) <= 1:
         names, groups = [f"{stem}.safetensors"], groups or [[]]
-    return [_shard(name, None, group, dtype, model.shards[0].metadata) for name, group in zip(names, groups, strict=True)]
+    return [
+        _shard(name, None, group, dtype, model.shards[0].metadata) for name, group in zip(names, groups, strict=True)
+    ]
 
 
 def _members(shard: SafetensorsFile) -> list[tuple[SafetensorsFile, TensorInfo]]:
@@ -103,16 +104,19 @@ def build_index(model: ModelFiles, shards: list[OutputShard]) -> tuple[str, byte
     if len(shards) < 2 and model.index is None:
         return None
     weight_map = {placed.info.name: shard.name for shard in shards for placed in shard.tensors}
-    old: dict[str, Any] = dict(model.index_data)
-    if old.get("weight_map") != weight_map:
-        kept = old.get("weight_map", {}).keys() == weight_map.keys()
-        order = old["weight_map"] if kept else sorted(weight_map)
-        old["weight_map"] = {name: weight_map[name] for name in order}
-    metadata = dict(old.get("metadata") or {})
-    metadata["total_size"] = sum(shard.nbytes - len(shard.header) for shard in shards)
-    old = {"metadata": metadata, **{key: value for key, value in old.items() if key != "metadata"}}
+    total = sum(shard.nbytes - len(shard.header) for shard in shards)
+    old = model.index_data
+    metadata = old["metadata"] if isinstance(old.get("metadata"), dict) else {}
+    if model.index and old["weight_map"] == weight_map and metadata.get("total_size", total) == total:
+        return model.index.name, model.index_bytes
+    order = sorted(weight_map) if old.get("weight_map", {}).keys() != weight_map.keys() else old["weight_map"]
+    new = {
+        **old,
+        "metadata": {**metadata, "total_size": total},
+        "weight_map": {name: weight_map[name] for name in order},
+    }
     name = model.index.name if model.index else _stem(model) + INDEX_SUFFIX
-    return name, json.dumps(old, indent=2).encode() + b"\n"
+    return name, json.dumps(new, indent=2).encode() + b"\n"
 
 
 def output_place(model: ModelFiles, output: Path, shards: list[OutputShard]) -> tuple[Path, bool]:

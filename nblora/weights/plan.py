@@ -186,7 +186,9 @@ class _Planner:
         name = self.plan.ties.absent.get(name, name)
         info = self.tensors[name][1]
         if info.dtype not in FLOATS:
-            raise FormatError(f"{label}: {name} is stored as {info.dtype}, which nothing can be merged into; dequantise it")
+            raise FormatError(
+                f"{label}: {name} is stored as {info.dtype}, which nothing can be merged into; dequantise it"
+            )
         return name, info
 
     def replace(self, weighted: WeightedAdapter, name: str, info: TensorInfo) -> None:
@@ -204,7 +206,9 @@ class _Planner:
         recipe = self.plan.recipes.get(stored)
         if recipe and recipe.replacement:
             if not same_bytes(*recipe.replacement, file, info):
-                raise FormatError(f"{label} and {recipe.replaced_by} replace {stored} by different numbers; merge one of them")
+                raise FormatError(
+                    f"{label} and {recipe.replaced_by} replace {stored} by different numbers; merge one of them"
+                )
             return
         if stored != name and name not in self.tensors:
             own = weighted.adapter.replaced.get(stored)

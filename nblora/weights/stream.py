@@ -52,7 +52,7 @@ class Matrix:
         """Fill the front of `buffer` (bytes) with a block and return that part."""
         part = buffer[: (rows[1] - rows[0]) * (columns[1] - columns[0]) * self.itemsize]
         for piece, offset in self._pieces(part, rows, columns, self.itemsize):
-            self.file.pread(memoryview(piece), self.info.start + offset)
+            self.file.pread(piece.data, self.info.start + offset)
         return part
 
     def _pieces(
@@ -70,7 +70,7 @@ class Matrix:
         """Hand a block of the same matrix, of whatever itemsize, to a sink that has it at byte `start`."""
         item = part.size // max((rows[1] - rows[0]) * (columns[1] - columns[0]), 1)
         for piece, offset in self._pieces(part, rows, columns, item):
-            sink.write(memoryview(piece), start + offset)
+            sink.write(piece.data, start + offset)
 
 
 @dataclass
@@ -139,7 +139,7 @@ class Stream:
             count = min(self._piece, matrix.info.nbytes - at)
 
             def block(buffers: list[np.ndarray], at: int = at, count: int = count) -> Any:
-                part = memoryview(buffers[0][:count])
+                part = buffers[0][:count].data
                 matrix.file.pread(part, matrix.info.start + at)
                 sink.write(part, start + at)
 

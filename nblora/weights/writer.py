@@ -1,7 +1,6 @@
 """Write a checkpoint: every tensor copied, converted or merged into its place, the whole of it present or absent."""
 
 import contextlib
-import json
 import os
 import shutil
 import threading
@@ -9,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from nblora.formats.bounded import open_regular
 from nblora.formats.model_files import ModelFiles
 from nblora.formats.replace import check_output, check_space, replace_file, replace_folder
 from nblora.weights.names import Ties
@@ -33,10 +33,10 @@ class CheckpointWriter:
         By the name of the tensor that changes.
     output : Path
         As the user gave it.
-    dtype : str or None
-        What floating-point tensors become, if anything.
     originals : Originals or None
         What is kept of the base.
+    texts : mapping of str to bytes, optional
+        Companions of a folder that are not copied as they are, by name.
     """
 
     def __init__(
@@ -45,14 +45,16 @@ class CheckpointWriter:
         shards: Sequence[OutputShard],
         recipes: Mapping[str, Recipe],
         output: Path,
-        dtype: str | None,
         originals: Originals | None = None,
+        texts: Mapping[str, bytes] | None = None,
     ) -> None:
-        self._model, self._shards, self._recipes, self._dtype = model, shards, recipes, dtype
-        self._originals = originals
+        self._shards, self._recipes, self._originals = shards, recipes, originals
         self.place, self.is_folder = output_place(model, output, list(shards))
         self._index = build_index(model, list(shards)) if self.is_folder else None
         self._companions = model.companions if self.is_folder and model.is_folder else []
+        self._texts = {path.name: (texts or {})[path.name] for path in self._companions if path.name in (texts or {})}
+        if self._index:
+            self._texts[self._index[0]] = self._index[1]
 
     @property
     def total(self) -> int:
@@ -73,7 +75,7 @@ class CheckpointWriter:
         """Refuse an output that cannot or must not be written; see `check_output` and `check_space`."""
         known = {shard.name for shard in self._shards} | {path.name for path in self._companions}
         kept = originals_path(self.place, self.is_folder)
-        known |= {kept.name} | ({self._index[0]} if self._index else set())
+        known |= {kept.name, *self._texts}
         check_output(self.place, inputs, known if self.is_folder else None)
         needed = self.nbytes + sum(path.stat().st_size for path in self._companions)
         if self._originals:
@@ -171,18 +173,12 @@ class CheckpointWriter:
 
     def _write_companions(self, folder: Path) -> None:
         for path in self._companions:
-            if path.name == "config.json" and self._dtype and self._model.config:
-                config = dict(self._model.config)
-                for key in {"torch_dtype", "dtype"} & config.keys():
-                    config[key] = _NAMES[self._dtype]
-                with _new_file(folder / path.name) as file:
-                    file.write(json.dumps(config, indent=2).encode() + b"\n")
-                continue
-            with open(path, "rb") as source, _new_file(folder / path.name) as file:
-                shutil.copyfileobj(source, file)
-        if self._index:
-            with _new_file(folder / self._index[0]) as file:
-                file.write(self._index[1])
+            if path.name not in self._texts:
+                with os.fdopen(open_regular(path), "rb") as source, _new_file(folder / path.name) as file:
+                    shutil.copyfileobj(source, file)
+        for name, text in self._texts.items():
+            with _new_file(folder / name) as file:
+                file.write(text)
 
 
 @contextlib.contextmanager

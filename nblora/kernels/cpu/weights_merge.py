@@ -153,7 +153,19 @@ def itemsize(number):
 
 @kernel
 def merge_block(
-    source, source_number, base, base_number, P, Q, row_scale, column_scale, working, target, target_number, sums, counts
+    source,
+    source_number,
+    base,
+    base_number,
+    P,
+    Q,
+    row_scale,
+    column_scale,
+    working,
+    target,
+    target_number,
+    sums,
+    counts,
 ):
     """target = round(g ∘ source + P Q), and what that did to `base`.
 
