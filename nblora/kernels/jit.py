@@ -22,7 +22,7 @@ import warnings
 from pathlib import Path
 
 import numba
-from numba import config
+from numba.core import config
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, NullCache, _CacheLocator
 
 KERNELS = Path(__file__).parent

@@ -1,0 +1,151 @@
+"""What a backend offers: the only door between classes, which own arrays, and kernels, which own arithmetic.
+
+Shapes: N samples, `in` and `out` features, `rank`. Arrays are C-contiguous, aligned, and of one dtype, float32 or
+float64. "Stored" arrays have the layout of the base weight: (in, out), or (out, in) where it is transposed.
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+Array = Any  # numpy.ndarray on the CPU, a device array on a GPU
+
+
+class Base(NamedTuple):
+    """The pretrained layer: `weight` stored, `bias` (out,) or None, `transposed` where `weight` is (out, in)."""
+
+    weight: Array
+    bias: Array | None
+    transposed: bool
+
+
+class LowRank(NamedTuple):
+    """The factors `A` (in, rank) and `B` (rank, out), and the scaling s."""
+
+    A: Array
+    B: Array
+    scaling: float
+
+
+class Delta(NamedTuple):
+    """The dense change `delta` and its `velocity`, stored like the base weight; scaling c and momentum m."""
+
+    delta: Array
+    velocity: Array
+    scaling: float
+    momentum: float
+
+
+class Operands(NamedTuple):
+    """What one layer computes with. None where it has no such part; `activation` is a code of `elementwise`."""
+
+    base: Base | None
+    low_rank: LowRank | None
+    delta: Delta | None
+    activation: int
+    train_base: bool
+
+
+class Saved(NamedTuple):
+    """What backward needs of a forward: `x` (N, in); `low` = s (mask∘x) A (N, rank); pre-activation `z` (N, out), None
+    for the identity; `mask` (N, in) of 0 and 1/(1-p), None without dropout."""
+
+    x: Array
+    low: Array | None
+    z: Array | None
+    mask: Array | None
+
+
+class Gradients(NamedTuple):
+    """Gradients of one backward, None where there is no such parameter, it is frozen, or it was consumed."""
+
+    x: Array
+    A: Array | None
+    B: Array | None
+    delta: Array | None
+    weight: Array | None
+    bias: Array | None
+
+
+class Backend(Protocol):
+    """Operations on arrays of one device. Nothing here checks its arguments."""
+
+    device: str
+
+    def from_host(self, array: np.ndarray) -> Array:
+        """Bring a NumPy array to the device; the CPU hands the same array back."""
+        ...
+
+    def to_host(self, array: Array) -> np.ndarray:
+        """Bring an array to NumPy; the CPU hands the same array back."""
+        ...
+
+    def zeros_like(self, array: Array) -> Array:
+        """A new array of zeros, same shape and dtype, C-contiguous."""
+        ...
+
+    def forward(self, x: Array, operands: Operands, mask: Array | None, keep: bool) -> tuple[Array, Saved | None]:
+        """y = act(x (W + c D) + s (mask∘x) A B + b), (N, out), and what backward needs where `keep`."""
+        ...
+
+    def backward(self, grad_output: Array, saved: Saved, operands: Operands) -> Gradients:
+        """Every gradient, from the values as they are; `delta` and `weight` stored."""
+        ...
+
+    def backward_update(
+        self, grad_output: Array, saved: Saved, operands: Operands, lr: float, delta_lr: float
+    ) -> Gradients:
+        """Backward in one sweep that never holds dD or dW: V = m V + (1-m) dD, D -= delta_lr V, and W -= lr dW where
+        the base is trained, in place. The gradients of A, B and the bias are handed back, theirs is the caller's."""
+        ...
+
+    def merge(self, operands: Operands) -> Array:
+        """W + s A B + c D as a new stored array."""
+        ...
+
+    def sgd_update(self, parameter: Array, gradient: Array, lr: float) -> None:
+        """parameter -= lr gradient, in place."""
+        ...
+
+    def momentum_update(self, delta: Array, velocity: Array, gradient: Array, momentum: float, lr: float) -> None:
+        """V = m V + (1-m) gradient; D -= lr V, in place."""
+        ...
+
+    def adamw_update(
+        self,
+        parameter: Array,
+        gradient: Array,
+        first: Array,
+        second: Array,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        step: int,
+    ) -> None:
+        """AdamW with decoupled decay (Loshchilov and Hutter, 2019), `step` counted from 1, in place."""
+        ...
+
+    def add(self, target: Array, source: Array) -> None:
+        """target += source, in place."""
+        ...
+
+    def scale(self, target: Array, factor: float) -> None:
+        """target *= factor, in place."""
+        ...
+
+    def sum_of_squares(self, array: Array) -> float:
+        """Σ a², accumulated in float64."""
+        ...
+
+    def mean_squared_error(self, output: Array, target: Array) -> tuple[float, Array]:
+        """Σ (y - t)² / (N·out) and its gradient by `output`; both (N, out)."""
+        ...
+
+    def softmax_cross_entropy(self, logits: Array, labels: Array) -> tuple[float, Array]:
+        """Mean over N of log Σ exp(z) - z[label] and its gradient; logits (N, out), labels (N,) int64 below out."""
+        ...
+
+    def binary_cross_entropy(self, logits: Array, target: Array) -> tuple[float, Array]:
+        """Mean over all of log(1 + exp(z)) - z t and its gradient; both (N, out)."""
+        ...

@@ -1,0 +1,85 @@
+"""What `diagnostics` reports. Everything in float64, and NaN in gives NaN out, never an error."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from .linear import Linear
+
+_DENSE_SVD_LIMIT = 512  # below it a full SVD takes less than 0.1 s
+
+
+def describe_linear(layer: "Linear", extra: Mapping[str, Any]) -> dict[str, Any]:
+    """A flat dict of type, sizes, counts, norms and non-finite values of one layer; `extra` follows its sizes."""
+    arrays = {p.name: layer._backend.to_host(p.array) for p in layer._parameters()}
+    result: dict[str, Any] = {
+        "type": type(layer).__name__,
+        "in_features": layer.in_features,
+        "out_features": layer.out_features,
+        "dtype": layer.dtype.name,
+        "device": layer.device,
+        "parameter_count": layer.parameter_count,
+        **extra,
+    }
+    operands = layer._operands()
+    with np.errstate(all="ignore"):
+        if operands.base is not None:
+            result["weight_norm"] = frobenius_norm(operands.base.weight)
+        if operands.low_rank is not None:
+            A, B = (_float64(layer, a) for a in operands.low_rank[:2])
+            result["low_rank_norm"] = operands.low_rank.scaling * _product_norm(A, B)
+            change = operands.low_rank.scaling * (A @ B)
+            if operands.delta is not None:
+                delta = _float64(layer, operands.delta.delta)
+                delta = delta.T if operands.base is not None and operands.base.transposed else delta
+                result["delta_norm"] = operands.delta.scaling * frobenius_norm(delta)
+                result["velocity_norm"] = frobenius_norm(_float64(layer, operands.delta.velocity))
+                change += operands.delta.scaling * delta
+            result["stable_rank"] = stable_rank(change)
+        for name in arrays:
+            if layer._gradients is not None and name in layer._gradients:
+                gradient = layer._backend.to_host(layer._gradients[name])
+                result[f"gradient_norm.{name}"] = frobenius_norm(gradient)
+    result["non_finite_count"] = sum(count_non_finite(array) for array in arrays.values())
+    return result
+
+
+def count_non_finite(array: np.ndarray) -> int:
+    """The number of NaN and infinite values."""
+    return int(array.size - np.count_nonzero(np.isfinite(array)))
+
+
+def frobenius_norm(array: np.ndarray) -> float:
+    """√Σ a², accumulated in float64."""
+    return float(np.sqrt(np.einsum("...,...", array, array, dtype=np.float64).sum(dtype=np.float64)))
+
+
+def stable_rank(change: np.ndarray) -> float:
+    """‖M‖²_F / ‖M‖²_2: 0 for a zero matrix, NaN where any value is not finite (Rudelson and Vershynin, 2007)."""
+    if count_non_finite(change):
+        return float("nan")
+    largest = float(np.max(np.abs(change), initial=0.0))
+    if largest == 0.0:
+        return 0.0
+    scaled = change / largest  # squares stay in range
+    return frobenius_norm(scaled) ** 2 / _spectral_norm(scaled) ** 2
+
+
+def _spectral_norm(matrix: np.ndarray) -> float:
+    if min(matrix.shape) <= _DENSE_SVD_LIMIT:
+        return float(np.linalg.norm(matrix, 2))
+    from scipy.sparse.linalg import svds
+
+    start = np.ones(min(matrix.shape))  # a fixed start, so that the figure repeats
+    return float(svds(matrix, k=1, v0=start, return_singular_vectors=False)[0])
+
+
+def _product_norm(A: np.ndarray, B: np.ndarray) -> float:
+    """‖A B‖_F from the rank x rank Gram matrices: ‖A B‖²_F = Σ (AᵀA)∘(B Bᵀ)."""
+    return float(np.sqrt(np.maximum(np.sum((A.T @ A) * (B @ B.T)), 0.0)))
+
+
+def _float64(layer: "Linear", array: Any) -> np.ndarray:
+    return np.asarray(layer._backend.to_host(array), np.float64)

@@ -1,0 +1,1 @@
+"""Files on disk: whole or absent, readable without trust. Knows arrays and JSON, nothing of layers."""
