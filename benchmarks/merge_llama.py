@@ -10,7 +10,6 @@ fsync is the limit. Every run's output is compared with the formula on sampled r
 import argparse
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -119,7 +118,10 @@ def worst_error(folder: Path, merged: Path) -> float:
         SafetensorsFile(folder / "adapter/adapter_model.safetensors"),
     )
     result, worst = SafetensorsFile(merged), 0.0
-    wide = lambda bits: (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+    def wide(bits):
+        return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
     for name in PROJECTIONS:
         for layer in (0, LAYERS // 2):
             weight = f"model.layers.{layer}.{name}.weight"
@@ -145,7 +147,10 @@ def main() -> None:
     source, out = folder / "base/model.safetensors", folder / "out"
     commands = {
         "copy + fsync": [sys.executable, "-S", "-c", COPY_RUN, str(source), str(out)],
-        "nblora merge": [sys.executable, "-c", "from nblora.cli import main; main()", "merge", str(folder / "base"), "--adapter", str(folder / "adapter"), "--output", str(out)],
+        "nblora merge": [
+            sys.executable, "-c", "from nblora.cli import main; main()", "merge", str(folder / "base"),
+            "--adapter", str(folder / "adapter"), "--output", str(out),
+        ],
     }  # fmt: skip
     if arguments.peer:
         commands["peft"] = [arguments.peer, "-c", PEFT_RUN, str(folder / "base"), str(folder / "adapter"), str(out)]
@@ -170,12 +175,9 @@ def main() -> None:
     medians = {name: statistics.median(values) for name, values in times.items()}
     for name, median in medians.items():
         spread = f"{min(times[name]):.2f} to {max(times[name]):.2f}"
-        print(
-            f"{name:<14} median {median:6.2f} s ({spread})  {median / medians['copy + fsync']:5.2f} × copy  peak {memory[name]:.0f} MiB"
-        )
-    print(
-        f"machine: {os.cpu_count()} cores, {resource.getpagesize()} B pages, Python {sys.version.split()[0]}, NumPy {np.__version__}"
-    )
+        ratio = median / medians["copy + fsync"]
+        print(f"{name:<14} median {median:6.2f} s ({spread})  {ratio:5.2f} × copy  peak {memory[name]:.0f} MiB")
+    print(f"machine: {os.cpu_count()} cores, Python {sys.version.split()[0]}, NumPy {np.__version__}")
     shutil.rmtree(out, ignore_errors=True)
 
 

@@ -27,12 +27,14 @@ UNSUPPORTED = {
 """Fields that change the arithmetic when they are set, and how."""
 
 INERT = frozenset(
-    "alpha_pattern auto_mapping base_model_name_or_path bias corda_config ensure_weight_tying eva_config "
-    "exclude_modules fan_in_fan_out inference_mode init_lora_weights layers_pattern layers_to_transform loftq_config "
-    "lora_alpha lora_bias lora_dropout lora_ga_config megatron_core modules_to_save peft_type peft_version "
-    "qalora_group_size r rank_pattern revision runtime_config target_modules task_type use_dora use_rslora "
-    "velora_config".split()
-)
+    {
+        "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying",
+        "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
+        "layers_to_transform", "loftq_config", "lora_alpha", "lora_bias", "lora_dropout", "lora_ga_config",
+        "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
+        "revision", "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora", "velora_config",
+    }
+)  # fmt: skip
 """Fields that are read here, or that matter to training only (VeLoRA, for one, changes the backward pass alone)."""
 
 PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica", "true", "True")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from nblora.errors import FormatError
-from nblora.formats.atomic import replace_whole
+from nblora.storage.atomic import replace_whole
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -92,7 +92,7 @@ def replace_file(output: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def replace_folder(output: Path) -> Iterator[Path]:
-    """Yield a new hidden folder beside `output` to write into; put it in the place of `output` when the block ends well.
+    """Yield a new hidden folder beside `output` to write into; put it in its place when the block ends well.
 
     Files must be flushed to the disk by who writes them. An existing folder is exchanged in one step where the system
     can (Linux), else in two between which there is none.

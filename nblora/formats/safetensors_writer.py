@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nblora.formats.atomic import replace_whole
 from nblora.formats.safetensors_reader import BITS, FLOATS, element_count
+from nblora.storage.atomic import replace_whole
 
 _DTYPES = {np.dtype(dtype): name for name, dtype in FLOATS.items()}
 

@@ -75,7 +75,8 @@ class Stack:
             ‖W + sBA‖ along the axis of the term.
         """
         term = self.recipe.dora
-        assert term and term.magnitude
+        assert term
+        assert term.magnitude
         with np.errstate(
             divide="ignore", invalid="ignore"
         ):  # a weight of zeros has no direction: NaN, which is counted

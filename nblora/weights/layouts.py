@@ -86,8 +86,8 @@ def _by_shape(label: str, name: str, module: LoraModule, shape: tuple[int, ...])
         groups = module.A.shape[1] // shape[1] if len(shape) == len(expected) and shape[1] else 1
         if module.groups > 1 or (groups > 1 and shape == (expected[0], expected[1] // groups, *expected[2:])):
             raise FormatError(
-                f"{label}: {name} belongs to a grouped convolution (groups={max(groups, module.groups)}); its adapter is "
-                "no change of the weight and cannot be merged (PEFT cannot either)"
+                f"{label}: {name} belongs to a grouped convolution (groups={max(groups, module.groups)}); its adapter "
+                "is no change of the weight and cannot be merged (PEFT cannot either)"
             )
         if shape != expected:
             raise _misfit(label, name, module, shape, expected)

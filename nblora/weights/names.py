@@ -67,8 +67,8 @@ class Ties:
 def find_ties(model: ModelFiles, targets: Iterable[str]) -> Ties:
     """Find which of the `targets` share their weight with another tensor of the checkpoint.
 
-    Three signs count: an alias in a file's metadata (as safetensors' `save_model` leaves it), a missing output head of a
-    model whose `config.json` does not untie it, and a second tensor of the same bytes under a name that differs in
+    Three signs count: an alias in a file's metadata (as safetensors' `save_model` leaves it), a missing output head of
+    a model whose `config.json` does not untie it, and a second tensor of the same bytes under a name that differs in
     more than its numbers, unless `config.json` says that nothing is tied.
 
     Parameters
@@ -90,9 +90,9 @@ def find_ties(model: ModelFiles, targets: Iterable[str]) -> Ties:
     tied = model.config.get("tie_word_embeddings")
     for target in targets:
         if target not in tensors and target not in ties.absent and model.config and tied is not False:
-            name = _embedding_of(target, tensors)
-            if name:
-                ties.absent[target] = name
+            embedding = _embedding_of(target, tensors)
+            if embedding:
+                ties.absent[target] = embedding
     if tied is not False:
         ties.stored = _twins(tensors, {ties.absent.get(target, target) for target in targets} & tensors.keys())
     return ties

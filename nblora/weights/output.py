@@ -1,4 +1,4 @@
-"""Where every tensor of the output goes: shard by shard, header first, each byte's place known before any is written."""
+"""Where every tensor of the output goes: shard by shard, header first, each byte's place known beforehand."""
 
 import json
 import re
@@ -40,7 +40,7 @@ def lay_out(model: ModelFiles, dtype: str | None = None, shard_size: int | None 
     dtype : str, optional
         What floating-point tensors become (as safetensors spells it); as they are by default.
     shard_size : int, optional
-        Bytes of tensors that a shard may hold (a larger tensor has a shard of its own); the base's own shards by default.
+        Bytes of tensors that a shard may hold (a larger tensor has one of its own); the base's shards by default.
 
     Returns
     -------

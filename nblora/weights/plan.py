@@ -40,9 +40,9 @@ class Factor:
 class Term:
     """scale · left · rightᵀ, added to a matrix (rows, columns): left (rows, rank), right (columns, rank).
 
-    `left` is None for a bias, whose one row of rank 1 is the scale itself. With `magnitude` (DoRA's m, along `axis`) the
-    sum of the matrix, the terms before and this one is scaled to it, and `weight` is the share of that change taken;
-    without, the weight is part of the scale.
+    `left` is None for a bias, whose one row of rank 1 is the scale itself. With `magnitude` (DoRA's m, along `axis`)
+    the sum of the matrix, the terms before and this one is scaled to it, and `weight` is the share of that change
+    taken; without, the weight is part of the scale.
     """
 
     label: str
@@ -200,7 +200,7 @@ class _Planner:
             raise FormatError(f"{label}: {info.name} has shape {info.shape}, but {stored} has {old.shape}")
         if weighted.weight != 1:
             raise FormatError(
-                f"{label}: {info.name} replaces {stored} whole and cannot be taken with the weight {weighted.weight:g}; "
+                f"{label}: {info.name} replaces {stored} whole and cannot have the weight {weighted.weight:g}; "
                 "use the weight 1 or an adapter without modules_to_save and trained biases"
             )
         recipe = self.plan.recipes.get(stored)
@@ -256,7 +256,7 @@ class _Planner:
             recipe = self.plan.recipes.setdefault(name, Recipe(rows, columns))
             if term.magnitude and recipe.dora:
                 raise FormatError(
-                    f"{label} and {recipe.dora.label} are both DoRA on {stored}; their norms exclude each other, merge one"
+                    f"{label} and {recipe.dora.label} are both DoRA on {stored}; their norms exclude each other"
                 )
             recipe.terms.append(term)
 

@@ -4,6 +4,7 @@ The kernels run without the interpreter lock, so threads of Python suffice: whil
 is computed. No result depends on the number of threads or on the size of a block.
 """
 
+import functools
 import os
 import queue
 from collections import deque
@@ -14,7 +15,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 import numpy as np
-from numba import config
+from numba.core import config
 
 from nblora.formats.safetensors_reader import SafetensorsFile, TensorInfo
 from nblora.kernels.cpu import weights_merge as kernels
@@ -112,7 +113,8 @@ class Stream:
     ) -> None:
         if max_memory < MIN_MEMORY:
             raise ValueError(f"max_memory is {max_memory} bytes; at least {MIN_MEMORY} (1MiB) are needed")
-        wanted = threads or min(int(config.NUMBA_NUM_THREADS), _MAX_THREADS)
+        settings: Any = config  # Numba fills the module when it is loaded
+        wanted = threads or min(settings.NUMBA_NUM_THREADS, _MAX_THREADS)
         self.threads = max(1, min(wanted, max_memory // MIN_MEMORY))
         self._piece = min(_PIECE, max_memory // (8 * self.threads))
         self._factor_limit = max_memory // (8 * (self.threads + 1))
@@ -237,7 +239,7 @@ class Stream:
 
         for first in range(0, recipe.rows, height):
             rows = first, min(first + height, recipe.rows)
-            self._submit(lambda buffers, rows=rows: block(buffers, rows), Change.none(), 0, 0)
+            self._submit(functools.partial(block, rows=rows), Change.none(), 0, 0)
             if by_column:  # sums down a column keep the order of the rows
                 self.finish()
         self.finish()

@@ -6,7 +6,6 @@ A developer's tool: the tests read what it wrote and import none of the three. E
 saved it, the base's parameters, and `io.npz` with the parameters that merging changes, merged in float64.
 """
 
-import json
 import shutil
 import sys
 import warnings
@@ -83,40 +82,44 @@ def gpt2():
 
 TOKENS = torch.randint(0, 13, (2, 5), generator=torch.Generator().manual_seed(0))
 ROWS = torch.randn(4, 9, generator=torch.Generator().manual_seed(1))
+CONV1D = {"r": 3, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}
 KINDS = {
-    "embedding": (Words, dict(r=3, target_modules=["embed", "mid"]), TOKENS),
-    "embedding_dora": (Words, dict(r=3, target_modules=["embed", "mid"], use_dora=True), TOKENS),
-    "lora_bias": (Words, dict(r=3, target_modules=["mid", "head"], lora_bias=True), TOKENS),
-    "bias_all": (Words, dict(r=3, target_modules=["mid"], bias="all"), TOKENS),
-    "bias_all_lora_bias": (Words, dict(r=3, target_modules=["mid"], bias="all", lora_bias=True), TOKENS),
-    "bias_lora_only": (Words, dict(r=3, target_modules=["mid"], bias="lora_only"), TOKENS),
+    "embedding": (Words, {"r": 3, "target_modules": ["embed", "mid"]}, TOKENS),
+    "embedding_dora": (Words, {"r": 3, "target_modules": ["embed", "mid"], "use_dora": True}, TOKENS),
+    "lora_bias": (Words, {"r": 3, "target_modules": ["mid", "head"], "lora_bias": True}, TOKENS),
+    "bias_all": (Words, {"r": 3, "target_modules": ["mid"], "bias": "all"}, TOKENS),
+    "bias_all_lora_bias": (Words, {"r": 3, "target_modules": ["mid"], "bias": "all", "lora_bias": True}, TOKENS),
+    "bias_lora_only": (Words, {"r": 3, "target_modules": ["mid"], "bias": "lora_only"}, TOKENS),
     "patterns": (
         Deep,
-        dict(
-            r=4, lora_alpha=6, target_modules=["q", "v"],
+        {
+            "r": 4, "lora_alpha": 6, "target_modules": ["q", "v"],
             # PEFT sorts the keys when it saves, and the first match wins when it loads.
-            rank_pattern={"^v": 1, r"layers\.1\.q": 2, r"layers\.2\.v": 5, "v": 3},
-            alpha_pattern={"0.q": 1, "^v$": 11, "layers.[12].q": 13, "q": 9, "s.1.v": 7},
-        ),
+            "rank_pattern": {"^v": 1, r"layers\.1\.q": 2, r"layers\.2\.v": 5, "v": 3},
+            "alpha_pattern": {"0.q": 1, "^v$": 11, "layers.[12].q": 13, "q": 9, "s.1.v": 7},
+        },
         ROWS,
     ),
     "patterns_rslora": (
         Deep,
-        dict(
-            r=4, lora_alpha=6, target_modules=["q", "v"], use_rslora=True, rank_pattern={"v": 3}, alpha_pattern={"q": 9}
-        ),
+        {
+            "r": 4, "lora_alpha": 6, "target_modules": ["q", "v"], "use_rslora": True,
+            "rank_pattern": {"v": 3}, "alpha_pattern": {"q": 9},
+        },
         ROWS,
     ),
-    "modules_to_save": (Words, dict(r=3, target_modules=["mid"], modules_to_save=["head", "norm"]), TOKENS),
-    "convs_lora_bias": (Convs, dict(r=2, target_modules=["one", "two"], lora_bias=True), torch.randn(2, 5, 9)),
-    "conv1d_dora": (Convs, dict(r=2, target_modules=["one", "two"], use_dora=True), torch.randn(2, 5, 9)),
-    "gpt2_dora": (Gpt2ish, dict(r=3, target_modules=["c_attn", "c_proj"], use_dora=True, fan_in_fan_out=True), torch.randn(3, 6)),
-    "gpt2_lora_bias": (Gpt2ish, dict(r=3, target_modules=["c_attn", "c_proj"], lora_bias=True, fan_in_fan_out=True), torch.randn(3, 6)),
-    "model_llama": (llama, dict(r=4, target_modules="all-linear"), TOKENS),
-    "model_llama_tied": (lambda: llama(True), dict(r=4, target_modules=["embed_tokens", "q_proj", "lm_head"]), TOKENS),
-    "model_gpt2": (gpt2, dict(r=4, target_modules=["c_attn", "c_proj", "c_fc"]), TOKENS),
-    "model_gpt2_mixed": (gpt2, dict(r=4, target_modules=["c_attn", "c_proj", "wte", "lm_head"]), TOKENS),
-    "high_rank": (Words, dict(r=11, target_modules=["mid"]), TOKENS),
+    "modules_to_save": (Words, {"r": 3, "target_modules": ["mid"], "modules_to_save": ["head", "norm"]}, TOKENS),
+    "convs_lora_bias": (Convs, {"r": 2, "target_modules": ["one", "two"], "lora_bias": True}, torch.randn(2, 5, 9)),
+    "conv1d_dora": (Convs, {"r": 2, "target_modules": ["one", "two"], "use_dora": True}, torch.randn(2, 5, 9)),
+    "gpt2_dora": (Gpt2ish, {**CONV1D, "use_dora": True}, torch.randn(3, 6)),
+    "gpt2_lora_bias": (Gpt2ish, {**CONV1D, "lora_bias": True}, torch.randn(3, 6)),
+    "model_llama": (llama, {"r": 4, "target_modules": "all-linear"}, TOKENS),
+    "model_llama_tied": (
+        lambda: llama(True), {"r": 4, "target_modules": ["embed_tokens", "q_proj", "lm_head"]}, TOKENS,
+    ),
+    "model_gpt2": (gpt2, {"r": 4, "target_modules": ["c_attn", "c_proj", "c_fc"]}, TOKENS),
+    "model_gpt2_mixed": (gpt2, {"r": 4, "target_modules": ["c_attn", "c_proj", "wte", "lm_head"]}, TOKENS),
+    "high_rank": (Words, {"r": 11, "target_modules": ["mid"]}, TOKENS),
 }  # fmt: skip
 
 

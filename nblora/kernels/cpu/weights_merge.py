@@ -86,8 +86,9 @@ def settle_ties(P, i, Q, start, row_scale, column_scale, first, number, value):
     The float32 error of a sum of K terms is a few of its units; entries nearer to a tie than that (one in a thousand)
     are replaced by the float64 value, rounded to odd, so that the rounding that follows is the exact value's.
 
-    P float64 (rows, K), of which row i; Q float64 (K, columns); start float32 (n,), what the sum is added to, times row_scale and
-    column_scale[j] (unless empty); first: the segment's column; number: the stored type; value float32 (n,), updated.
+    P float64 (rows, K), of which row i; Q float64 (K, columns); start float32 (n,), what the sum is added to, times
+    row_scale and column_scale[j] (unless empty); first: the segment's column; number: the stored type;
+    value float32 (n,), updated.
     """
     bits = value.view(np.int32)
     dropped = np.int32(16 if number == BFLOAT16 else 13)
