@@ -72,6 +72,11 @@ class ModelFiles:
         return {name: (file, info) for file in files for name, info in file.tensors.items()}
 
     @property
+    def folder(self) -> Path:
+        """The folder of the shards."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+    @property
     def inputs(self) -> list[Path]:
         """Every file that was read."""
         return [shard.path for shard in self.shards] + ([self.index] if self.index else [])
@@ -148,11 +153,16 @@ def _shard_names(index: Path, data: dict[str, Any]) -> list[str]:
         raise FormatError(f"{index}: expected a weight_map from tensor names to shard names")
     names = sorted(set(weight_map.values()))
     for name in names:
-        if name in ("", ".", "..") or "\0" in name or "/" in name or "\\" in name or os.path.isabs(name):
+        if not is_plain_name(name):
             raise FormatError(f"{index}: names the shard {name!r}, which is not a plain file name of the same folder")
         if not name.endswith(".safetensors"):
             raise FormatError(f"{index}: names the shard {name!r}, which is not a safetensors file")
     return names
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a name that a file gives is one of a file of the same folder, and leads nowhere else."""
+    return name not in ("", ".", "..") and not any(letter in name for letter in "/\\\0:")
 
 
 def _check_names(model: ModelFiles) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from nblora.formats.model_files import ModelFiles, open_model
 from nblora.formats.peft import CONFIG_NAME, PeftAdapter
 from nblora.weights.originals import originals_of
-from nblora.weights.output import lay_out
+from nblora.weights.output import build_index, lay_out
 from nblora.weights.plan import WeightedAdapter, make_plan
 from nblora.weights.report import MergeReport
 from nblora.weights.sizes import parse_size
@@ -38,6 +38,13 @@ def open_adapters(adapters: AdapterSpec | Sequence[AdapterSpec]) -> Iterator[lis
                 raise ValueError(f"the weight of adapter {path} is {weight}; expected a finite number")
             opened.append(WeightedAdapter(stack.enter_context(PeftAdapter(path)), float(weight)))
         yield opened
+
+
+def stored_dtype(dtype: str | None) -> str | None:
+    """A dtype as safetensors spells it."""
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
+    return DTYPES[dtype] if dtype else None
 
 
 def adapter_files(adapters: Iterable[WeightedAdapter]) -> list[Path]:
@@ -104,9 +111,7 @@ def merge(
         If a file cannot be read or the output cannot be written.
     """
     began = time.perf_counter()
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
-    stored = DTYPES[dtype] if dtype else None
+    stored = stored_dtype(dtype)
     limit = parse_size(max_memory, "max_memory")
     shard_limit = parse_size(shard_size, "shard_size") if shard_size is not None else None
     with open_model(base) as model, open_adapters(adapters) as opened:
@@ -117,7 +122,9 @@ def merge(
         if keep_original:
             old = model.config_bytes.decode(errors="replace") if texts else None
             originals = originals_of(model, shards, plan.recipes, opened, old)
-        writer = CheckpointWriter(model, shards, plan.recipes, Path(output), originals, texts)
+        writer = CheckpointWriter(
+            model, shards, plan.recipes, Path(output), build_index(model, shards), originals, texts
+        )
         writer.check([model.path, *model.inputs, *adapter_files(opened)])
         report = MergeReport(str(output), [], writer.copied, writer.nbytes, dry_run=dry_run, warnings=plan.warnings)
         changes: dict[str, Change] = {}

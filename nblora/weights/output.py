@@ -100,8 +100,8 @@ def _shard(
 
 
 def build_index(model: ModelFiles, shards: list[OutputShard]) -> tuple[str, bytes] | None:
-    """The index of an output of several shards, as a name and its bytes; None where it needs none."""
-    if len(shards) < 2 and model.index is None:
+    """The index of an output, as a name and its bytes; None where the base has none and its files are kept."""
+    if model.index is None and (len(shards) < 2 or len(shards) == len(model.shards)):
         return None
     weight_map = {placed.info.name: shard.name for shard in shards for placed in shard.tensors}
     total = sum(shard.nbytes - len(shard.header) for shard in shards)

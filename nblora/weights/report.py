@@ -74,6 +74,13 @@ class MergeReport:
     dry_run : bool
         Whether nothing was written; then the norms are not known (NaN).
     warnings : list of str
+    exact : bool or None
+        After `unmerge`: whether the base came back bit for bit.
+    restored : list of str
+        Tensors that came back from the originals.
+    off_by, off_by_rms : float or None
+        After a subtraction: a bound on the distance of any entry from the base's, and what to expect of it in the mean
+        square; both assume that the merge rounded every entry once.
     """
 
     output: str
@@ -83,10 +90,14 @@ class MergeReport:
     seconds: float = 0.0
     dry_run: bool = False
     warnings: list[str] = field(default_factory=list)
+    exact: bool | None = None
+    restored: list[str] = field(default_factory=list)
+    off_by: float | None = None
+    off_by_rms: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as JSON can hold it: numbers that are not finite become None."""
-        return _plain(asdict(self))
+        return plain(asdict(self))
 
     def table(self) -> str:
         """Return the report as text, a line for every changed tensor."""
@@ -97,6 +108,10 @@ class MergeReport:
                 f"{tensor.name:<{width}}  {tensor.dtype:>5}  {tensor.change_norm:>10.4g}  {tensor.share:>9.3%}  "
                 f"{tensor.lost_fraction:>7.2%}  {tensor.not_finite}"
             )
+        if self.exact:
+            lines = [f"{len(self.restored)} tensors restored bit for bit from the originals"]
+        if self.off_by is not None:
+            lines.append(f"off by at most {self.off_by:.3g} an entry, {self.off_by_rms:.3g} in the mean square")
         verb = "would be changed" if self.dry_run else "changed"
         lines.append(
             f"{len(self.tensors)} tensors {verb}, {self.copied} copied, {self.nbytes} bytes in {self.seconds:.2f} s"
@@ -104,9 +119,10 @@ class MergeReport:
         return "\n".join(lines)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Return a report as JSON can hold it: tuples become lists, numbers that are not finite None."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

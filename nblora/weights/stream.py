@@ -10,7 +10,7 @@ import queue
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -76,10 +76,21 @@ class Matrix:
 
 @dataclass
 class Change:
-    """What happened to one tensor: Σ (new − old)², Σ old², entries lost to rounding, entries not finite."""
+    """What happened to one tensor.
+
+    Attributes
+    ----------
+    squares : ndarray of float64, shape (2,)
+        Σ (new − old)², Σ old².
+    counts : ndarray of int64, shape (2,)
+        Entries lost to rounding, entries not finite.
+    measured : list of ndarray
+        What the caller's `finish` returned for every block, in the order of the rows.
+    """
 
     squares: np.ndarray
     counts: np.ndarray
+    measured: list[np.ndarray] = field(default_factory=list)
 
     @classmethod
     def none(cls) -> "Change":
@@ -92,7 +103,18 @@ class Change:
         return cls(np.full(2, np.nan), np.zeros(2, np.int64))
 
 
-Block = Callable[[list[np.ndarray]], tuple[np.ndarray, np.ndarray]]
+@dataclass(frozen=True)
+class Block:
+    """A finished block: the old and the new numbers as bytes, the ranges they cover, and room for as many more."""
+
+    old: np.ndarray
+    new: np.ndarray
+    rows: tuple[int, int]
+    columns: tuple[int, int]
+    spare: np.ndarray
+
+
+Finish = Callable[[Block], np.ndarray | None]
 
 
 class Stream:
@@ -147,10 +169,8 @@ class Stream:
 
             self._submit(block, Change.none(), count, 0)
 
-    def merge(
-        self, base: Matrix, recipe: Recipe, dtype: str, sink: Sink, start: int, keep: tuple[Sink, int] | None = None
-    ) -> Change:
-        """Merge one tensor.
+    def merge(self, base: Matrix, recipe: Recipe, dtype: str, finish: Finish) -> Change:
+        """Compute one merged tensor and hand it on, block by block.
 
         Parameters
         ----------
@@ -158,17 +178,14 @@ class Stream:
         recipe : Recipe
             Without terms and replacement the tensor is converted to `dtype`.
         dtype : str
-            Of the output, as safetensors spells it.
-        sink : Sink
-        start : int
-            Byte of the sink where the tensor begins.
-        keep : (Sink, int), optional
-            Where the bytes of `base` go as they are, and from which byte on.
+            Of the result, as safetensors spells it.
+        finish : callable
+            Called with every Block, from several threads at once; the block's memory is used again afterwards.
 
         Returns
         -------
         Change
-            Complete once `finish` has returned.
+            Complete once `wait` has returned.
         """
         source = replace(base, file=recipe.replacement[0], info=recipe.replacement[1]) if recipe.replacement else base
         narrow = dtype in ("F16", "BF16") and "F64" not in (source.info.dtype, base.info.dtype)
@@ -176,35 +193,31 @@ class Stream:
         stack = self._stack(source, recipe)
         codes = CODES[source.info.dtype], CODES[base.info.dtype], CODES[dtype]
         change = Change.none()
-        item = max(source.itemsize, base.itemsize, 2 if dtype in ("F16", "BF16") else 4 if dtype == "F32" else 8)
-        height, width = self._block_shape(recipe, item)
+        height, width = self._block_shape(recipe, max(source.itemsize, base.itemsize, _ITEMSIZE[dtype]))
+
+        def block(buffers: list[np.ndarray], rows: tuple[int, int]) -> list[np.ndarray]:
+            sums, counts, measured = np.zeros((rows[1] - rows[0], 2)), np.zeros(2, np.int64), []
+            P = stack.P(*rows)
+            for left in range(0, recipe.columns, width):
+                columns = left, min(left + width, recipe.columns)
+                old = base.read(buffers[0], rows, columns)
+                start = old if source is base else source.read(buffers[1], rows, columns)
+                new = buffers[2][: (rows[1] - rows[0]) * (columns[1] - columns[0]) * _ITEMSIZE[dtype]]
+                row_scale, column_scale = stack.row_scale[slice(*rows)], stack.column_scale[slice(*columns)]
+                kernels.merge_block(
+                    start, codes[0], old, codes[1], P, stack.Q(*columns), row_scale, column_scale, working,
+                    new, codes[2], sums, counts,
+                )  # fmt: skip
+                measured.append(finish(Block(old, new, rows, columns, buffers[1])))
+            return [sums, counts, *(array for array in measured if array is not None)]
+
         for first in range(0, recipe.rows, height):
             rows = first, min(first + height, recipe.rows)
-
-            def block(buffers: list[np.ndarray], rows: tuple[int, int] = rows) -> tuple[np.ndarray, np.ndarray]:
-                sums, counts = np.zeros((rows[1] - rows[0], 2)), np.zeros(2, np.int64)
-                P = stack.P(*rows)
-                for left in range(0, recipe.columns, width):
-                    columns = left, min(left + width, recipe.columns)
-                    old = base.read(buffers[0], rows, columns)
-                    new = old if source is base else source.read(buffers[1], rows, columns)
-                    size = (rows[1] - rows[0]) * (columns[1] - columns[0])
-                    target = buffers[2][: size * _ITEMSIZE[dtype]]
-                    row_scale, column_scale = stack.row_scale[slice(*rows)], stack.column_scale[slice(*columns)]
-                    kernels.merge_block(
-                        new, codes[0], old, codes[1], P, stack.Q(*columns), row_scale, column_scale, working,
-                        target, codes[2], sums, counts,
-                    )  # fmt: skip
-                    base.write(sink, start, target, rows, columns)
-                    if keep:
-                        base.write(keep[0], keep[1], old, rows, columns)
-                return sums, counts
-
             count = (rows[1] - rows[0]) * recipe.columns * base.itemsize
-            self._submit(block, change, count, stack.nbytes if first == 0 else 0)
+            self._submit(functools.partial(block, rows=rows), change, count, stack.nbytes if first == 0 else 0)
         return change
 
-    def finish(self) -> None:
+    def wait(self) -> None:
         """Wait for every block that was handed in."""
         while self._pending:
             self._gather()
@@ -241,8 +254,8 @@ class Stream:
             rows = first, min(first + height, recipe.rows)
             self._submit(functools.partial(block, rows=rows), Change.none(), 0, 0)
             if by_column:  # sums down a column keep the order of the rows
-                self.finish()
-        self.finish()
+                self.wait()
+        self.wait()
         return np.sqrt(squares)
 
     def _block_shape(self, recipe: Recipe, item: int) -> tuple[int, int]:
@@ -278,6 +291,7 @@ class Stream:
         if measured is not None:
             kernels.fold_rows(measured[0], change.squares)
             change.counts += measured[1]
+            change.measured += measured[2:]
         self._progress(count)
 
 

@@ -1,22 +1,25 @@
 """Write a checkpoint: every tensor copied, converted or merged into its place, the whole of it present or absent."""
 
 import contextlib
+import functools
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
+
+import numpy as np
 
 from nblora.formats.bounded import open_regular
 from nblora.formats.model_files import ModelFiles
 from nblora.formats.replace import check_output, check_space, replace_file, replace_folder
 from nblora.weights.names import Ties
 from nblora.weights.originals import Originals, originals_path
-from nblora.weights.output import OutputShard, Placed, build_index, output_place
+from nblora.weights.output import OutputShard, Placed, output_place
 from nblora.weights.plan import Recipe
 from nblora.weights.report import TensorReport
-from nblora.weights.stream import Change, FileSink, Matrix, Stream
+from nblora.weights.stream import Block, Change, FileSink, Matrix, Stream
 
 _NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _FLUSH_EVERY = 64 * 2**20
@@ -33,10 +36,14 @@ class CheckpointWriter:
         By the name of the tensor that changes.
     output : Path
         As the user gave it.
-    originals : Originals or None
+    index : (str, bytes), optional
+        The index of the shards, by its name.
+    originals : Originals, optional
         What is kept of the base.
     texts : mapping of str to bytes, optional
         Companions of a folder that are not copied as they are, by name.
+    measure : callable, optional
+        What else is measured of every block that changes, called as measure(block, placed); see `Change.measured`.
     """
 
     def __init__(
@@ -45,16 +52,18 @@ class CheckpointWriter:
         shards: Sequence[OutputShard],
         recipes: Mapping[str, Recipe],
         output: Path,
+        index: tuple[str, bytes] | None = None,
         originals: Originals | None = None,
         texts: Mapping[str, bytes] | None = None,
+        measure: Callable[[Block, Placed], np.ndarray] | None = None,
     ) -> None:
+        self._measure = measure
         self._shards, self._recipes, self._originals = shards, recipes, originals
         self.place, self.is_folder = output_place(model, output, list(shards))
-        self._index = build_index(model, list(shards)) if self.is_folder else None
         self._companions = model.companions if self.is_folder and model.is_folder else []
         self._texts = {path.name: (texts or {})[path.name] for path in self._companions if path.name in (texts or {})}
-        if self._index:
-            self._texts[self._index[0]] = self._index[1]
+        if index and self.is_folder:
+            self._texts[index[0]] = index[1]
 
     @property
     def total(self) -> int:
@@ -163,13 +172,20 @@ class CheckpointWriter:
                     stream.copy(matrix, sink, placed.start)
                     continue
                 keep = (kept, self._originals.starts[name]) if kept and self._originals else None
-                change = stream.merge(
-                    matrix, recipe or Recipe(rows, matrix.columns), placed.dtype, sink, placed.start, keep
-                )
+                finish = functools.partial(self._finish, matrix=matrix, placed=placed, sink=sink, keep=keep)
+                change = stream.merge(matrix, recipe or Recipe(rows, matrix.columns), placed.dtype, finish)
                 if recipe:
                     changes[name] = change
-            stream.finish()
+            stream.wait()
         return changes
+
+    def _finish(
+        self, block: Block, matrix: Matrix, placed: Placed, sink: FileSink, keep: tuple[FileSink, int] | None
+    ) -> np.ndarray | None:
+        matrix.write(sink, placed.start, block.new, block.rows, block.columns)
+        if keep:
+            matrix.write(keep[0], keep[1], block.old, block.rows, block.columns)
+        return self._measure(block, placed) if self._measure else None
 
     def _write_companions(self, folder: Path) -> None:
         for path in self._companions:
