@@ -102,6 +102,12 @@ def progress_bar() -> Iterator[Callable[[int, int], None]]:
         yield progress
 
 
+def show_warnings(warnings: list[str]) -> None:
+    """Print what the user should know to standard error."""
+    for warning in warnings:
+        click.echo(f"nblora: warning: {warning}", err=True)
+
+
 def show(report: dict[str, Any], table: str, as_json: bool) -> None:
     """Print a report to standard output."""
     click.echo(json.dumps(report, indent=2) if as_json else table)

@@ -29,6 +29,5 @@ def command(base: str, adapters: tuple[str, ...], output: str, as_json: bool, **
 
     with _weights.progress_bar() as progress:
         report = merge(base, _weights.parse_adapters(adapters), output, progress=progress, **options)
-    for warning in report.warnings:
-        click.echo(f"nblora: warning: {warning}", err=True)
+    _weights.show_warnings(report.warnings)
     _weights.show(report.as_dict(), report.table(), as_json)

@@ -4,15 +4,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nblora.weights.combine import combine
+    from nblora.weights.inspect import inspect
     from nblora.weights.merge import merge
+    from nblora.weights.unmerge import unmerge
+    from nblora.weights.verify import verify
 
-_PLACES = {"merge": "nblora.weights.merge"}
-
-__all__ = ["merge"]
+__all__ = ["combine", "inspect", "merge", "unmerge", "verify"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import a tool when it is first asked for."""
-    if name not in _PLACES:
+    """Import a tool when it is first asked for: they bring in the kernels, and the commands need one at a time."""
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_PLACES[name]), name)
+    return getattr(importlib.import_module(f"{__name__}.{name}"), name)

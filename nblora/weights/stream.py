@@ -19,11 +19,10 @@ from numba.core import config
 
 from nblora.formats.safetensors_reader import SafetensorsFile, TensorInfo
 from nblora.kernels.cpu import weights_merge as kernels
-from nblora.kernels.cpu.weights_numbers import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
+from nblora.kernels.cpu.weights_numbers import CODES
 from nblora.weights.factors import Stack, held
 from nblora.weights.plan import COLUMNS, Recipe
 
-CODES = {"F64": FLOAT64, "F32": FLOAT32, "F16": FLOAT16, "BF16": BFLOAT16}
 MIN_MEMORY = 2**20
 _PIECE = 2**20  # bytes of a buffer: large enough for the disk, small enough for the cache
 _MAX_THREADS = 16

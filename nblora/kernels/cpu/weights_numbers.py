@@ -11,6 +11,8 @@ import numpy as np
 from nblora.kernels.jit import kernel
 
 FLOAT64, FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2, 3
+CODES = {"F64": FLOAT64, "F32": FLOAT32, "F16": FLOAT16, "BF16": BFLOAT16}
+"""The codes that tell kernels how numbers are stored, by the names that safetensors gives the types."""
 
 
 @kernel
