@@ -11,6 +11,7 @@ from nblora.errors import FormatError
 from nblora.formats.bounded import read_bounded
 from nblora.formats.peft_config import CONFIG_NAME, MAX_CONFIG, PeftConfig, parse_config
 from nblora.formats.peft_tensors import PREFIX, TENSORS_NAME, LoraModule, sort_tensors
+from nblora.formats.peft_writer import write_adapter
 from nblora.formats.safetensors_reader import SafetensorsFile, TensorInfo
 
 __all__ = ["CONFIG_NAME", "PREFIX", "TENSORS_NAME", "LoraModule", "PeftAdapter", "PeftConfig"]
@@ -75,6 +76,16 @@ class PeftAdapter:
     def close(self) -> None:
         """Close the file of tensors."""
         self.file.close()
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the adapter to a folder: every tensor bit by bit, every key of the configuration.
+
+        Raises
+        ------
+        OSError
+            If the folder cannot be written; then it is as it was.
+        """
+        write_adapter(folder, self.config.raw, {name: self.file.read(name) for name in self.file.tensors})
 
     def read(self, info: TensorInfo) -> np.ndarray:
         """Return a tensor of the adapter as `SafetensorsFile.read` does."""

@@ -152,6 +152,11 @@ class SafetensorsFile:
         dtype = FLOATS.get(info.dtype)
         return raw if dtype is None else raw.view(dtype).reshape(info.shape)
 
+    def read_wide(self, name: str) -> np.ndarray:
+        """Return one floating-point tensor as float64, exactly."""
+        info = self.tensors[name]
+        return widen(self.read(name).reshape(-1).view(np.uint8), info.dtype).reshape(info.shape)
+
     def _fault(self, fault: str) -> FormatError:
         return FormatError(f"{self.path}: {fault}")
 
@@ -244,6 +249,25 @@ def _check_coverage(path: Path, base: int, infos: list[TensorInfo], nbytes: int 
     if nbytes is not None and end != nbytes:
         fault = "data is missing: the file is cut" if end > nbytes else "bytes follow that no tensor covers"
         raise FormatError(f"{path}: the tensors end at byte {end} of {nbytes}; {fault}")
+
+
+def widen(raw: np.ndarray, dtype: str) -> np.ndarray:
+    """Return stored numbers as float64.
+
+    Parameters
+    ----------
+    raw : ndarray of uint8, shape (n · itemsize,)
+    dtype : str
+        As safetensors spells it: F64, F32, F16 or BF16.
+
+    Returns
+    -------
+    ndarray of float64, shape (n,)
+    """
+    numbers = raw.view(FLOATS[dtype])
+    if dtype == "BF16":
+        numbers = (numbers.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return numbers.astype(np.float64)
 
 
 def _is_sizes(value: Any) -> bool:

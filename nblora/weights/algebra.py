@@ -4,21 +4,12 @@ import numpy as np
 
 from nblora.formats.peft import PeftAdapter
 from nblora.formats.peft_tensors import LoraModule
-from nblora.formats.safetensors_reader import TensorInfo
-from nblora.weights.factors import widen
-
-
-def read_matrix(adapter: PeftAdapter, info: TensorInfo, columns: int) -> np.ndarray:
-    """A stored factor as a float64 matrix of so many columns."""
-    raw = np.empty(info.nbytes, np.uint8)
-    adapter.file.pread(raw.data, info.start)
-    return widen(raw, info.dtype).reshape(-1, columns)
 
 
 def read_factors(adapter: PeftAdapter, module: LoraModule) -> tuple[np.ndarray, np.ndarray]:
     """B (out, rank) and A (rank, in) of a module as float64 matrices, a convolution's kernel flattened into `in`."""
-    B = read_matrix(adapter, module.B, module.B.shape[1])
-    return B, read_matrix(adapter, module.A, module.in_features)
+    B, A = adapter.file.read_wide(module.B.name), adapter.file.read_wide(module.A.name)
+    return B.reshape(len(B), -1), A.reshape(len(A), -1)
 
 
 def decompose(B: np.ndarray, A: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

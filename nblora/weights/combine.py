@@ -14,7 +14,7 @@ from nblora.formats.peft import CONFIG_NAME, TENSORS_NAME
 from nblora.formats.peft_tensors import LoraModule
 from nblora.formats.peft_writer import narrow, only_these, pattern_fields, write_adapter
 from nblora.formats.replace import check_output
-from nblora.weights.algebra import read_factors, read_matrix, truncate
+from nblora.weights.algebra import read_factors, truncate
 from nblora.weights.merge import AdapterSpec, PathLike, adapter_files, open_adapters, stored_dtype
 from nblora.weights.names import same_bytes
 from nblora.weights.plan import WeightedAdapter
@@ -71,8 +71,8 @@ def combine(
 ) -> CombineReport:
     """Write one adapter whose change is the weighted sum of several adapters' changes.
 
-    Stacking the factors is exact: [B₁ … Bₙ] [A₁; …; Aₙ] with the scalings and weights folded into the B. With `rank` the
-    sum is replaced by its best approximation of that rank, by QR of the stacked factors and a small SVD; the dense
+    Stacking the factors is exact: [B₁ … Bₙ] [A₁; …; Aₙ] with the scalings and weights folded into the B. With `rank`
+    the sum is replaced by its best approximation of that rank, by QR of the stacked factors and a small SVD; the dense
     change is never formed.
 
     Parameters
@@ -169,7 +169,7 @@ def _combined(
         stacked["bias"] = np.zeros(B.shape[0])
         for (each, module), scale in zip(parts, scales, strict=True):
             if module.bias:
-                stacked["bias"] += read_matrix(each.adapter, module.bias, 1)[:, 0] * (scale / scaling)
+                stacked["bias"] += each.adapter.file.read_wide(module.bias.name) * (scale / scaling)
     return stacked, scaling, error
 
 

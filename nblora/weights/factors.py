@@ -4,27 +4,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from nblora.formats.safetensors_reader import FLOATS
+from nblora.formats.safetensors_reader import widen
 from nblora.weights.plan import ROWS, Factor, Recipe, Term
-
-
-def widen(raw: np.ndarray, dtype: str) -> np.ndarray:
-    """Return stored numbers as float64.
-
-    Parameters
-    ----------
-    raw : ndarray of uint8, shape (n · itemsize,)
-    dtype : str
-        As safetensors spells it: F64, F32, F16 or BF16.
-
-    Returns
-    -------
-    ndarray of float64, shape (n,)
-    """
-    numbers = raw.view(FLOATS[dtype])
-    if dtype == "BF16":
-        numbers = (numbers.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return numbers.astype(np.float64)
 
 
 class Stack:
