@@ -2,9 +2,9 @@
 
 import csv
 import json
-import os
 import re
 import sys
+import time
 
 import numba
 import numpy as np
@@ -223,7 +223,7 @@ def test_an_output_that_is_a_file_is_an_error(tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_the_kernels_run_in_one_thread_and_the_threads_come_back(monkeypatch):
+def test_the_kernels_run_in_one_thread_and_the_threads_come_back():
     before = numba.get_num_threads()
     with run.one_thread():
         assert numba.get_num_threads() == 1
@@ -245,6 +245,7 @@ def test_the_report_says_whether_kernels_were_compiled(monkeypatch, tmp_path, co
 
 @pytest.mark.slow
 def test_the_whole_demo_adapts_for_real(tmp_path):
+    start = time.process_time()
     result = run.run_demo(Settings(output=tmp_path), progress=False)
     before, rows = result.before, {row.method: row for row in result.methods}
     assert run.mean(before.upright_accuracy) > 0.9
@@ -252,4 +253,4 @@ def test_the_whole_demo_adapts_for_real(tmp_path):
     accuracies = {name: run.mean(row.test_accuracy) for name, row in rows.items()}
     assert accuracies["Head only"] > 0.5
     assert min(accuracies["LoRA"], accuracies["Delta-LoRA"], accuracies["Full"]) > accuracies["Head only"] + 0.05
-    assert result.seconds < 60 or os.getloadavg()[0] > numba.config.NUMBA_NUM_THREADS
+    assert time.process_time() - start < 60  # processor time, which a busy machine does not stretch
