@@ -54,9 +54,9 @@ def draw_cases(report: Report, path: Path) -> bool:
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     _ratios(left, rows, peers)
     _fractions(right, report, rows)
-    for position, name in heads:
-        left.text(0.0, position, name, transform=left.get_yaxis_transform(), va="center", fontweight="bold", fontsize=8)
-    left.set_yticks([position for position, _ in rows], labels, fontsize=7)
+    left.set_yticks([position for position, _ in [*rows, *heads]], [*labels, *(name for _, name in heads)], fontsize=7)
+    for label in left.get_yticklabels()[len(rows) :]:
+        label.set_fontweight("bold")
     left.set_ylim(y, -1)
     left.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
     left.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
@@ -116,6 +116,7 @@ def draw_growth(report: Report, path: Path) -> bool:
     curves = {name: results for name, results in curves.items() if len(results) > 1}
     if not curves:
         return False
+    everything = [1e3 * spread.median for results in curves.values() for r in results if (spread := r.time())]
     matplotlib = require_pyplot()
     figure = matplotlib.figure.Figure(figsize=(2.6 * len(curves) + 0.6, 3.0), layout="constrained")
     axes = figure.subplots(1, len(curves), squeeze=False)[0]
@@ -127,8 +128,12 @@ def draw_growth(report: Report, path: Path) -> bool:
         if all(fractions):
             limits = [1e3 * s * f for s, f in zip(taken, fractions, strict=True) if f is not None]
             one.loglog(sizes, limits, "--", color="0.5", label="limit")
-        one.set_xticks(sizes, [str(size) for size in sizes], fontsize=6)
-        one.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+        one.set_xticks(sizes, [str(size) for size in sizes], fontsize=6, rotation=60)
+        one.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+        one.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+        one.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+        one.tick_params(axis="y", which="both", labelsize=6)
+        one.set_ylim(min(everything) / 2, max(everything) * 2)
         one.set_xlabel(name)
         one.grid(color="0.85", lw=0.5)
     axes[0].set_ylabel("milliseconds a step")

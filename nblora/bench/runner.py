@@ -142,8 +142,10 @@ class Crew:
             Where it cannot start; a missing library is noted among `Bench.skipped`.
         """
         running = self._workers.get(name)
-        if running is not None and running.alive:
-            return running
+        if running is not None:
+            if running.alive:
+                return running
+            running.stop()
         spec = self.bench.peers[name]
         worker = Worker(spec, self.threads, self.bench.python(name))
         try:
@@ -254,7 +256,7 @@ def run_cases(bench: Bench, cases: Sequence[Case]) -> list[CaseResult]:
         lot = [case for case in cases if case.threads == threads]
         with bench.crew(threads) as crew:
             dtypes = list(dict.fromkeys(case.dtype for case in lot))
-            for dtype in dtypes:
+            for dtype in [] if bench.late() else dtypes:
                 bench.say(f"measuring the machine: {dtype}, {threads} thread(s)")
                 crew.measure_machine(dtype)
             for number, case in enumerate(lot, 1):

@@ -242,8 +242,8 @@ def neighbour_table(report: Report) -> str:
         "quiet, ms",
         "busy, ms",
         "slower by",
-        "of nblora's, quiet",
-        "of nblora's, busy",
+        "takes, quiet",
+        "takes, busy",
     ]
     return table(header, rows)
 
