@@ -8,6 +8,7 @@ from nblora.errors import MissingExtraError
 from .peers import BASELINE
 from .report import Report
 from .runner import CaseResult
+from .suites import Group
 from .tables import SIZES
 
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")
@@ -24,11 +25,11 @@ def require_pyplot() -> Any:
     return matplotlib
 
 
-def _shown(report: Report) -> list[tuple[str, list[CaseResult]]]:
+def _shown(report: Report) -> list[tuple[Group, list[CaseResult]]]:
     groups = [(group, [r for r in results if r.time() is not None]) for group, results in report.measured_groups()]
     if sum(len(results) for _, results in groups) > MANY:
         groups = [(group, results) for group, results in groups if group.goals]
-    return [(group.name, results) for group, results in groups if results]
+    return [(group, results) for group, results in groups if results]
 
 
 def draw_cases(report: Report, path: Path) -> bool:
@@ -42,12 +43,12 @@ def draw_cases(report: Report, path: Path) -> bool:
     heads: list[tuple[float, str]] = []
     rows: list[tuple[float, CaseResult]] = []
     y = 0.0
-    for name, results in groups:
-        heads.append((y, name))
+    for group, results in groups:
+        heads.append((y, group.name))
         y += 1
         for result in results:
             rows.append((y, result))
-            labels.append(result.case.shape)
+            labels.append(group.label(result.case))
             y += 1
         y += 0.4
     figure = matplotlib.figure.Figure(figsize=(11, 2.2 + 0.21 * y), layout="constrained")

@@ -16,6 +16,7 @@ from .limits import Machine
 from .runner import CaseResult
 from .suites import Group
 
+BUSY_LOAD = 0.5  # average of the last minute
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 
@@ -36,6 +37,14 @@ class Report:
     memory: list[dict[str, Any]] = field(default_factory=list)
     growth: dict[str, list[CaseResult]] = field(default_factory=dict)
     neighbour: dict[str, CaseResult] = field(default_factory=dict)
+
+    @property
+    def busy(self) -> str:
+        """What to say of a machine that had other work when the run began; empty where it had none."""
+        load = self.machine.get("load_before")
+        if not isinstance(load, float) or load <= BUSY_LOAD:
+            return ""
+        return f"the machine was busy with other work (load {load}): these figures do not hold for a quiet one"
 
     def limit(self, case: Case) -> Machine | None:
         """The machine's limits for the case's dtype and threads, where they were measured."""

@@ -17,7 +17,7 @@ from .process import PeerError, PeerMissingError, Worker
 from .summary import Spread, ratios, spread
 
 LEAST_ROUNDS = 3  # of a case that time ran out on
-SETTLE = 0.03  # seconds: thread pools of the peer before keep spinning for about as long
+SETTLE = 0.05  # seconds: thread pools of the peer before keep spinning for about as long
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,13 @@ class Group:
     cases: tuple[Case, ...]
     goals: dict[str, float] = field(default_factory=dict)
 
+    def label(self, case: Case) -> str:
+        """The case's sizes, and of its other settings those in which the group's cases differ."""
+        settings = ("kind", "dtype", "layout", "threads")
+        varied = [name for name in settings if len({getattr(other, name) for other in self.cases}) > 1]
+        extra = [f"{case.threads}t" if name == "threads" else str(getattr(case, name)) for name in varied]
+        return ", ".join([case.shape, *extra])
+
 
 def _cases(
     kind: str, shapes: Iterable[tuple[int, int, int]], threads: int, dtype: str = "float32", layout: str = "dense"

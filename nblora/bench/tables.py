@@ -58,6 +58,8 @@ def machine_text(report: Report) -> str:
         + ".",
         f'- Suite "{report.suite}": {settings["rounds"]} rounds, bursts of {settings["burst"]} s, peers in turn.',
     ]
+    if report.busy:
+        lines.append(f"- **{report.busy[0].upper()}{report.busy[1:]}.**")
     if limits:
         lines.append(f"- Measured limits: {limits}.")
     lines += [f"- Not compared: {name}, {why}." for name, why in report.skipped.items()]
@@ -77,7 +79,7 @@ def group_table(report: Report, group: Group, results: list[CaseResult], quartil
         case, own = result.case, result.time()
         fraction = result.fraction(report.limit(case))
         row = [
-            case.shape,
+            group.label(case),
             milliseconds(own.median if own else None),
             NOTHING if fraction is None else f"{fraction:.2f}",
         ]
@@ -103,7 +105,7 @@ def goals_table(report: Report) -> str:
             for result in results:
                 value = _reached(report, result, against)
                 if value is not None:
-                    found.append((value, result.case.shape))
+                    found.append((value, group.label(result.case)))
             if found:
                 worst, where = min(found)
                 reached = sum(value >= goal for value, _ in found)

@@ -117,6 +117,8 @@ def command(suite: str | None, **options: Any) -> None:
         peers={peer: spec.about for peer, spec in bench.peers.items()},
         groups=groups,
     )
+    if report.busy:
+        bench.say(f"WARNING: {report.busy}")
     _measure(report, bench, name, sections, options["threads"])
     _write(report, output, options)
     click.echo(f"{time.monotonic() - begin:.0f} s; written to {output}")

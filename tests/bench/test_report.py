@@ -167,3 +167,16 @@ def test_charts_are_drawn(report, tmp_path):
     report.results, report.growth = [], {}
     assert not draw_cases(report, tmp_path / "none.png")
     assert not draw_growth(report, tmp_path / "none.png")
+
+
+def test_a_busy_machine_is_said_so(report):
+    report.machine["load_before"] = 0.1
+    assert report.busy == ""
+    report.machine["load_before"] = 3.0
+    assert "**The machine was busy" in full_text(report)
+
+
+def test_labels_tell_the_cases_of_a_group_apart():
+    same, other = Case("step", 8, 16, 16, threads=2), Case("step", 8, 16, 16, dtype="float64", threads=1)
+    assert Group("one", (same,)).label(same) == "8 × 16 × 16, r 8"
+    assert Group("two", (same, other)).label(other) == "8 × 16 × 16, r 8, float64, 1t"
