@@ -29,7 +29,7 @@ def test_a_small_comparison_from_end_to_end(run, tmp_path):
         *("--kind", "step", "--kind", "forward", "--update-readme", "README.md", "--update-docs", "docs.md"),
     )
     assert result.exit_code == 0, result.output
-    assert "| 8 × 24 × 20, r 4 |" in result.output
+    assert "| 8 × 24 × 20, r 4, step |" in result.output
     folder = tmp_path / "nblora-bench"
     content = json.loads((folder / "results.json").read_text())
     cases = content["groups"][0]["results"]
