@@ -12,6 +12,8 @@ from .suites import LIMIT, Group
 from .summary import Spread
 
 NOTHING = "–"
+DOUBLING_GOAL, DOUBLING_FROM = 2.2, 64
+NEIGHBOUR_GOALS = "Goals: nblora at most 2.5 times slower, and no ratio to a peer more than 10 % lower."
 SIZES = {"N": "n", "in": "in_features", "out": "out_features", "rank": "rank"}
 
 
@@ -202,6 +204,10 @@ def memory_table(report: Report) -> str:
     return table([f"peak of three steps, {sizes}", "MiB beyond the arrays", "MiB of arrays"], rows)
 
 
+def _growth_factor(factor: float, n: int) -> str:
+    return f"**{factor:.2f}**" if factor > DOUBLING_GOAL and n >= 2 * DOUBLING_FROM else f"{factor:.2f}"
+
+
 def growth_tables(report: Report) -> str:
     """Time against one size, and the factor of each doubling."""
     parts = []
@@ -211,7 +217,7 @@ def growth_tables(report: Report) -> str:
             taken, case = result.time(), result.case
             if taken is None:
                 continue
-            factor = NOTHING if before is None else f"{taken.median / before:.2f}"
+            factor = NOTHING if before is None else _growth_factor(taken.median / before, case.n)
             fraction = result.fraction(report.limit(case))
             size = case.threads if name == "threads" else getattr(case, SIZES[name])
             rows.append(
@@ -222,6 +228,10 @@ def growth_tables(report: Report) -> str:
             fixed = results[0].case
             others = f"step at {fixed.shape}, {fixed.dtype}, and on"
             parts.append(f"Against {name} ({others}):\n\n" + table([name, "ms", "factor", "of the limit"], rows))
+    if parts:
+        parts.append(
+            f"Goal: a doubling costs at most {DOUBLING_GOAL} times, from N = {DOUBLING_FROM} on; more is in bold."
+        )
     return "\n\n".join(parts)
 
 
@@ -247,7 +257,7 @@ def neighbour_table(report: Report) -> str:
         "takes, quiet",
         "takes, busy",
     ]
-    return table(header, rows)
+    return f"{table(header, rows)}\n\n{NEIGHBOUR_GOALS}"
 
 
 def _ratio_text(ratio: Spread | None) -> str:

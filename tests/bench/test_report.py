@@ -17,6 +17,7 @@ from nblora.bench.tables import (
     comparison_table,
     full_text,
     goals_table,
+    growth_tables,
     memory_table,
     milliseconds,
     neighbour_table,
@@ -180,3 +181,13 @@ def test_labels_tell_the_cases_of_a_group_apart():
     same, other = Case("step", 8, 16, 16, threads=2), Case("step", 8, 16, 16, dtype="float64", threads=1)
     assert Group("one", (same,)).label(same) == "8 × 16 × 16, r 8"
     assert Group("two", (same, other)).label(other) == "8 × 16 × 16, r 8, float64, 1t"
+
+
+def test_growth_beyond_the_goal_is_in_bold(report):
+    """64 to 128 samples in 2.5 times the time; 32 to 64 may cost what it will."""
+    taken = {32: 1.0, 64: 2.5, 128: 2.5 * 2.5, 256: 2.5 * 2.5 * 2.0}
+    report.growth = {
+        "N": [CaseResult(Case("step", n, 128, 128, threads=2), {"nblora": [seconds]}) for n, seconds in taken.items()]
+    }
+    factors = [line.split("|")[3].strip() for line in growth_tables(report).splitlines() if line.startswith("| ")][1:]
+    assert factors == ["–", "2.50", "**2.50**", "2.00"]
