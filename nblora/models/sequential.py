@@ -12,6 +12,7 @@ from nblora import checks
 from nblora.adapters import Adapter, DeltaLoRAAdapter, LoRAAdapter
 from nblora.layers.base import Layer, layer_from_state
 from nblora.layers.named_parameters import Parameter
+from nblora.storage.onnx_graph import OnnxGraph
 
 from .targets import match_names
 
@@ -78,6 +79,7 @@ class Sequential(Layer):
         return self._leave(x, on_device)
 
     def backward(self, grad_output: Any, accumulate: bool = False) -> np.ndarray:
+        self._require_forward()
         grad, on_device = self._enter("grad_output", grad_output, self.out_features)
         for layer in reversed(self._layers.values()):
             grad = layer.backward(grad, accumulate)
@@ -92,10 +94,16 @@ class Sequential(Layer):
     def backward_update(self, grad_output: Any, lr: float) -> np.ndarray:
         checks.check_not_negative("lr", lr)
         self._check_trainable_memory()
+        self._require_forward()
         grad, on_device = self._enter("grad_output", grad_output, self.out_features)
         for layer in reversed(self._layers.values()):
             grad = layer.backward_update(grad, lr)
         return self._leave(grad, on_device)
+
+    def _add_to_onnx(self, graph: OnnxGraph, x: str) -> str:
+        for layer in self:
+            x = layer._add_to_onnx(graph, x)
+        return x
 
     def _apply_gradients(self, lr: float) -> None:
         for layer in self:
@@ -104,6 +112,10 @@ class Sequential(Layer):
     def _apply_momentum(self, lr: float) -> None:
         for layer in self:
             layer._apply_momentum(lr)
+
+    def _require_forward(self) -> None:
+        for layer in self:
+            layer._require_forward()
 
     def _forget_forward(self) -> None:
         for layer in self:

@@ -32,6 +32,11 @@ class Code:
         return sum(op.startswith(prefix) for _, op, _ in self.instructions)
 
     @property
+    def shared_vectors(self):
+        """128-bit loads from shared memory, which compute capability 7.5 calls LDS.U.128."""
+        return sum(op.startswith("LDS") and op.endswith(".128") for _, op, _ in self.instructions)
+
+    @property
     def opcodes(self):
         return Counter(op.split(".")[0] for _, op, _ in self.instructions)
 

@@ -11,7 +11,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "gpu.md"
 ROWS = [("float32", "float32"), ("float32", "float64"), ("tf32", "float32"), ("bf16-base", "float32")]
 HEAD = (
     "| kernel | arithmetic | sm | threads | registers | blocks an SM | shared, bytes | stack | LDL/STL | LDG.128 | "
-    "LDS.128 | multiplications in the inner loop |\n" + "|---|" * 2 + "---:|" * 10 + "\n"
+    "LDS.128 | multiplications in the inner loop |\n" + "|---" * 2 + "|---:" * 10 + "|\n"
 )
 
 
@@ -29,7 +29,7 @@ def rows():
                 yield (
                     f"| {name} | {arithmetic} | {architecture[0]}{architecture[1]} | {threads} | {code.registers} | "
                     f"{blocks} | {code.shared} | {code.stack} | {code.count('LDL') + code.count('STL')} | "
-                    f"{code.count('LDG.E.128')} | {code.count('LDS.128')} | "
+                    f"{code.count('LDG.E.128')} | {code.shared_vectors} | "
                     f"{count} {what} of {length} ({100 * count / length:.0f} %) |\n"
                 )
 
