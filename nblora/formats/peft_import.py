@@ -75,7 +75,7 @@ def load_peft(
         return {name: reader.adapted(name) if name in opened.modules else reader.whole(name) for name in chosen}
 
 
-def _is_whole(name: str, info: TensorInfo, adapter: PeftAdapter) -> bool:
+def _is_layer(name: str, info: TensorInfo, adapter: PeftAdapter) -> bool:
     return name.endswith(".weight") and len(info.shape) == 2 and name.removesuffix(".weight") not in adapter.modules
 
 
