@@ -151,5 +151,7 @@ def test_round_trip_keeps_every_bit_and_key(name, tmp_path):
     for key, array in before.items():
         assert (after[key].dtype, after[key].shape) == (array.dtype, array.shape)
         assert after[key].tobytes() == array.tobytes()
-    configs = [json.loads((folder / "adapter_config.json").read_text()) for folder in (FIXTURES / name, tmp_path / "copy")]
+    configs = [
+        json.loads((folder / "adapter_config.json").read_text()) for folder in (FIXTURES / name, tmp_path / "copy")
+    ]
     assert configs[0] == configs[1]

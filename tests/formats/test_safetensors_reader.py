@@ -26,7 +26,10 @@ def pack(header, data=DATA):
 
 
 def two(first, second):
-    return {"a": {"dtype": "U8", "shape": [4], "data_offsets": first}, "b": {"dtype": "U8", "shape": [4], "data_offsets": second}}
+    return {
+        "a": {"dtype": "U8", "shape": [4], "data_offsets": first},
+        "b": {"dtype": "U8", "shape": [4], "data_offsets": second},
+    }
 
 
 BROKEN = {
@@ -194,7 +197,10 @@ def test_structured_headers_agree_with_the_reference(tmp_path_factory, made, dat
         if entries:
             name = data.draw(st.sampled_from(entries))
             if isinstance(header[name], dict):
-                header[name] = {**header[name], data.draw(st.sampled_from(["dtype", "shape", "data_offsets", "x"])): data.draw(FAULTS)}
+                header[name] = {
+                    **header[name],
+                    data.draw(st.sampled_from(["dtype", "shape", "data_offsets", "x"])): data.draw(FAULTS),
+                }
         else:
             header[data.draw(st.text(max_size=2))] = data.draw(FAULTS)
     spare = data.draw(st.sampled_from([0, 0, 0, 1, -1]))

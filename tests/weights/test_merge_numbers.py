@@ -205,7 +205,9 @@ def test_two_dora_adapters_on_one_layer_are_refused(tmp_path, rng):
         merge(base, folders, tmp_path / "out.safetensors")
 
 
-@pytest.mark.parametrize(("stored", "dtype"), [("F32", "float16"), ("F16", "bfloat16"), ("F64", "float32"), ("BF16", "float64")])
+@pytest.mark.parametrize(
+    ("stored", "dtype"), [("F32", "float16"), ("F16", "bfloat16"), ("F64", "float32"), ("BF16", "float64")]
+)
 def test_dtype_converts_every_floating_tensor(stored, dtype, tmp_path, rng):
     numbers = np.array([[0.0, -0.0, 1.5], [np.inf, -np.inf, 3e-5]]).astype(DTYPES[stored])
     counts = np.arange(4)

@@ -166,7 +166,10 @@ def test_tied_weights_get_one_change_and_stay_tied(tmp_path, rng):
         assert result.keys() == read_file(base).keys()
         for array in result.values():
             np.testing.assert_allclose(array, exact, rtol=0, atol=1e-12)
-        assert {name for tensor in report.tensors for name in (tensor.name, *tensor.tied)} == {"embed.weight", "lm_head.weight"}
+        assert {name for tensor in report.tensors for name in (tensor.name, *tensor.tied)} == {
+            "embed.weight",
+            "lm_head.weight",
+        }
     once = write_file(tmp_path / "once" / "model.safetensors", {"embed_tokens.weight": embed}).parent
     renamed = {name.replace("embed.", "embed_tokens."): array for name, array in tensors.items()}
     adapter = write_adapter(tmp_path / "adapter", renamed)
@@ -204,7 +207,9 @@ def refused(match, base, adapter, out, error=FormatError, **options):
         assert sorted(os.listdir(out.parent)) == beside
 
 
-@pytest.mark.parametrize("name", ["../evil.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", "x.bin", "a\\b", "n\0l"])
+@pytest.mark.parametrize(
+    "name", ["../evil.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", "x.bin", "a\\b", "n\0l"]
+)
 def test_index_that_leads_elsewhere_is_refused(name, model, tmp_path):
     base, adapter, _ = model
     write_file(tmp_path / "evil.safetensors", {"net.1.weight": np.ones((7, 8))})
