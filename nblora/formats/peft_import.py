@@ -64,7 +64,7 @@ def load_peft(
     with PeftAdapter(adapter) as opened, open_model(base) as model:
         reader = _Reader(opened, model, working, activation)
         whole = [
-            name.removesuffix(".weight") for name, info in opened.replaced.items() if _is_whole(name, info, opened)
+            name.removesuffix(".weight") for name, info in opened.replaced.items() if _is_layer(name, info, opened)
         ]
         chosen = list(modules) if modules is not None else [*opened.modules, *whole]
         for name in chosen:

@@ -10,12 +10,12 @@ from nblora.errors import FormatError
 from nblora.weights import combine, merge, unmerge, verify
 from nblora.weights.verification import Verdict
 from tests.weights.support import (
+    DTYPES,
     FIXTURES,
     exact_change,
     linear_factors,
     read_file,
     snapshot,
-    spacing,
     write_adapter,
     write_file,
 )
@@ -48,8 +48,6 @@ def test_kept_originals_bring_the_base_back_byte_by_byte(name, options, tmp_path
 
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
 def test_subtraction_says_how_far_off_it_is(dtype, tmp_path, rng):
-    from tests.weights.support import DTYPES
-
     W = rng.standard_normal((60, 70)).astype(DTYPES[dtype])
     base = write_file(tmp_path / "base.safetensors", {"lin.weight": W, "x": np.arange(3)})
     adapter = write_adapter(tmp_path / "a", linear_factors(rng, "lin", 60, 70))
@@ -58,7 +56,6 @@ def test_subtraction_says_how_far_off_it_is(dtype, tmp_path, rng):
     error = abs(read_file(tmp_path / "back.safetensors")["lin.weight"].astype(np.float64) - W.astype(np.float64))
     assert report.exact is False
     assert 0 < error.max() <= report.off_by * (1 + 1e-9)
-    assert report.off_by <= 8 * spacing(error.max() * 2**11, dtype) * 2**11 or report.off_by < 1
     # An estimate: errors of two roundings, spread evenly.
     assert 0.4 < np.sqrt((error**2).mean()) / report.off_by_rms < 1.5
     assert "off by at most" in report.table()
@@ -140,7 +137,7 @@ def test_verify_is_inconclusive_without_a_base_or_a_change(trio, tmp_path, rng):
 
 
 def test_verify_knows_a_merge_by_other_arithmetic(trio, tmp_path):
-    base, adapter, merged = trio
+    base, adapter, _ = trio
     tensors = {
         name.removeprefix("base_model.model."): array
         for name, array in read_file(adapter / "adapter_model.safetensors").items()
