@@ -3,6 +3,7 @@
 Everything that is drawn comes from the seeds, so a second run measures the same, but for the seconds.
 """
 
+import contextlib
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 
 from nblora import DeltaLoRAAdapter, Sequential
 from nblora.errors import NbloraError
+from nblora.kernels import jit
 from nblora.training import AdamW, Optimizer, fit
 
 from .data import Digits, Split, load_digits
@@ -47,10 +49,31 @@ def run_demo(settings: Settings, progress: bool = True) -> DemoResult:
     experiment = _Experiment(settings, load_digits(settings.seed))
     runs = experiment.run_count()
     # disable=None: silent where standard error is no terminal
-    with tqdm(total=runs, unit="run", disable=None if progress else True) as bar:
+    with one_thread(), tqdm(total=runs, unit="run", disable=None if progress else True) as bar:
+        compiled = cache_is_empty()
         result = experiment.run(bar)
-    result.seconds = time.perf_counter() - start
+    result.seconds, result.compiled = time.perf_counter() - start, compiled
     return result
+
+
+def cache_is_empty() -> bool:
+    """Whether the kernels are still to be compiled."""
+    folder = None if jit.JIT_DISABLED else jit.cache_folder()
+    return folder is None or not any(folder.glob("*.nbi"))
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Let kernels run in the calling thread. These layers are too small to share: a second thread gains nothing on an
+    idle machine, and where another program has its core each kernel waits for it (0.1 s a run became 3 s)."""
+    import numba
+
+    before = numba.get_num_threads()
+    numba.set_num_threads(1)
+    try:
+        yield
+    finally:
+        numba.set_num_threads(before)
 
 
 class _Experiment:
@@ -91,18 +114,18 @@ class _Experiment:
         folder.mkdir(parents=True, exist_ok=True)
         self.bases[self.seeds[0]].save(folder / "pretrained.safetensors")
         before.adapter_file = str(folder / "pretrained.safetensors")
-        rows, delta = [], None
+        rows, models = [], {}
         for method in self.methods:
             row, first_model = self.measure(method, bar)
             row.adapter_file = str(folder / f"{method.slug}.safetensors")
             first_model.save(row.adapter_file)
             check_merge(first_model, row, self.digits.test)
-            if method is DELTA_LORA:
-                delta = learned_delta(first_model)
+            models[method.name] = first_model
             rows.append(row)
+        delta = learned_delta(models[DELTA_LORA.name])
         steps = self.epochs * -(-len(self.digits.adaptation.y) // self.settings.batch_size)
         samples = {name: len(split.y) for name, split in self.digits._asdict().items() if name != "upright_test"}
-        return DemoResult(self.settings, _machine(), samples, steps, before, rows, delta, 0.0)
+        return DemoResult(self.settings, _machine(), samples, steps, before, rows, delta, 0.0, False)
 
     def pretrain(self, seed: int) -> Sequential:
         model = new_network(seed)
@@ -228,6 +251,5 @@ def _machine() -> dict[str, Any]:
         "cpu": found["cpu"]["name"],
         "cores": found["cpu"]["usable_cores"],
         "threads": found["threads"]["numba_threads"],
-        "threading_layer": found["threads"]["layer"],
         "versions": found["versions"],
     }

@@ -22,6 +22,7 @@ import warnings
 from pathlib import Path
 
 import numba
+import numba.extending
 from numba.core import config
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, NullCache, _CacheLocator
 
@@ -122,12 +123,37 @@ class _LazyCache(NullCache):
         return self._cache.cache_path
 
     def load_overload(self, sig, target_context):
-        return self._cache.load_overload(sig, target_context)
+        try:
+            return self._cache.load_overload(sig, target_context)
+        except Exception:  # a damaged file may raise anything; an empty index makes room for a good one
+            with contextlib.suppress(OSError):
+                self._cache.flush()
+            return None
 
     def save_overload(self, sig, data):
         # A full disk costs the next process its compile time, not this one its result.
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), _one_writer():
             self._cache.save_overload(sig, data)
+
+
+@contextlib.contextmanager
+def _one_writer():
+    """Let one process at a time save, where the system has file locks (not on Windows).
+
+    Numba reads a function's index, takes the next free number and writes the index back. Two processes that compile
+    the same function for different types would take the same number, and one would later load the other's code.
+    """
+    folder = cache_folder()
+    try:
+        import fcntl
+    except ImportError:
+        folder = None
+    if folder is None:
+        yield
+        return
+    with open(folder / "lock", "wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def kernel(function=None, **options):
@@ -142,3 +168,16 @@ def kernel(function=None, **options):
     if not JIT_DISABLED:
         dispatcher._cache = _LazyCache(function)
     return dispatcher
+
+
+def part(function=None, **options):
+    """Decorate a function that only kernels call: without entry points, a cache and reference counts of its own.
+
+    Compiling a step took three times as long when its inner functions were kernels themselves, and counting references
+    to array slices took a tenth of a step at 64 x 768 x 768. A part may hand arrays to parts and, being uncounted,
+    return them to parts, but never to a kernel. Called from Python it is the plain function.
+    """
+    options = {"_nrt": False, **options}
+    if function is None:
+        return numba.extending.register_jitable(**options)
+    return numba.extending.register_jitable(**options)(function)
