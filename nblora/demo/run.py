@@ -12,12 +12,12 @@ import numpy as np
 
 from nblora import DeltaLoRAAdapter, Sequential
 from nblora.errors import NbloraError
+from nblora.kernels import jit
 from nblora.training import AdamW, Optimizer, fit
 
 from .data import Digits, Split, load_digits
 from .methods import DELTA_LORA, LORA, METHODS, Candidate, Method, new_network
 from .results import DemoResult, MethodResult, Settings, mean
-from .warm_up import compile_kernels
 
 PRETRAIN_LR = 0.003
 TUNING_SEEDS = 2
@@ -50,11 +50,16 @@ def run_demo(settings: Settings, progress: bool = True) -> DemoResult:
     runs = experiment.run_count()
     # disable=None: silent where standard error is no terminal
     with one_thread(), tqdm(total=runs, unit="run", disable=None if progress else True) as bar:
-        bar.set_description("compiling kernels, once")
-        compiled = settings.device in (None, "cpu", "auto") and compile_kernels()
+        compiled = cache_is_empty()
         result = experiment.run(bar)
     result.seconds, result.compiled = time.perf_counter() - start, compiled
     return result
+
+
+def cache_is_empty() -> bool:
+    """Whether the kernels are still to be compiled."""
+    folder = None if jit.JIT_DISABLED else jit.cache_folder()
+    return folder is None or not any(folder.glob("*.nbi"))
 
 
 @contextlib.contextmanager
@@ -109,15 +114,15 @@ class _Experiment:
         folder.mkdir(parents=True, exist_ok=True)
         self.bases[self.seeds[0]].save(folder / "pretrained.safetensors")
         before.adapter_file = str(folder / "pretrained.safetensors")
-        rows, delta = [], None
+        rows, models = [], {}
         for method in self.methods:
             row, first_model = self.measure(method, bar)
             row.adapter_file = str(folder / f"{method.slug}.safetensors")
             first_model.save(row.adapter_file)
             check_merge(first_model, row, self.digits.test)
-            if method is DELTA_LORA:
-                delta = learned_delta(first_model)
+            models[method.name] = first_model
             rows.append(row)
+        delta = learned_delta(models[DELTA_LORA.name])
         steps = self.epochs * -(-len(self.digits.adaptation.y) // self.settings.batch_size)
         samples = {name: len(split.y) for name, split in self.digits._asdict().items() if name != "upright_test"}
         return DemoResult(self.settings, _machine(), samples, steps, before, rows, delta, 0.0, False)
