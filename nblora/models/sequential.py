@@ -57,11 +57,11 @@ class Sequential(Layer):
             return self._layers[key]
         return list(self._layers.values())[key]
 
-    def _leaves(self, prefix: str = "") -> Iterator[tuple[str, "Sequential", str]]:
+    def _slots(self, prefix: str = "") -> Iterator[tuple[str, "Sequential", str]]:
         """Every layer that is not itself a model: its dotted name, the model that holds it, and its name there."""
         for name, layer in self.named_layers():
             if isinstance(layer, Sequential):
-                yield from layer._leaves(f"{prefix}{name}.")
+                yield from layer._slots(f"{prefix}{name}.")
             else:
                 yield prefix + name, self, name
 
@@ -182,8 +182,8 @@ class Sequential(Layer):
             For a pattern that matches no layer; the message lists the names. Nothing is changed then.
         """
         kind = ADAPTERS[checks.check_choice("adapter", adapter, tuple(ADAPTERS))]
-        leaves = {name: (owner, key) for name, owner, key in self._leaves()}
-        names = list(leaves)
+        slots = {name: (owner, key) for name, owner, key in self._slots()}
+        names = list(slots)
         chosen = match_names("target", target, names)
         trained = [] if modules_to_save is None else match_names("modules_to_save", modules_to_save, names)
         both = sorted(set(chosen) & set(trained))
@@ -192,9 +192,9 @@ class Sequential(Layer):
         children = np.random.default_rng(seed).spawn(len(chosen))
         new = {}
         for name, child in zip(chosen, children, strict=True):
-            owner, key = leaves[name]
+            owner, key = slots[name]
             new[name] = kind(owner[key], rank, seed=child, **settings)
-        for name, (owner, key) in leaves.items():
+        for name, (owner, key) in slots.items():
             if name in new:
                 owner._layers[key] = new[name].train() if self.training else new[name].eval()
             elif not isinstance(owner[key], Adapter):
