@@ -118,7 +118,7 @@ class Adapter(Linear):
         checks.check_not_negative("lr", lr)
         grad_input = self.backward(grad_output)
         self.update_parameters(lr)
-        self._gradients = None
+        self._forget_gradients()
         return grad_input
 
     def _sweep(self, grad_output: Any, lr: float, delta_lr: float) -> np.ndarray:
@@ -136,6 +136,15 @@ class Adapter(Linear):
         super()._forget_forward()
         if not self._fused:
             self.base_layer._forget_forward()
+
+    def _forget_gradients(self) -> None:
+        super()._forget_gradients()
+        if not self._fused:
+            self.base_layer._forget_gradients()
+
+    def _generators(self) -> dict[str, np.random.Generator]:
+        own = {"": self._rng}
+        return own if self._fused else own | {f"base.{name}": g for name, g in self.base_layer._generators().items()}
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[Self]:
@@ -178,17 +187,9 @@ class Adapter(Linear):
             return held
         return held | {f"base.{name}": g for name, g in self.base_layer._held_gradients().items()}
 
-    def _apply_gradients(self, lr: float) -> None:
-        if self._fused:
-            super()._apply_gradients(lr)
-            return
-        held = super()._held_gradients()
-        for parameter in self._own_trainable():
-            if parameter.name in held and not parameter.momentum:
-                self._backend.sgd_update(parameter.array, held[parameter.name], lr)
-        self._apply_momentum(lr)
-        if not self.is_base_layer_frozen:
-            self.base_layer._apply_gradients(lr)
+    def _apply_momentum(self, lr: float) -> None:
+        if not (self._fused or self.is_base_layer_frozen):
+            self.base_layer._apply_momentum(lr)
 
     def zero_gradients(self) -> None:
         if self._fused:

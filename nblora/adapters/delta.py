@@ -103,6 +103,7 @@ class DeltaLoRAAdapter(Adapter):
         yield Parameter("velocity", self._velocity, self._transposed, trainable=False, optional=True)
 
     def _apply_momentum(self, lr: float) -> None:
+        super()._apply_momentum(lr)
         gradient = (self._gradients or {}).get("delta")
         if gradient is not None:
             self._backend.momentum_update(self._delta, self._velocity, gradient, self.momentum_factor, lr)

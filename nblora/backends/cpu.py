@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 
+from ..kernels.cpu import losses as loss_kernel
 from .protocol import Array, Gradients, Operands, Saved
 
 _erf = np.vectorize(math.erf, otypes=[np.float64])
@@ -134,3 +135,21 @@ class CPUBackend:
 
     def sum_of_squares(self, array):
         return float(np.sum(np.square(array, dtype=np.float64)))
+
+    def mean_squared_error(self, output: Array, target: Array) -> tuple[float, Array]:
+        """Mean squared error and its gradient."""
+        return self._loss(loss_kernel.mean_squared_error, output, target)
+
+    def softmax_cross_entropy(self, logits: Array, labels: Array) -> tuple[float, Array]:
+        """Softmax cross-entropy with integer labels and its gradient."""
+        return self._loss(loss_kernel.softmax_cross_entropy, logits, labels)
+
+    def binary_cross_entropy(self, logits: Array, target: Array) -> tuple[float, Array]:
+        """Binary cross-entropy with logits and its gradient."""
+        return self._loss(loss_kernel.binary_cross_entropy, logits, target)
+
+    @staticmethod
+    def _loss(function, output, target):
+        gradient, total = np.empty(output.shape, output.dtype), np.zeros(1)
+        function(output, target, gradient, total)
+        return float(total[0]), gradient

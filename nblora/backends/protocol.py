@@ -137,3 +137,15 @@ class Backend(Protocol):
     def sum_of_squares(self, array: Array) -> float:
         """Σ a², accumulated in float64."""
         ...
+
+    def mean_squared_error(self, output: Array, target: Array) -> tuple[float, Array]:
+        """Σ (y - t)² / (N·out) and its gradient by `output`; both (N, out)."""
+        ...
+
+    def softmax_cross_entropy(self, logits: Array, labels: Array) -> tuple[float, Array]:
+        """Mean over N of log Σ exp(z) - z[label] and its gradient; logits (N, out), labels (N,) int64 below out."""
+        ...
+
+    def binary_cross_entropy(self, logits: Array, target: Array) -> tuple[float, Array]:
+        """Mean over all of log(1 + exp(z)) - z t and its gradient; both (N, out)."""
+        ...

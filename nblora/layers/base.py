@@ -104,7 +104,7 @@ class Layer(NamedParameters):
         self._check_trainable_memory()
         grad_input = self._sweep(grad_output, rate, rate)
         self._apply_gradients(rate)
-        self._gradients = None
+        self._forget_gradients()
         return grad_input
 
     def update_parameters(self, lr: float) -> None:
@@ -141,6 +141,18 @@ class Layer(NamedParameters):
     def _forget_forward(self) -> None:
         """Drop what the last forward kept for backward."""
         raise NotImplementedError
+
+    def _forget_gradients(self) -> None:
+        """Drop the gradients."""
+        self._gradients = None
+
+    def _sequence(self) -> Iterator[tuple[str, "Layer"]]:
+        """The layers that compute one after the other, with the names that prefix their parameters'."""
+        yield "", self
+
+    def _generators(self) -> dict[str, np.random.Generator]:
+        """The random generators that forward draws from, by the name of their layer."""
+        return {}
 
     # --- parameters --------------------------------------------------------------------------------------------
 
@@ -231,7 +243,7 @@ class Layer(NamedParameters):
     def reset_state(self) -> None:
         """Clear the cached input and the gradients; keep what was learned."""
         self._forget_forward()
-        self._gradients = None
+        self._forget_gradients()
 
     @property
     def device(self) -> str:

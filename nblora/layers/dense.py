@@ -85,7 +85,7 @@ class Dense(Linear):
         return Operands(self.as_operand(), None, None, self._activation, self.trainable)
 
     def _parameters(self) -> Iterator[Parameter]:
-        yield Parameter("weight", self.weight, self._transposed, self.trainable)
+        yield Parameter("weight", self.weight, self._transposed, self.trainable, swept=True)
         if self.bias is not None:
             yield Parameter("bias", self.bias, False, self.trainable)
 

@@ -17,7 +17,8 @@ class Parameter(NamedTuple):
 
     `array` is stored as the kernels want it; its logical form, (in, out) for weights, is its transpose where
     `transposed`. `trainable` parameters are packed by `get_parameters`. `optional` ones may be absent from a file.
-    `momentum` ones follow their velocity, whatever the optimiser of the others.
+    `momentum` ones follow their velocity, whatever the optimiser of the others. `swept` ones are updated by the
+    backward sweep itself, by plain gradient descent.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Parameter(NamedTuple):
     trainable: bool = True
     optional: bool = False
     momentum: bool = False
+    swept: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:

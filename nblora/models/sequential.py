@@ -105,6 +105,22 @@ class Sequential(Layer):
         for layer in self:
             layer._forget_forward()
 
+    def _forget_gradients(self) -> None:
+        for layer in self:
+            layer._forget_gradients()
+
+    def _sequence(self) -> Iterator[tuple[str, Layer]]:
+        for name, layer in self.named_layers():
+            for inner, leaf in layer._sequence():
+                yield (f"{name}.{inner}" if inner else name), leaf
+
+    def _generators(self) -> dict[str, np.random.Generator]:
+        return {
+            f"{name}.{inner}" if inner else name: generator
+            for name, layer in self.named_layers()
+            for inner, generator in layer._generators().items()
+        }
+
     # --- parameters and gradients ------------------------------------------------------------------------------
 
     def _parameters(self) -> Iterator[Parameter]:
