@@ -41,7 +41,8 @@ def benchmark_bars(
     count = sum(len(case) for case in times.values())
     own = ax is None
     ax = ax if ax is not None else new_axes((SIZE[0], 1.4 + 0.24 * count + 0.16 * len(times)))
-    thickness, ends = 0.8 / len(contenders), []
+    thickness = 0.8 / len(contenders)
+    ends: list[tuple[float, float, float]] = []
     with style():
         for place, name in enumerate(contenders):
             there = [row for row, case in enumerate(times.values()) if name in case]
@@ -53,8 +54,10 @@ def benchmark_bars(
                 median, y, xerr=[median - low, high - median], fmt="none", ecolor="black", capsize=2, elinewidth=0.8
             )
             ends.extend(zip(high, y, median, strict=True))
-        for end, y, median in ends:
-            ax.annotate(f"{median:.3g}", (end, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
+        for end, height, value in ends:
+            ax.annotate(
+                f"{value:.3g}", (end, height), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8
+            )
         ax.set_yticks(range(len(times)), list(times))
         ax.invert_yaxis()
         ax.grid(False, axis="y")
