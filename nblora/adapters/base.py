@@ -124,12 +124,13 @@ class Adapter(Linear):
     def _sweep(self, grad_output: Any, lr: float, delta_lr: float) -> np.ndarray:
         if self._fused:
             return super()._sweep(grad_output, lr, delta_lr)
-        own = super()._sweep(grad_output, lr, delta_lr)
+        # The base first: the adapter's own sweep ends by forgetting both forwards.
         if self.is_base_layer_frozen:
             grad_input = self.base_layer.backward(grad_output)
+            self.base_layer._forget_forward()
         else:
             grad_input = self.base_layer._sweep(grad_output, lr, delta_lr)
-        self._backend.add(grad_input, own)
+        self._backend.add(grad_input, super()._sweep(grad_output, lr, delta_lr))
         return grad_input
 
     def _forget_forward(self) -> None:

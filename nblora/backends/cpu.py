@@ -1,140 +1,323 @@
-"""The CPU backend."""
+"""The CPU backend: lays tasks out for the kernels and runs them on Numba's threads.
 
-import math
+Every array is C-contiguous, aligned and of one dtype. What a task lacks is filled by a stand-in of the same type, so
+that each kernel has one specialisation a dtype. Scratch is kept between calls, one set for each caller at a time.
+"""
 
+import os
+import threading
+
+import numba
 import numpy as np
 
+from ..kernels.cpu import forward as forward_kernel
 from ..kernels.cpu import losses as loss_kernel
+from ..kernels.cpu import sweep as sweep_kernel
+from ..kernels.cpu import update as update_kernel
+from ..kernels.cpu.products import PART, PARTS
 from .protocol import Array, Gradients, Operands, Saved
 
-_erf = np.vectorize(math.erf, otypes=[np.float64])
+SERIAL_WORK = 1 << 17
+"""Multiply-adds below which a call runs in the calling thread: waking another costs 5 to 10 µs, 2^17 take 3 µs."""
 
 
-def _act(z, code):
-    if code == 0:
-        return z
-    if code == 1:
-        return np.where(z > 0, z, np.where(z != z, z, 0)).astype(z.dtype)
-    if code == 2:
-        return (0.5 * z * (1 + (_erf(z / math.sqrt(2)) if z.size else z))).astype(z.dtype)
-    if code == 3:
-        return np.tanh(z)
-    with np.errstate(over="ignore"):
-        return (1 / (1 + np.exp(-z))).astype(z.dtype)
+class _Writable:
+    """The memory of a read-only array, for `numpy.asarray`: Numba compiles every kernel anew for read-only types."""
+
+    def __init__(self, array):
+        address, _ = array.__array_interface__["data"]
+        self.__array_interface__ = {**array.__array_interface__, "data": (address, False)}
+        self.owner = array
 
 
-def _dact(z, code):
-    if code == 1:
-        return np.where(z > 0, 1, np.where(z != z, z, 0)).astype(z.dtype)
-    if code == 2:
-        cdf = 0.5 * (1 + (_erf(z / math.sqrt(2)) if z.size else z))
-        return (cdf + z * np.exp(-z * z / 2) / math.sqrt(2 * math.pi)).astype(z.dtype)
-    if code == 3:
-        return 1 - np.tanh(z) ** 2
-    s = _act(z, 4)
-    return s * (1 - s)
+def _plain(array):
+    """The array itself, or a writable view of a read-only one's memory, for kernels that only read it."""
+    return array if array.flags.writeable else np.asarray(_Writable(array))
+
+
+class _Pool:
+    """Numba's threads: how many a call may use, and the locks that concurrent callers need."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._concurrent = False
+        self._started = False
+        self._forked = False
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._after_fork)
+
+    def _after_fork(self):
+        # The threads stayed with the parent, and GNU OpenMP aborts a child that asks for them.
+        self._lock = threading.Lock()
+        self._forked = self._started
+
+    def workers(self, work):
+        """Threads for a call of `work` multiply-adds."""
+        return 1 if self._forked or work < SERIAL_WORK else numba.get_num_threads()
+
+    def run(self, kernel, *arguments):
+        """Call a kernel whose last argument is the number of workers."""
+        if arguments[-1] == 1 or self._concurrent:
+            kernel(*arguments)
+            return
+        with self._lock:
+            # The first launch chooses the threading layer; 'workqueue' never bears two callers.
+            kernel(*arguments)
+            if not self._started:
+                self._started = True
+                self._concurrent = self._layer() != "workqueue"
+
+    @staticmethod
+    def _layer():
+        try:
+            return numba.threading_layer()
+        except ValueError:  # without machine code nothing was launched
+            return "none"
+
+
+class _Scratch:
+    """Sets of scratch memory, lent to one call at a time and kept for the next."""
+
+    def __init__(self):
+        self._free = {}
+
+    def take(self, dtype, workers):
+        """Scratch of (workers, PARTS·PART) elements, aligned to 64 bytes."""
+        try:
+            return self._free[dtype, workers].pop()
+        except (KeyError, IndexError):
+            size = PARTS * PART
+            memory = np.empty(workers * size + 16, dtype)
+            start = -memory.ctypes.data % 64 // dtype.itemsize
+            return memory[start : start + workers * size].reshape(workers, size)
+
+    def give(self, scratch):
+        """Hand scratch back; sets of a number of workers that is no longer used are dropped."""
+        key = scratch.dtype, len(scratch)
+        stale = [other for other in self._free if other[0] == key[0] and other[1] not in (1, key[1]) and key[1] > 1]
+        for other in stale:
+            self._free.pop(other, None)
+        self._free.setdefault(key, []).append(scratch)
 
 
 class CPUBackend:
+    """The operations of `protocol.Backend` on NumPy arrays."""
+
     device = "cpu"
 
-    def from_host(self, array):
+    def __init__(self):
+        self._pool = _Pool()
+        self._scratch = _Scratch()
+        self._stand_ins = {np.dtype(t): (np.zeros((1, 1), t), np.zeros(1, t)) for t in ("float32", "float64")}
+
+    def from_host(self, array: np.ndarray) -> Array:
+        """Bring a NumPy array to the device: the same array."""
         return array
 
-    def to_host(self, array):
+    def to_host(self, array: Array) -> np.ndarray:
+        """Bring an array to NumPy: the same array."""
         return array
 
-    def zeros_like(self, array):
+    def zeros_like(self, array: Array) -> Array:
+        """A new array of zeros, same shape and dtype, C-contiguous."""
         return np.zeros(array.shape, array.dtype)
 
-    def _effective(self, o):
-        m = None
-        if o.base is not None:
-            m = o.base.weight.T if o.base.transposed else o.base.weight
-        if o.delta is not None:
-            d = o.delta.delta.T if o.base.transposed else o.delta.delta
-            m = m + m.dtype.type(o.delta.scaling) * d
-        return m
+    def forward(self, x: Array, operands: Operands, mask: Array | None, keep: bool) -> tuple[Array, Saved | None]:
+        """y = act(x (W + c D) + s (mask∘x) A B + b), and what backward needs where `keep`."""
+        base, low_rank, delta, activation, _ = operands
+        dtype = x.dtype
+        none, none_1d = self._stand_ins[dtype]
+        weight = _plain(base.weight) if base is not None else none
+        transposed = base is not None and base.transposed
+        bias = base.bias if base is not None else None
+        if low_rank is not None:
+            A, B, s = _plain(low_rank.A), _plain(low_rank.B), low_rank.scaling
+            outputs, rank = B.shape[1], A.shape[1]
+        else:
+            A, B, s, rank = none, none, 0.0, 0
+            outputs = weight.shape[0] if transposed else weight.shape[1]
+        samples, inputs = x.shape
+        x_low = x if mask is None or low_rank is None else self._masked(x, mask)
+        y = np.empty((samples, outputs), dtype)
+        z = np.empty((samples, outputs), dtype) if keep and activation else y
+        u = np.empty((samples, rank), dtype)
+        if samples:
+            inner = (inputs if base is not None else 0) + rank
+            workers = self._pool.workers(samples * outputs * inner)
+            scratch = self._scratch.take(dtype, workers)
+            task = forward_kernel.ForwardTask(
+                _plain(x),
+                _plain(x_low),
+                weight,
+                _plain(delta.delta) if delta is not None else weight,
+                A,
+                B,
+                _plain(bias) if bias is not None else none_1d,
+                u,
+                z,
+                y,
+                scratch,
+                np.zeros(2, np.int64),
+                float(s),
+                float(delta.scaling) if delta is not None else 0.0,
+                activation,
+                transposed,
+                base is not None,
+                delta is not None,
+                low_rank is not None,
+                bias is not None,
+            )
+            self._pool.run(forward_kernel.forward, task, workers)
+            self._scratch.give(scratch)
+        if not keep:
+            return y, None
+        return y, Saved(x, u if low_rank is not None else None, z if activation else None, mask)
 
-    def forward(self, x: Array, operands: Operands, mask, keep: bool):
-        o = operands
-        m = self._effective(o)
-        z = low = None
-        if m is not None:
-            z = x @ m
-        if o.low_rank is not None:
-            low = x.dtype.type(o.low_rank.scaling) * ((x if mask is None else x * mask) @ o.low_rank.A)
-            z = low @ o.low_rank.B if z is None else z + low @ o.low_rank.B
-        if o.base is not None and o.base.bias is not None:
-            z = z + o.base.bias
-        y = _act(z, o.activation)
-        return y, Saved(x, low, z if o.activation else None, mask) if keep else None
+    def backward(self, grad_output: Array, saved: Saved, operands: Operands) -> Gradients:
+        """Every gradient, from the values as they are; `delta` and `weight` stored."""
+        return self._sweep(grad_output, saved, operands, False, 0.0, 0.0)
 
-    def backward(self, grad_output, saved, operands):
-        o = operands
-        dt = saved.x.dtype.type
-        gz = grad_output if saved.z is None else grad_output * _dact(saved.z, o.activation)
-        m = self._effective(o)
-        gx = gz @ m.T if m is not None else np.zeros(saved.x.shape, saved.x.dtype)
-        dA = dB = dD = dW = db = None
-        if o.low_rank is not None:
-            t = dt(o.low_rank.scaling) * (gz @ o.low_rank.B.T)
-            xm = saved.x if saved.mask is None else saved.x * saved.mask
-            dA, dB = xm.T @ t, saved.low.T @ gz
-            g = t @ o.low_rank.A.T
-            gx = gx + (g if saved.mask is None else g * saved.mask)
-        if o.delta is not None or o.train_base:
-            g = gz.T @ saved.x if o.base.transposed else saved.x.T @ gz
-            dD = dt(o.delta.scaling) * g if o.delta is not None else None
-            dW = g if o.train_base else None
-        if o.train_base and o.base.bias is not None:
-            db = gz.sum(0)
+    def backward_update(
+        self, grad_output: Array, saved: Saved, operands: Operands, lr: float, delta_lr: float
+    ) -> Gradients:
+        """Backward and the update of velocity, delta and a trained weight in one sweep, in place."""
+        return self._sweep(grad_output, saved, operands, True, lr, delta_lr)
+
+    def _sweep(self, grad_output, saved, operands, update, lr, delta_lr):
+        base, low_rank, delta, activation, train = operands
+        x, u, z, mask = saved
+        dtype = x.dtype
+        none, none_1d = self._stand_ins[dtype]
+        weight = none
+        if base is not None:
+            weight = base.weight if train and update else _plain(base.weight)
+        has_bias = base is not None and base.bias is not None
+        (samples, inputs), outputs = x.shape, grad_output.shape[1]
+        gx = np.empty((samples, inputs), dtype)
+        dA = dB = db = dD = dW = None
+        A = B = none
+        masked = False
+        x_low, rank = x, 0
+        if low_rank is not None:
+            A, B = _plain(low_rank.A), _plain(low_rank.B)
+            rank = A.shape[1]
+            dA, dB = np.empty(A.shape, dtype), np.empty(B.shape, dtype)
+            masked = mask is not None
+            if masked:
+                x_low = self._masked(x, mask)
+        t = np.empty((samples, rank), dtype)
+        if train and has_bias:
+            db = np.empty(outputs, dtype)
+        if not update:
+            dD = np.empty(weight.shape, dtype) if delta is not None else None
+            dW = np.empty(weight.shape, dtype) if train else None
+        gy = _plain(grad_output)
+        work = samples * outputs * ((inputs if base is not None else 0) + rank) + (weight.size if delta else 0)
+        workers = self._pool.workers(work)
+        scratch = self._scratch.take(dtype, workers)
+        task = sweep_kernel.SweepTask(
+            gy,
+            _plain(z) if z is not None else gy,
+            _plain(x),
+            _plain(x_low),
+            _plain(u) if u is not None else none,
+            weight,
+            delta.delta if delta is not None else weight,
+            delta.velocity if delta is not None else none,
+            A,
+            B,
+            np.empty((samples, outputs), dtype) if activation else gy,
+            t,
+            gx,
+            none if dA is None else dA,
+            none if dB is None else dB,
+            none_1d if db is None else db,
+            none if dW is None else dW,
+            none if dD is None else dD,
+            scratch,
+            np.zeros(3, np.int64),
+            float(low_rank.scaling) if low_rank is not None else 0.0,
+            float(delta.scaling) if delta is not None else 0.0,
+            float(delta.momentum) if delta is not None else 0.0,
+            float(lr),
+            float(delta_lr),
+            activation,
+            base is not None and base.transposed,
+            base is not None,
+            delta is not None,
+            low_rank is not None,
+            has_bias,
+            bool(train),
+            masked,
+            update,
+        )
+        self._pool.run(sweep_kernel.sweep, task, workers)
+        self._scratch.give(scratch)
+        if masked:
+            update_kernel.add_masked_low_rank(gx, _plain(mask), t, A)
         return Gradients(gx, dA, dB, dD, dW, db)
 
-    def backward_update(self, grad_output, saved, operands, lr, delta_lr):
-        g = self.backward(grad_output, saved, operands)
-        if operands.delta is not None:
-            self.momentum_update(
-                operands.delta.delta, operands.delta.velocity, g.delta, operands.delta.momentum, delta_lr
-            )
-        if operands.train_base:
-            self.sgd_update(operands.base.weight, g.weight, lr)
-        return g._replace(delta=None, weight=None)
+    def _masked(self, x, mask):
+        """mask∘x."""
+        out = x.copy()
+        self._update(update_kernel.MULTIPLY, out, mask, out, out)
+        return out
 
-    def merge(self, operands):
-        o = operands
-        w = self._effective(o)
-        if o.low_rank is not None:
-            w = w + w.dtype.type(o.low_rank.scaling) * (o.low_rank.A @ o.low_rank.B)
-        return np.array(w.T if o.base.transposed else w, order="C")
+    def merge(self, operands: Operands) -> Array:
+        """W + s A B + c D as a new stored array."""
+        base, low_rank, delta, _, _ = operands
+        weight = _plain(base.weight)
+        out = np.empty(weight.shape, weight.dtype)
+        left, right, s = np.empty((len(weight), 0), weight.dtype), np.empty((0, weight.shape[1]), weight.dtype), 0.0
+        if low_rank is not None:
+            left, right, s = low_rank.A, low_rank.B, low_rank.scaling
+            if base.transposed:
+                left, right = np.ascontiguousarray(right.T), np.ascontiguousarray(left.T)
+        deltas = (_plain(delta.delta), float(delta.scaling), True) if delta is not None else (weight, 0.0, False)
+        workers = self._pool.workers(out.size * (1 + left.shape[1]))
+        arguments = out, weight, deltas[0], _plain(left), _plain(right), float(s), *deltas[1:], workers
+        self._pool.run(update_kernel.merge, *arguments)
+        return out
 
-    def sgd_update(self, parameter, gradient, lr):
-        parameter -= parameter.dtype.type(lr) * gradient
+    def _update(self, code, p, g, first, second, *scalars):
+        scalars = (*map(float, scalars), 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)[:6]
+        flat = (_plain(a).reshape(-1) for a in (p, g, first, second))
+        self._pool.run(update_kernel.update, code, *flat, scalars, self._pool.workers(p.size))
 
-    def momentum_update(self, delta, velocity, gradient, momentum, lr):
-        dt = delta.dtype.type
-        velocity *= dt(momentum)
-        velocity += dt(1 - momentum) * gradient
-        delta -= dt(lr) * velocity
+    def sgd_update(self, parameter: Array, gradient: Array, lr: float) -> None:
+        """parameter -= lr gradient, in place."""
+        self._update(update_kernel.SGD, parameter, gradient, parameter, parameter, lr)
 
-    def adamw_update(self, parameter, gradient, first, second, lr, betas, eps, weight_decay, step):
-        dt = parameter.dtype.type
-        b1, b2 = betas
-        first *= dt(b1)
-        first += dt(1 - b1) * gradient
-        second *= dt(b2)
-        second += dt(1 - b2) * gradient * gradient
-        parameter *= dt(1 - lr * weight_decay)
-        parameter -= dt(lr / (1 - b1**step)) * first / (np.sqrt(second / dt(1 - b2**step)) + dt(eps))
+    def momentum_update(self, delta: Array, velocity: Array, gradient: Array, momentum: float, lr: float) -> None:
+        """V = m V + (1-m) gradient; D -= lr V, in place."""
+        self._update(update_kernel.MOMENTUM, delta, gradient, velocity, delta, lr, momentum)
 
-    def add(self, target, source):
-        target += source
+    def adamw_update(
+        self,
+        parameter: Array,
+        gradient: Array,
+        first: Array,
+        second: Array,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        step: int,
+    ) -> None:
+        """AdamW with decoupled decay (Loshchilov and Hutter, 2019), `step` counted from 1, in place."""
+        self._update(update_kernel.ADAMW, parameter, gradient, first, second, lr, *betas, eps, weight_decay, step)
 
-    def scale(self, target, factor):
-        target *= target.dtype.type(factor)
+    def add(self, target: Array, source: Array) -> None:
+        """target += source, in place."""
+        self._update(update_kernel.ADD, target, source, target, target)
 
-    def sum_of_squares(self, array):
-        return float(np.sum(np.square(array, dtype=np.float64)))
+    def scale(self, target: Array, factor: float) -> None:
+        """target *= factor, in place."""
+        self._update(update_kernel.SCALE, target, target, target, target, factor)
+
+    def sum_of_squares(self, array: Array) -> float:
+        """Σ a², accumulated in float64."""
+        return float(update_kernel.sum_of_squares(_plain(array).reshape(-1)))
 
     def mean_squared_error(self, output: Array, target: Array) -> tuple[float, Array]:
         """Mean squared error and its gradient."""
@@ -151,5 +334,5 @@ class CPUBackend:
     @staticmethod
     def _loss(function, output, target):
         gradient, total = np.empty(output.shape, output.dtype), np.zeros(1)
-        function(output, target, gradient, total)
+        function(_plain(output), _plain(target), gradient, total)
         return float(total[0]), gradient

@@ -231,17 +231,20 @@ class Layer(NamedParameters):
 
     def train(self) -> Self:
         """Enter training mode, in which every object begins, and return self."""
+        self._require_open()
         self._training = True
         return self
 
     def eval(self) -> Self:
         """Enter evaluation mode and return self: nothing is kept for backward, and threads may share the object."""
+        self._require_open()
         self._training = False
         self._forget_forward()
         return self
 
     def reset_state(self) -> None:
         """Clear the cached input and the gradients; keep what was learned."""
+        self._require_open()
         self._forget_forward()
         self._forget_gradients()
 
@@ -267,6 +270,7 @@ class Layer(NamedParameters):
         DeviceUnavailableError
             For a device that cannot run here.
         """
+        self._require_open()
         checks.check_choice("precision", precision, ("float32", "tf32", "bf16-base"))
         self._move(resolve(device))
         return self

@@ -48,7 +48,7 @@ class Linear(Layer):
         grad, saved, shape, operands = self._checked_gradient(grad_output)
         gradients = self._backend.backward_update(grad, saved, operands, lr, delta_lr)
         self._store_gradients(dict(self._named_gradients(gradients)), accumulate=False)
-        self._forget_forward()
+        self._saved = None
         return self._backend.to_host(gradients.x).reshape(shape)
 
     def _forget_forward(self) -> None:

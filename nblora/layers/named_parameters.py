@@ -114,14 +114,13 @@ class NamedParameters:
         """Compare `weights` (name -> array) with the parameters, changing nothing.
 
         `mapping` is {name in the file: parameter name}. `matched`, `missing` and `shape_mismatches` hold parameter
-        names, `unmatched` the names in `weights` that no parameter has. A missing `velocity` is never a fault.
+        names, `unmatched` the names in `weights` that no parameter has, or that an earlier one already took. A missing `velocity` is never a fault.
         """
         known = {parameter.name: parameter for parameter in self._parameters()}
         result = WeightValidation()
         seen = set()
-        for name, value in _items(weights):
-            target = (mapping or {}).get(name, name)
-            if target not in known:
+        for name, value, target in _items(weights, mapping):
+            if target not in known or target in seen:
                 result.unmatched.append(name)
                 continue
             seen.add(target)
@@ -146,11 +145,10 @@ class NamedParameters:
             Under `strict=True`, listing every fault.
         """
         known = {parameter.name: parameter for parameter in self._parameters()}
-        values: dict[str, np.ndarray] = {}
+        values: dict[str, Any] = {}
         skipped: list[str] = []
         faults: dict[str, str] = {}
-        for name, value in _items(weights):
-            target = (mapping or {}).get(name, name)
+        for name, value, target in _items(weights, mapping):
             if target not in known:
                 if strict:
                     faults[name] = f"{name!r} is not a parameter ({', '.join(known)})"
@@ -160,7 +158,8 @@ class NamedParameters:
                 faults[name] = f"{name!r} names {target!r} a second time"
             else:
                 try:
-                    values[target] = self._checked(known[target], value)
+                    self._checked(known[target], value)
+                    values[target] = value
                 except (TypeError, ValueError) as error:
                     faults[name] = str(error)
         if strict:
@@ -191,6 +190,9 @@ class NamedParameters:
         for parameter, _ in targets:
             checks.check_writeable(parameter.name, parameter.array)
         stored = [(parameter.array, self._checked(parameter, value)) for parameter, value in targets]
+        hosts = [array for array, _ in stored if isinstance(array, np.ndarray)]
+        if any(np.may_share_memory(value, array) for array in hosts for _, value in stored):
+            stored = [(array, value.copy()) for array, value in stored]  # live views of the parameters themselves
         for array, value in stored:
             array[...] = self._backend.from_host(value)
 
@@ -199,7 +201,10 @@ class NamedParameters:
         return np.array(host.T if parameter.transposed else host, order="C")
 
 
-def _items(weights: Any) -> Iterator[tuple[str, Any]]:
-    if not isinstance(weights, Mapping):
-        raise TypeError(f"weights must be a mapping of names to arrays, got {type(weights).__name__}")
-    return iter(weights.items())
+def _items(weights: Any, mapping: Any) -> Iterator[tuple[str, Any, str]]:
+    """Every name in `weights`, its array, and the name of the parameter that it means."""
+    for argument, value in (("weights", weights), ("mapping", {} if mapping is None else mapping)):
+        if not isinstance(value, Mapping):
+            kind = "arrays" if argument == "weights" else "parameter names"
+            raise TypeError(f"{argument} must be a mapping of names to {kind}, got {type(value).__name__}")
+    return ((name, value, (mapping or {}).get(name, name)) for name, value in weights.items())

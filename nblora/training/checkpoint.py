@@ -23,7 +23,7 @@ class RunState(NamedTuple):
 
     epoch: int
     step: int
-    shuffle: dict[str, Any]
+    shuffle: dict[str, Any] | None
     rows: list[Row]
 
 
@@ -72,7 +72,7 @@ def read_run(path: str | os.PathLike[str], model: Layer, step: Step, callbacks: 
         state = RunState(
             checks.check_integer("epoch", run["epoch"], 1),
             checks.check_integer("step", run["step"], 1),
-            _checked_state(run["shuffle"]),
+            None if run["shuffle"] is None else _checked_state(run["shuffle"]),
             [_checked_row(row) for row in run["rows"]],
         )
         _load_callbacks(callbacks, run["callbacks"], tensors)

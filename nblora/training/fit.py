@@ -86,8 +86,8 @@ def fit(
     progress : bool, optional
         Show a bar with the loss and samples/s; default: where standard error is a terminal.
     checkpoint : path, optional
-        After each epoch, write the model and all the run's state to this file, atomically. `nblora.load` reads the
-        model from it.
+        After each epoch, write the whole model, its frozen base included, and the run's state to this file,
+        atomically. `nblora.load` reads the model from it.
     resume : path, optional
         Go on from such a file: model, optimiser, callbacks, schedule's position and random states are brought to where
         they were, and the run then equals an uninterrupted one bit for bit, given the same data and arguments. Where
@@ -215,7 +215,7 @@ class Run:
     def start(self, resume: Path | None, shown: bool | None) -> History:
         """Train to the last epoch; whatever goes wrong, leave a whole model."""
         for callback in self.callbacks:
-            callback.model = self.model
+            callback.model, callback.stop = self.model, False
             callback.on_train_begin()
         if resume is not None:
             self._resume(resume)
@@ -224,7 +224,7 @@ class Run:
         try:
             # Overflow is looked for where it matters; NumPy's warnings would tell of it without layer or step.
             with np.errstate(over="ignore", invalid="ignore"):
-                self.model.train()
+                self.step.enter_training()
                 self._train(safe, bar)
             for callback in self.callbacks:
                 callback.on_train_end()
@@ -245,7 +245,7 @@ class Run:
         state = read_run(path, self.model, self.step, self.callbacks)
         self.epoch = state.epoch
         self.history = History(state.rows)
-        if self.rng is not None:
+        if self.rng is not None and state.shuffle is not None:
             self.rng.bit_generator.state = state.shuffle
 
     def _train(self, safe: Snapshot, bar: Progress) -> None:
@@ -269,6 +269,7 @@ class Run:
         started = time.perf_counter()
         for x, y in self.samples.batches(self.batch_size, order):
             factor = self.schedule.factor(self.step.count, self.epochs * per_epoch)
+            checks.check_not_negative("the schedule's factor", factor)
             result = self.step(x, y, factor)
             figures = {"loss": result.loss, **self.step.loss.measure(result.output, y)}
             for name, value in figures.items():
@@ -286,7 +287,7 @@ class Run:
         if self.step.clip_norm is not None:
             row["grad_norm"] = norms / per_epoch
         row["seconds"] = seconds
-        row["samples_per_second"] = count / seconds
+        row["samples_per_second"] = count / max(seconds, 1e-9)  # some clocks tick slower than a small epoch
         return row
 
     def _validate(self) -> dict[str, float]:
@@ -296,14 +297,21 @@ class Run:
         size = max(self.batch_size, EVALUATION_BATCH)
         figures = _evaluate(self.model, self.held_out, self.step.loss, size)
         if not np.isfinite(figures["loss"]):
-            cause = first_fault(self.model, self.held_out.x)
-            raise NonFiniteError(f"the validation loss is {figures['loss']} after step {self.step.count}, from {cause}")
-        self.model.train()
+            raise NonFiniteError(
+                f"the validation loss is {figures['loss']} after step {self.step.count}, "
+                f"first from {self._fault(self.held_out, size)}"
+            )
+        self.step.enter_training()
         return {f"val_{name}": value for name, value in figures.items()}
 
+    def _fault(self, samples: Samples, batch_size: int) -> str:
+        batches = [x for x, _ in samples.batches(batch_size)]
+        faulty = (x for x in batches if not np.isfinite(self.model.forward(x)).all())
+        return first_fault(self.model, next(faulty, batches[0]))
+
     def _write(self, path: Path) -> None:
-        shuffle = np.random.PCG64(0).state if self.rng is None else self.rng.bit_generator.state
-        state = RunState(self.epoch, self.step.count, dict(shuffle), self.history.rows)
+        shuffle = None if self.rng is None else dict(self.rng.bit_generator.state)
+        state = RunState(self.epoch, self.step.count, shuffle, self.history.rows)
         write_run(path, self.model, self.step, self.callbacks, state)
 
     def _explain(self, error: NonFiniteError) -> str:

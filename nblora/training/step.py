@@ -23,12 +23,14 @@ class Trained(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """A layer on the way back, and whether one sweep may update its dense parameters before any norm is known."""
+    """A layer on the way back: whether one sweep may update its dense parameters, what the optimiser updates, and the
+    names of all its trained parameters."""
 
     name: str
     layer: Layer
     fused: bool
     trained: list[Trained]
+    names: list[str]
 
 
 class StepResult(NamedTuple):
@@ -63,6 +65,7 @@ class Step:
                 "layer.trainable = True"
             )
         self.stages = [self._stage(name, layer) for name, layer in reversed(leaves[first:])]
+        self._idle = [layer for _, layer in leaves[:first] if not layer._generators()]
 
     def _stage(self, name: str, layer: Layer) -> Stage:
         parameters = list(layer._trainable())
@@ -71,7 +74,7 @@ class Step:
         trained = [
             self._trained(f"{name}.{p.name}" if name else p.name, p, fused) for p in parameters if not p.momentum
         ]
-        return Stage(name, layer, fused, trained)
+        return Stage(name, layer, fused, trained, [p.name for p in parameters])
 
     def _trained(self, name: str, parameter: Parameter, fused: bool) -> Trained:
         zeros = self.model._backend.zeros_like
@@ -83,6 +86,12 @@ class Step:
     def trained(self) -> list[Trained]:
         """Every parameter that the optimiser updates, in the model's order."""
         return [trained for stage in reversed(self.stages) for trained in stage.trained]
+
+    def enter_training(self) -> None:
+        """Put the model in training mode, but for layers that get no backward: theirs need keep nothing."""
+        self.model.train()
+        for layer in self._idle:
+            layer.eval()
 
     def __call__(self, x: np.ndarray, y: np.ndarray, factor: float) -> StepResult:
         """Train by one batch, every learning rate multiplied by `factor`.
@@ -111,7 +120,7 @@ class Step:
             return None
         backend = self.model._backend
         gradients = [
-            (stage, name, gradient) for stage in self.stages for name, gradient in stage.layer._held_gradients().items()
+            (stage, name, stage.layer._held_gradients()[name]) for stage in self.stages for name in stage.names
         ]
         squares = [backend.sum_of_squares(gradient) for _, _, gradient in gradients]
         norm = math.sqrt(sum(squares))

@@ -39,8 +39,8 @@ def softmax_cross_entropy(logits, labels, gradient, total):
             normaliser += math.exp(float(row[o]) - largest)
         value += math.log(normaliser) + largest - float(row[label])
         for o in range(outputs):
-            gradient[n, o] = scale * math.exp(float(row[o]) - largest) / normaliser
-        gradient[n, label] -= scale
+            probability = math.exp(float(row[o]) - largest) / normaliser
+            gradient[n, o] = scale * (probability - (1.0 if o == label else 0.0))
     total[0] = value * scale
 
 

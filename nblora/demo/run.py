@@ -1,0 +1,233 @@
+"""The experiment: pretrain, choose settings on the validation split, adapt with each seed, measure on the test split.
+
+Everything that is drawn comes from the seeds, so a second run measures the same, but for the seconds.
+"""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from nblora import DeltaLoRAAdapter, Sequential
+from nblora.errors import NbloraError
+from nblora.training import AdamW, Optimizer, fit
+
+from .data import Digits, Split, load_digits
+from .methods import DELTA_LORA, LORA, METHODS, Candidate, Method, new_network
+from .results import DemoResult, MethodResult, Settings, mean
+
+PRETRAIN_LR = 0.003
+TUNING_SEEDS = 2
+# Largest difference between merged and unmerged outputs, over the largest output, three float32 layers deep.
+MERGE_TOLERANCE = 1e-4
+HEAT_MAP_LAYER = "hidden1"
+
+
+def run_demo(settings: Settings, progress: bool = True) -> DemoResult:
+    """Run the whole experiment and write the adapter files; tables and figure are `report`'s and `figure`'s.
+
+    Parameters
+    ----------
+    settings : Settings
+        What to run.
+    progress : bool
+        Show a bar, where standard error is a terminal.
+
+    Raises
+    ------
+    MissingExtraError
+        Without scikit-learn.
+    NbloraError
+        Where a merged model computes something else than the adapted one.
+    """
+    from tqdm import tqdm
+
+    start = time.perf_counter()
+    experiment = _Experiment(settings, load_digits(settings.seed))
+    runs = experiment.run_count()
+    # disable=None: silent where standard error is no terminal
+    with tqdm(total=runs, unit="run", disable=None if progress else True) as bar:
+        result = experiment.run(bar)
+    result.seconds = time.perf_counter() - start
+    return result
+
+
+class _Experiment:
+    def __init__(self, settings: Settings, digits: Digits) -> None:
+        self.settings = settings
+        self.digits = digits
+        self.methods: tuple[Method, ...] = METHODS
+        self.candidates = {method.name: method.candidates for method in METHODS}
+        self.seeds = [settings.seed + place for place in range(settings.seeds)]
+        self.epochs, self.pretrain_epochs = settings.epochs, settings.pretrain_epochs
+        if settings.tiny:
+            self.methods = (LORA, DELTA_LORA)
+            self.candidates = {method.name: method.candidates[:1] for method in self.methods}
+            self.seeds = self.seeds[:1]
+            self.epochs = self.pretrain_epochs = 1
+            few = 3 * settings.batch_size
+            self.digits = digits._replace(
+                pretraining=_first(digits.pretraining, few), adaptation=_first(digits.adaptation, few)
+            )
+        self.bases: dict[int, Sequential] = {}
+
+    def tuning_seeds(self) -> list[int]:
+        return self.seeds[:TUNING_SEEDS]
+
+    def run_count(self) -> int:
+        tuning = sum(len(self.candidates[method.name]) for method in self.methods) * len(self.tuning_seeds())
+        return len(self.seeds) * (1 + len(self.methods)) + tuning
+
+    def run(self, bar: Any) -> DemoResult:
+        before = MethodResult("Not adapted")
+        for seed in self.seeds:
+            bar.set_description("pretraining")
+            base = self.bases[seed] = self.pretrain(seed)
+            before.test_accuracy.append(accuracy(base, self.digits.test))
+            before.upright_accuracy.append(accuracy(base, self.digits.upright_test))
+            bar.update()
+        folder = self.settings.output / "adapters"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.bases[self.seeds[0]].save(folder / "pretrained.safetensors")
+        before.adapter_file = str(folder / "pretrained.safetensors")
+        rows, delta = [], None
+        for method in self.methods:
+            row, first_model = self.measure(method, bar)
+            row.adapter_file = str(folder / f"{method.slug}.safetensors")
+            first_model.save(row.adapter_file)
+            check_merge(first_model, row, self.digits.test)
+            if method is DELTA_LORA:
+                delta = learned_delta(first_model)
+            rows.append(row)
+        steps = self.epochs * -(-len(self.digits.adaptation.y) // self.settings.batch_size)
+        samples = {name: len(split.y) for name, split in self.digits._asdict().items() if name != "upright_test"}
+        return DemoResult(self.settings, _machine(), samples, steps, before, rows, delta, 0.0)
+
+    def pretrain(self, seed: int) -> Sequential:
+        model = new_network(seed)
+        if self.settings.device is not None:
+            model.to(self.settings.device)
+        self.train(model, self.digits.pretraining, Candidate(PRETRAIN_LR), self.pretrain_epochs, seed)
+        return model
+
+    def train(self, model: Sequential, split: Split, candidate: Candidate, epochs: int, seed: int) -> Any:
+        return fit(
+            model,
+            split.x,
+            split.y,
+            loss="cross_entropy",
+            optimizer=AdamW(lr=candidate.lr),
+            epochs=epochs,
+            batch_size=self.settings.batch_size,
+            validation=self.digits.validation,
+            delta_lr=candidate.delta_lr,
+            seed=seed,
+            progress=False,
+        )
+
+    def adapt(
+        self, method: Method, candidate: Candidate, seed: int
+    ) -> tuple[Sequential, list[dict[str, float]], float]:
+        """Adapt a copy of the seed's pretrained network: the model, its curve and the seconds of training."""
+        model = self.bases[seed].clone()
+        method.prepare(model, seed)
+        start = time.perf_counter()
+        history = self.train(model, self.digits.adaptation, candidate, self.epochs, seed)
+        return model, list(curve(history)), time.perf_counter() - start
+
+    def choose(self, method: Method, bar: Any) -> tuple[Candidate, dict[str, float]]:
+        """The candidate with the best mean accuracy on the validation split; the first of equals."""
+        scores = {}
+        for candidate in self.candidates[method.name]:
+            found = []
+            for seed in self.tuning_seeds():
+                bar.set_description(f"{method.name}, choosing settings")
+                model, _, _ = self.adapt(method, candidate, seed)
+                found.append(accuracy(model, self.digits.validation))
+                bar.update()
+            scores[candidate] = mean(found)
+        return max(scores, key=lambda candidate: scores[candidate]), {c.label: s for c, s in scores.items()}
+
+    def measure(self, method: Method, bar: Any) -> tuple[MethodResult, Sequential]:
+        """The method's row, and the first seed's adapted model."""
+        candidate, scores = self.choose(method, bar)
+        row = MethodResult(method.name, candidate=candidate, validation_accuracy=scores)
+        models = []
+        for seed in self.seeds:
+            bar.set_description(method.name)
+            model, rows, seconds = self.adapt(method, candidate, seed)
+            row.test_accuracy.append(accuracy(model, self.digits.test))
+            row.upright_accuracy.append(accuracy(model, self.digits.upright_test))
+            row.curves.append(rows)
+            row.seconds.append(seconds)
+            models.append(model)
+            bar.update()
+        row.trainable_parameters, row.state_bytes = (
+            models[0].parameter_count,
+            state_bytes(models[0], AdamW(lr=candidate.lr)),
+        )
+        return row, models[0]
+
+
+def _first(split: Split, count: int) -> Split:
+    return Split(split.x[:count], split.y[:count])
+
+
+def curve(history: Any) -> Iterator[dict[str, float]]:
+    """Rows of epoch, training loss, validation loss and validation accuracy."""
+    for row in history.rows:
+        yield {key: row[key] for key in ("epoch", "loss", "val_loss", "val_accuracy")}
+
+
+def accuracy(model: Sequential, split: Split) -> float:
+    """The fraction of images whose largest output is their label's; the model is left in evaluation mode."""
+    return float(np.mean(model.eval().forward(split.x).argmax(axis=1) == split.y))
+
+
+def learned_delta(model: Sequential) -> np.ndarray:
+    """c D of the heat map's layer, (in, out)."""
+    adapter = model[HEAT_MAP_LAYER]
+    if not isinstance(adapter, DeltaLoRAAdapter):
+        raise TypeError(f"{HEAT_MAP_LAYER} must be a DeltaLoRAAdapter, got {type(adapter).__name__}")
+    return adapter.delta_scaling * adapter.get_current_delta()
+
+
+def state_bytes(model: Sequential, optimizer: Optimizer) -> int:
+    """Bytes that training holds beyond the frozen weights: trainable parameters, each with the optimiser's arrays
+    (AdamW's two moments) or, for a delta, its velocity. Gradients are left out: a fused delta has none."""
+    copies = {True: 2, False: 1 + len(optimizer.slots)}
+    return sum(int(np.prod(p.shape)) * model.dtype.itemsize * copies[p.momentum] for p in model._trainable())
+
+
+def check_merge(model: Sequential, row: MethodResult, split: Split) -> None:
+    """Put into `row` how far the merged model's outputs lie from the adapted one's.
+
+    Raises
+    ------
+    NbloraError
+        Where that is more than rounding.
+    """
+    adapted = model.eval().forward(split.x)
+    merged = model.merge().eval().forward(split.x)
+    row.merge_difference = float(np.max(np.abs(merged - adapted)))
+    row.merge_relative_difference = row.merge_difference / float(np.max(np.abs(adapted)))
+    row.merge_changed_labels = int(np.sum(merged.argmax(axis=1) != adapted.argmax(axis=1)))
+    if not row.merge_relative_difference <= MERGE_TOLERANCE:
+        raise NbloraError(
+            f"{row.method}: merged and unmerged outputs differ by {row.merge_relative_difference:.1e} of the largest "
+            f"output, expected at most {MERGE_TOLERANCE:.0e}: please report this with the output of `nblora info`"
+        )
+
+
+def _machine() -> dict[str, Any]:
+    from nblora.info import collect
+
+    found = collect()
+    return {
+        "cpu": found["cpu"]["name"],
+        "cores": found["cpu"]["usable_cores"],
+        "threads": found["threads"]["numba_threads"],
+        "threading_layer": found["threads"]["layer"],
+        "versions": found["versions"],
+    }

@@ -1,0 +1,53 @@
+"""Counters that threads share: jobs are drawn from them, and finished jobs are counted on them."""
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from ..jit import JIT_DISABLED, kernel
+from .microkernel import element_pointer
+
+
+def _fetch_add(typing_context, counters, index, amount):
+    def generate(context, builder, signature, args):
+        address = element_pointer(context, builder, signature.args[0], args[0], args[1])
+        return builder.atomic_rmw("add", address, args[2], "seq_cst")
+
+    return types.int64(counters, types.intp, types.int64), generate
+
+
+def _fetch_add_twin(counters, index, amount):
+    before = int(counters[index])
+    counters[index] += amount
+    return before
+
+
+def _pause(typing_context):
+    """The processor's hint for a spinning loop, where it has one."""
+
+    def generate(context, builder, signature, args):
+        if "x86_64" in builder.module.triple:
+            kind = ir.FunctionType(ir.VoidType(), [])
+            builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse2.pause"), [])
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+if JIT_DISABLED:
+    fetch_add = _fetch_add_twin
+
+    def pause():
+        """Nothing: without machine code there is one thread."""
+else:
+    fetch_add = intrinsic(_fetch_add)
+    """fetch_add(counters, index, amount): add to an int64 element and return what it was, in one step."""
+    pause = intrinsic(_pause)
+
+
+@kernel
+def wait_for(counters, index, count):
+    """Return once `counters[index]` has reached `count`."""
+    while fetch_add(counters, index, 0) < count:
+        pause()

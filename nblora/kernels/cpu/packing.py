@@ -1,0 +1,115 @@
+"""Packing: tiles of a matrix copied into the formats of the register tile, combined with the delta on the way.
+
+M = S + c·D where `combined`, else S. "Rows" and "steps" are the A formats and "columns" the B format of `microkernel`;
+a panel of B or of steps has `DEPTH` rows. Columns beyond the matrix are zeros: they meet no real element.
+"""
+
+from ..jit import kernel
+from .machine import DEPTH, ROW_STRIDE, TILE_ROWS
+from .microkernel import lanes
+from .vectors import combine_pair, copy_pair, transpose_square
+
+
+@kernel
+def pack_rows(a, S, D, scaling, combined, i0, i1, k0, k1):
+    """a[i·ROW_STRIDE + k] = M[i0 + i, k0 + k]."""
+    for i in range(i1 - i0):
+        target = a[i * ROW_STRIDE : i * ROW_STRIDE + k1 - k0]
+        weight = S[i0 + i, k0:k1]
+        if combined:
+            delta = D[i0 + i, k0:k1]
+            for k in range(target.shape[0]):
+                target[k] = weight[k] + scaling * delta[k]
+        else:
+            for k in range(target.shape[0]):
+                target[k] = weight[k]
+
+
+@kernel
+def pack_rows_transposed(a, S, i0, i1, k0, k1):
+    """a[i·ROW_STRIDE + k] = S[k0 + k, i0 + i], for the skinny factors."""
+    for k in range(k1 - k0):
+        row = S[k0 + k, i0:i1]
+        for i in range(row.shape[0]):
+            a[i * ROW_STRIDE + k] = row[i]
+
+
+@kernel
+def pack_steps(a, S, i0, i1, k0, k1):
+    """a[panel][k][i] = S[k0 + k, i0 + panel·TILE_ROWS + i]."""
+    for panel in range((i1 - i0 + TILE_ROWS - 1) // TILE_ROWS):
+        first = i0 + panel * TILE_ROWS
+        height = min(TILE_ROWS, i1 - first)
+        start = panel * DEPTH * TILE_ROWS
+        for k in range(k1 - k0):
+            at = start + k * TILE_ROWS
+            row = S[k0 + k, first : first + height]
+            if height == TILE_ROWS:
+                for i in range(TILE_ROWS):
+                    a[at + i] = row[i]
+            else:
+                for i in range(height):
+                    a[at + i] = row[i]
+                for i in range(height, TILE_ROWS):
+                    a[at + i] = 0
+
+
+@kernel
+def pack_columns(b, S, D, scaling, combined, k0, k1, j0, j1):
+    """b[panel][k][j] = M[k0 + k, j0 + panel·width + j], width two vectors."""
+    width = 2 * lanes(b)
+    weight, delta = S.reshape(-1), D.reshape(-1)
+    whole = (j1 - j0) // width
+    tail = j1 - j0 - whole * width
+    for k in range(k1 - k0):
+        at = (k0 + k) * S.shape[1] + j0
+        to = k * width
+        for _ in range(whole):
+            if combined:
+                combine_pair(b, to, weight, delta, at, scaling)
+            else:
+                copy_pair(b, to, weight, at)
+            at += width
+            to += DEPTH * width
+        if tail:
+            for j in range(tail):
+                b[to + j] = weight[at + j] + scaling * delta[at + j] if combined else weight[at + j]
+            for j in range(tail, width):
+                b[to + j] = 0
+
+
+@kernel
+def pack_columns_transposed(b, S, k0, k1, j0, j1):
+    """b[panel][k][j] = S[j0 + panel·width + j, k0 + k]: squares of vectors, transposed in registers."""
+    length = lanes(b)
+    width = 2 * length
+    source = S.reshape(-1)
+    whole = (k1 - k0) // length * length
+    for j in range(0, j1 - j0, length):
+        start = j // width * DEPTH * width + j % width
+        if j + length <= j1 - j0:
+            at = (j0 + j) * S.shape[1] + k0
+            for k in range(0, whole, length):
+                transpose_square(b, start + k * width, width, source, at + k, S.shape[1])
+            _pack_corner(b, start, S, k0, whole, k1, j0 + j, j0 + j + length)
+        else:
+            _pack_corner(b, start, S, k0, 0, k1, j0 + j, j1)
+    if (j1 - j0) % width:
+        _clear_columns(b, (j1 - j0) // width * DEPTH * width, k1 - k0, (j1 - j0) % width)
+
+
+@kernel
+def _pack_corner(b, start, S, k0, done, k1, j0, j1):
+    width = 2 * lanes(b)
+    for j in range(j1 - j0):
+        row = S[j0 + j, k0:k1]
+        for k in range(done, row.shape[0]):
+            b[start + k * width + j] = row[k]
+
+
+@kernel
+def _clear_columns(b, start, depth, used):
+    width = 2 * lanes(b)
+    for k in range(depth):
+        for j in range(used, width):
+            b[start + k * width + j] = 0

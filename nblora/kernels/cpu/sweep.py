@@ -1,0 +1,280 @@
+"""Backward: every gradient, and where asked the update of V, D and W, in one parallel region.
+
+    gz = gy·act'(z)      t = s gz Bᵀ      dB = uᵀ gz      dA = (mask∘x)ᵀ t      db = Σ gz
+    gx = gz (W + c D)ᵀ + t Aᵀ             G = xᵀ gz: dW = G, dD = c G
+
+With S [P, Q] stored, L [N, P] and R [N, Q]: Dense has L = x, R = gz; FullyConnected has L = gz, R = x; G = Lᵀ R in
+either. A block of G lives in scratch until it has been used, so the gradient never exists as a matrix.
+
+Workers draw jobs from a counter, kind after kind: samples (gz and t), input gradient, factors and bias, weight
+gradient. A kind that needs another waits until that one's blocks are counted as done. Up to `BLOCK` samples the input
+and weight gradients are one kind: a job owns whole rows (Dense) or columns (FullyConnected) of S, those whose input
+gradient it computes, and updates each tile right after it took its part of the product.
+"""
+
+from typing import NamedTuple
+
+from numba import prange
+
+from .. import elementwise
+from ..jit import kernel
+from .atomics import fetch_add, wait_for
+from .machine import BLOCK, DEPTH, TILE_ROWS
+from .microkernel import lanes
+from .products import (
+    C_STRIDE,
+    PART,
+    across_rows,
+    along_rows,
+    block_size,
+    factor_along_rows,
+    gradient,
+    store_block,
+    transpose_block,
+)
+
+activation_slope = kernel(elementwise.activation_slope)
+momentum_step = kernel(elementwise.momentum_step)
+descend = kernel(elementwise.descend)
+
+DRAWN, PREPARED, CROSSED = range(3)
+
+
+class SweepTask(NamedTuple):
+    """Everything that a backward reads and writes; parts that are absent hold stand-ins of the same type."""
+
+    gy: object  # (N, out)
+    z: object  # (N, out)
+    x: object  # (N, in)
+    x_low: object  # (N, in), mask∘x
+    u: object  # (N, rank)
+    S: object  # stored weight, updated where `update` and `train`
+    D: object  # stored delta, updated where `update`
+    V: object  # stored velocity, updated where `update`
+    A: object  # (in, rank)
+    B: object  # (rank, out)
+    gz: object  # (N, out), written; is gy for the identity
+    t: object  # (N, rank), written
+    gx: object  # (N, in), written
+    dA: object  # (in, rank), written
+    dB: object  # (rank, out), written
+    db: object  # (out,), written where `train` and `has_bias`
+    dW: object  # stored, written where `train` and not `update`
+    dD: object  # stored, written where `has_delta` and not `update`
+    scratch: object  # (workers, PARTS·PART)
+    counters: object  # (3,) int64 zeros
+    s: float
+    c: float
+    momentum: float
+    lr: float
+    delta_lr: float
+    activation: int
+    transposed: bool
+    has_base: bool
+    has_delta: bool
+    has_low_rank: bool
+    has_bias: bool
+    train: bool
+    masked: bool
+    update: bool
+
+
+@kernel
+def _prepare_job(task, n0, n1, a, b, c, other):
+    """gz = gy·act'(z) and t = s gz Bᵀ for n0 <= n < n1."""
+    if task.activation != elementwise.IDENTITY:
+        for n in range(n0, n1):
+            gz, gy, z = task.gz[n], task.gy[n], task.z[n]
+            for o in range(gz.shape[0]):
+                gz[o] = gy[o] * activation_slope(z[o], task.activation)
+    if task.has_low_rank:
+        s = task.gz.dtype.type(task.s)
+        rank, inner = task.B.shape
+        for r in range(0, rank, BLOCK):
+            end = min(r + BLOCK, rank)
+            across_rows(c, True, task.B, task.B, s, False, r, end, task.gz, n0, n1, 0, inner, a, b)
+            transpose_block(other, c, end - r, n1 - n0)
+            store_block(task.t, n0, n1, r, end, other, s)
+
+
+@kernel
+def _finish_input(task, n0, n1, i0, i1, prepared, a, b, c, other):
+    """Add t Aᵀ to the block of the input gradient in C, and store it; C is transposed for a Dense layer."""
+    low = task.has_low_rank and not task.masked
+    if low:
+        wait_for(task.counters, PREPARED, prepared)
+    if not (low or task.has_base):
+        c[:] = 0
+    one = task.gx.dtype.type(1)
+    if task.transposed:
+        if low:
+            factor_along_rows(c, False, task.t, n0, n1, task.A, i0, i1, a, b)
+        store_block(task.gx, n0, n1, i0, i1, c, one)
+    else:
+        if low:
+            rank = task.A.shape[1]
+            across_rows(c, not task.has_base, task.A, task.A, one, False, i0, i1, task.t, n0, n1, 0, rank, a, b)
+        transpose_block(other, c, i1 - i0, n1 - n0)
+        store_block(task.gx, n0, n1, i0, i1, other, one)
+
+
+@kernel
+def _input_product(task, n0, n1, i0, i1, k0, k1, a, b, c):
+    """C (+)= gz Mᵀ over k0 <= k < k1 of the outputs; transposed, [in][n], for a Dense layer."""
+    scaling = task.gx.dtype.type(task.c)
+    if task.transposed:
+        along_rows(c, k0 == 0, task.gz, n0, n1, task.S, task.D, scaling, task.has_delta, i0, i1, k0, k1, a, b)
+    elif task.has_base:
+        across_rows(c, k0 == 0, task.S, task.D, scaling, task.has_delta, i0, i1, task.gz, n0, n1, k0, k1, a, b)
+
+
+@kernel
+def _apply_gradient(task, p0, p1, q0, q1, g):
+    """Use the block of G = Lᵀ R in scratch: store it, or V = mV + (1-m) c G, D -= delta_lr V, W -= lr G."""
+    kind = task.gx.dtype.type
+    momentum, gain = kind(task.momentum), kind((1 - task.momentum) * task.c)
+    lr, delta_lr, c = kind(task.lr), kind(task.delta_lr), kind(task.c)
+    for p in range(p1 - p0):
+        block = g[p * C_STRIDE : p * C_STRIDE + q1 - q0]
+        if task.update:
+            if task.has_delta:
+                V, D = task.V[p0 + p, q0:q1], task.D[p0 + p, q0:q1]
+                for q in range(block.shape[0]):
+                    V[q] = momentum_step(V[q], block[q], momentum, gain)
+                    D[q] = descend(D[q], V[q], delta_lr)
+            if task.train:
+                S = task.S[p0 + p, q0:q1]
+                for q in range(block.shape[0]):
+                    S[q] = descend(S[q], block[q], lr)
+        else:
+            if task.has_delta:
+                dD = task.dD[p0 + p, q0:q1]
+                for q in range(block.shape[0]):
+                    dD[q] = c * block[q]
+            if task.train:
+                dW = task.dW[p0 + p, q0:q1]
+                for q in range(block.shape[0]):
+                    dW[q] = block[q]
+
+
+@kernel
+def _weight_gradient(task, p0, p1, q0, q1, steps, b, g):
+    """Compute and use G for p0 <= p < p1, q0 <= q < q1."""
+    if task.transposed:
+        gradient(g, task.gz, p0, p1, task.x, q0, q1, steps, b)
+    else:
+        gradient(g, task.x, p0, p1, task.gz, q0, q1, steps, b)
+    _apply_gradient(task, p0, p1, q0, q1, g)
+
+
+@kernel
+def _cross_job(task, n0, n1, i0, i1, prepared, fused, parts):
+    """A block of the input gradient; where `fused` also the rows or columns of V, D and W that belong to it."""
+    a, b, c, g, steps = parts
+    outputs = task.gz.shape[1]
+    wait_for(task.counters, PREPARED, prepared if task.activation != elementwise.IDENTITY else 0)
+    for k0 in range(0, outputs, DEPTH):
+        k1 = min(k0 + DEPTH, outputs)
+        _input_product(task, n0, n1, i0, i1, k0, k1, a, b, c)
+        if fused and task.transposed:
+            _weight_gradient(task, k0, k1, i0, i1, steps, b, g)
+        elif fused:
+            _weight_gradient(task, i0, i1, k0, k1, steps, b, g)
+    _finish_input(task, n0, n1, i0, i1, prepared, a, b, c, g)
+
+
+@kernel
+def _factor_job(out, L, R, p0, q0, parts):
+    """A block of dA or dB: out[p, q] = Σ_n L[n, p] R[n, q]."""
+    _, b, _, g, steps = parts
+    p1, q1 = min(p0 + BLOCK, out.shape[0]), min(q0 + BLOCK, out.shape[1])
+    gradient(g, L, p0, p1, R, q0, q1, steps, b)
+    store_block(out, p0, p1, q0, q1, g, out.dtype.type(1))
+
+
+@kernel
+def _bias_job(task, o0, o1):
+    """db = Σ_n gz."""
+    db = task.db[o0:o1]
+    db[:] = 0
+    for n in range(task.gz.shape[0]):
+        gz = task.gz[n, o0:o1]
+        for o in range(db.shape[0]):
+            db[o] += gz[o]
+
+
+@kernel
+def _count(total, size):
+    return (total + size - 1) // size
+
+
+@kernel
+def sweep_worker(task, worker, workers):
+    """Draw jobs until none is left."""
+    scratch = task.scratch[worker]
+    a, b, c = scratch[:PART], scratch[PART : 2 * PART], scratch[2 * PART : 3 * PART]
+    parts = (a, b, c, scratch[3 * PART : 4 * PART], scratch[4 * PART : 5 * PART])
+    N, inputs = task.x.shape
+    outputs, rank = task.gz.shape[1], task.t.shape[1]
+    P, Q = (outputs, inputs) if task.transposed else (inputs, outputs)
+    width = 2 * lanes(task.gz)
+
+    has_gradient = task.has_delta or task.train
+    fused = has_gradient and N <= BLOCK
+    few = block_size(N, lanes(task.gz), 2 * workers, BLOCK)
+    prepares = _count(N, few) if task.has_low_rank or task.activation != elementwise.IDENTITY else 0
+    samples = block_size(N, TILE_ROWS if task.transposed else width, 1, BLOCK)
+    pieces = 4 * workers * samples // max(N, 1)
+    features = block_size(inputs, width if task.transposed else TILE_ROWS, min(pieces, inputs // 96), BLOCK)
+    across = _count(inputs, features)
+    crosses = max(1, _count(N, samples)) * across
+    dA = _count(inputs, BLOCK) * _count(rank, BLOCK) if task.has_low_rank else 0
+    dB = _count(outputs, BLOCK) * _count(rank, BLOCK) if task.has_low_rank else 0
+    biases = _count(outputs, BLOCK) if task.train and task.has_bias else 0
+    p_size, q_size = block_size(P, TILE_ROWS, 4, BLOCK), block_size(Q, width, 4, BLOCK)
+    gradients = _count(P, p_size) * _count(Q, q_size) if has_gradient and not fused else 0
+
+    while True:
+        job = fetch_add(task.counters, DRAWN, 1)
+        if job < prepares:
+            _prepare_job(task, job * few, min(N, job * few + few), a, b, c, parts[3])
+            fetch_add(task.counters, PREPARED, 1)
+            continue
+        job -= prepares
+        if job < crosses:
+            n0, i0 = job // across * samples, job % across * features
+            _cross_job(task, n0, min(N, n0 + samples), i0, min(inputs, i0 + features), prepares, fused, parts)
+            fetch_add(task.counters, CROSSED, 1)
+            continue
+        job -= crosses
+        wait_for(task.counters, PREPARED, prepares)
+        if job < dA:
+            across_rank = _count(rank, BLOCK)
+            _factor_job(task.dA, task.x_low, task.t, job // across_rank * BLOCK, job % across_rank * BLOCK, parts)
+            continue
+        job -= dA
+        if job < dB:
+            across_outputs = _count(outputs, BLOCK)
+            _factor_job(task.dB, task.u, task.gz, job // across_outputs * BLOCK, job % across_outputs * BLOCK, parts)
+            continue
+        job -= dB
+        if job < biases:
+            _bias_job(task, job * BLOCK, min(outputs, job * BLOCK + BLOCK))
+            continue
+        job -= biases
+        if job >= gradients:
+            break
+        if task.update:
+            wait_for(task.counters, CROSSED, crosses)
+        p0, q0 = job // _count(Q, q_size) * p_size, job % _count(Q, q_size) * q_size
+        _weight_gradient(task, p0, min(P, p0 + p_size), q0, min(Q, q0 + q_size), parts[4], b, parts[3])
+
+
+@kernel(parallel=True)
+def sweep(task, workers):
+    """Run a `SweepTask` with so many workers, in the calling thread where it is one."""
+    if workers == 1:
+        sweep_worker(task, 0, 1)
+    else:
+        for worker in prange(workers):
+            sweep_worker(task, worker, workers)

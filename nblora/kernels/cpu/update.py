@@ -1,0 +1,134 @@
+"""In-place updates of whole arrays, merging, and the low-rank input gradient under dropout.
+
+The element-wise updates are one kernel with a code, so that a process loads one; `momentum` here updates from a
+gradient held in memory, the fused form is in `sweep`.
+"""
+
+import math
+
+import numpy as np
+from numba import prange
+
+from .. import elementwise
+from ..jit import kernel
+
+SGD, MOMENTUM, ADAMW, ADD, SCALE, MULTIPLY = range(6)
+
+CHUNK = 1 << 15
+"""Elements of a chunk: 128 KB of float32, so that a chunk of each operand stays in the level-2 cache."""
+
+momentum_step = kernel(elementwise.momentum_step)
+descend = kernel(elementwise.descend)
+
+
+@kernel
+def _adamw_chunk(p, g, first, second, lr, beta1, beta2, eps, weight_decay, step):
+    """AdamW with decoupled decay (Loshchilov and Hutter, 2019)."""
+    kind = p.dtype.type
+    keep = kind(1 - lr * weight_decay)
+    size = kind(lr / (1 - beta1**step))
+    correction = kind(1 / (1 - beta2**step))
+    b1, b2, gain1, gain2, small = kind(beta1), kind(beta2), kind(1 - beta1), kind(1 - beta2), kind(eps)
+    for i in range(p.shape[0]):
+        first[i] = b1 * first[i] + gain1 * g[i]
+        second[i] = b2 * second[i] + gain2 * g[i] * g[i]
+        p[i] = keep * p[i] - size * first[i] / (math.sqrt(second[i] * correction) + small)
+
+
+@kernel
+def _update_chunk(code, p, g, first, second, scalars):
+    kind = p.dtype.type
+    if code == SGD:
+        lr = kind(scalars[0])
+        for i in range(p.shape[0]):
+            p[i] = descend(p[i], g[i], lr)
+    elif code == MOMENTUM:
+        lr, momentum, gain = kind(scalars[0]), kind(scalars[1]), kind(1 - scalars[1])
+        for i in range(p.shape[0]):
+            first[i] = momentum_step(first[i], g[i], momentum, gain)
+            p[i] = descend(p[i], first[i], lr)
+    elif code == ADAMW:
+        lr, beta1, beta2, eps, weight_decay, step = scalars
+        _adamw_chunk(p, g, first, second, lr, beta1, beta2, eps, weight_decay, step)
+    elif code == ADD:
+        for i in range(p.shape[0]):
+            p[i] += g[i]
+    elif code == SCALE:
+        factor = kind(scalars[0])
+        for i in range(p.shape[0]):
+            p[i] *= factor
+    else:
+        for i in range(p.shape[0]):
+            p[i] *= g[i]
+
+
+@kernel(parallel=True)
+def update(code, p, g, first, second, scalars, workers):
+    """Update flat `p` in place by the rule `code`.
+
+    SGD: p -= lr g. MOMENTUM: first = m first + (1 - m) g, p -= lr first. ADAMW: moments `first` and `second`.
+    ADD: p += g. SCALE: p *= factor. MULTIPLY: p *= g. `scalars`: lr or factor, m or beta1, beta2, eps, decay, step.
+    """
+    size = p.shape[0]
+    if workers == 1:
+        for start in range(0, size, CHUNK):
+            end = min(size, start + CHUNK)
+            _update_chunk(code, p[start:end], g[start:end], first[start:end], second[start:end], scalars)
+    else:
+        for chunk in prange((size + CHUNK - 1) // CHUNK):
+            start = chunk * CHUNK
+            end = min(size, start + CHUNK)
+            _update_chunk(code, p[start:end], g[start:end], first[start:end], second[start:end], scalars)
+
+
+@kernel(fastmath={"contract", "reassoc"})
+def _chunk_sum_of_squares(chunk):
+    total = 0.0
+    for i in range(chunk.shape[0]):
+        value = np.float64(chunk[i])
+        total += value * value
+    return total
+
+
+@kernel
+def sum_of_squares(array):
+    """Σ a² of a flat array, in float64, chunk after chunk."""
+    total = 0.0
+    for start in range(0, array.shape[0], CHUNK):
+        total += _chunk_sum_of_squares(array[start : min(array.shape[0], start + CHUNK)])
+    return total
+
+
+@kernel
+def _merge_row(out, weight, delta, left, right, s, c, has_delta):
+    for q in range(out.shape[0]):
+        out[q] = weight[q] + c * delta[q] if has_delta else weight[q]
+    for r in range(left.shape[0]):
+        factor, row = s * left[r], right[r]
+        for q in range(out.shape[0]):
+            out[q] += factor * row[q]
+
+
+@kernel(parallel=True)
+def merge(out, S, D, left, right, s, c, has_delta, workers):
+    """out = S + c D + s·left·right, stored (P, Q): left (P, rank), right (rank, Q); for FullyConnected Bᵀ and Aᵀ."""
+    kind = out.dtype.type
+    if workers == 1:
+        for p in range(out.shape[0]):
+            _merge_row(out[p], S[p], D[p], left[p], right, kind(s), kind(c), has_delta)
+    else:
+        for p in prange(out.shape[0]):
+            _merge_row(out[p], S[p], D[p], left[p], right, kind(s), kind(c), has_delta)
+
+
+@kernel(fastmath={"contract", "reassoc"})
+def add_masked_low_rank(gx, mask, t, A):
+    """gx += mask∘(t Aᵀ): gx and mask (N, in), t (N, rank), A (in, rank)."""
+    for n in range(gx.shape[0]):
+        t_row, gx_row, mask_row = t[n], gx[n], mask[n]
+        for i in range(gx_row.shape[0]):
+            A_row = A[i]
+            total = gx.dtype.type(0)
+            for r in range(t_row.shape[0]):
+                total += t_row[r] * A_row[r]
+            gx_row[i] += mask_row[i] * total

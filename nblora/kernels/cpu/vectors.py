@@ -1,0 +1,122 @@
+"""Vector moves that packing is made of, as intrinsics on flat arrays and offsets, each with its plain twin.
+
+Row slices vectorise in Numba too, but a slice of one panel row, two vectors, spends more on its loop's checks than on
+the copy.
+"""
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from ..jit import JIT_DISABLED
+from .microkernel import I8P, I32, I64, element_pointer, fma_of, lanes, load_vector, splat, store_vector, vector_of
+
+
+def _copy_pair(typing_context, target, target_at, source, source_at):
+    def generate(context, builder, signature, args):
+        kinds = signature.args
+        to = element_pointer(context, builder, kinds[0], args[0], args[1])
+        origin = element_pointer(context, builder, kinds[2], args[2], args[3])
+        vector = vector_of(to.type.pointee)
+        for at in (0, vector.count):
+            store_vector(builder, load_vector(builder, origin, at, vector), to, at)
+        return context.get_dummy_value()
+
+    return types.void(target, types.intp, source, types.intp), generate
+
+
+def _copy_pair_twin(target, target_at, source, source_at):
+    width = 2 * lanes(target)
+    target[target_at : target_at + width] = source[source_at : source_at + width]
+
+
+def _combine_pair(typing_context, target, target_at, weight, delta, at, scaling):
+    def generate(context, builder, signature, args):
+        kinds = signature.args
+        to = element_pointer(context, builder, kinds[0], args[0], args[1])
+        weight = element_pointer(context, builder, kinds[2], args[2], args[4])
+        delta = element_pointer(context, builder, kinds[3], args[3], args[4])
+        vector = vector_of(to.type.pointee)
+        fma, factor = fma_of(builder, vector), splat(builder, args[5], vector)
+        for lane in (0, vector.count):
+            terms = [factor, load_vector(builder, delta, lane, vector), load_vector(builder, weight, lane, vector)]
+            store_vector(builder, builder.call(fma, terms), to, lane)
+        return context.get_dummy_value()
+
+    return types.void(target, types.intp, weight, delta, types.intp, target.dtype), generate
+
+
+def _combine_pair_twin(target, target_at, weight, delta, at, scaling):
+    width = 2 * lanes(target)
+    target[target_at : target_at + width] = weight[at : at + width] + scaling * delta[at : at + width]
+
+
+def _swap_halves(builder, low, high, half):
+    """One stage of a square transposition: exchange the off-diagonal blocks of `half` lanes of two rows."""
+    count = low.type.count
+    mask = ir.VectorType(I32, count)
+    first = [lane + (count - half if lane & half else 0) for lane in range(count)]
+    second = [lane + (count if lane & half else half) for lane in range(count)]
+    return (
+        builder.shuffle_vector(low, high, ir.Constant(mask, first)),
+        builder.shuffle_vector(low, high, ir.Constant(mask, second)),
+    )
+
+
+def _transpose_square(typing_context, target, target_at, target_stride, source, source_at, source_stride):
+    def generate(context, builder, signature, args):
+        kinds = signature.args
+        to = element_pointer(context, builder, kinds[0], args[0], args[1])
+        origin = element_pointer(context, builder, kinds[3], args[3], args[4])
+        vector = vector_of(to.type.pointee)
+        numbers = [ir.Constant(I64, i) for i in range(vector.count)]
+        rows = [load_vector(builder, origin, builder.mul(args[5], i), vector) for i in numbers]
+        half = vector.count // 2
+        while half:
+            for i in range(vector.count):
+                if not i & half:
+                    rows[i], rows[i + half] = _swap_halves(builder, rows[i], rows[i + half], half)
+            half //= 2
+        for i, row in zip(numbers, rows, strict=True):
+            store_vector(builder, row, to, builder.mul(args[2], i))
+        return context.get_dummy_value()
+
+    n = types.intp
+    return types.void(target, n, n, source, n, n), generate
+
+
+def _transpose_square_twin(target, target_at, target_stride, source, source_at, source_stride):
+    count = lanes(target)
+    for i in range(count):
+        column = source[source_at + i :: source_stride][:count]
+        target[target_at + i * target_stride : target_at + i * target_stride + count] = column
+
+
+def _prefetch(typing_context, array, at):
+    def generate(context, builder, signature, args):
+        address = builder.bitcast(element_pointer(context, builder, signature.args[0], args[0], args[1]), I8P)
+        kind = ir.FunctionType(ir.VoidType(), [I8P, I32, I32, I32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+        builder.call(function, [address, I32(0), I32(2), I32(1)])
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), generate
+
+
+def _prefetch_twin(array, at):
+    pass
+
+
+if JIT_DISABLED:
+    copy_pair, combine_pair = _copy_pair_twin, _combine_pair_twin
+    transpose_square, prefetch = _transpose_square_twin, _prefetch_twin
+else:
+    copy_pair = intrinsic(_copy_pair)
+    """copy_pair(target, target_at, source, source_at): two vectors."""
+    combine_pair = intrinsic(_combine_pair)
+    """combine_pair(target, target_at, weight, delta, at, scaling): two vectors of W + c D."""
+    transpose_square = intrinsic(_transpose_square)
+    """transpose_square(target, target_at, target_stride, source, source_at, source_stride): a square of `lanes`."""
+    prefetch = intrinsic(_prefetch)
+    """prefetch(array, at): bring the line of one element towards the level-2 cache."""

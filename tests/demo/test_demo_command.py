@@ -1,0 +1,232 @@
+"""`nblora demo`: from the command line to files that parse, agree with the table and load again."""
+
+import csv
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import nblora
+from nblora.cli import main
+from nblora.demo import Settings, data, methods, report, run
+from nblora.errors import NbloraError
+
+pytest.importorskip("sklearn")
+matplotlib_image = pytest.importorskip("matplotlib.image")
+
+FILES = {"results.json", "results.csv", "results.md", "curves.csv", "figure.png", "adapters"}
+MERGED_FLOAT32 = 2e-5
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(main, ["demo", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The output folder and what was printed."""
+    folder = tmp_path_factory.mktemp("demo") / "made" / "by the command"
+    result = invoke("--tiny", "--seed", 3, "--output", folder)
+    assert result.exit_code == 0, result.output
+    return folder, result
+
+
+@pytest.fixture
+def content(tiny):
+    return json.loads((tiny[0] / "results.json").read_text())
+
+
+def test_every_file_is_written_and_named(tiny):
+    folder, result = tiny
+    assert {path.name for path in folder.iterdir()} == FILES
+    for name in FILES:
+        assert name in result.stdout
+    assert str(folder) in result.stdout
+    assert result.stderr == ""  # no bar where there is no terminal
+
+
+def test_tiny_is_one_seed_two_methods_three_steps(content):
+    assert content["steps"] == 3
+    assert [row["method"] for row in content["methods"]] == ["LoRA", "Delta-LoRA"]
+    for row in content["methods"]:
+        assert len(row["test_accuracy"]) == len(row["curves"]) == 1
+        assert row["test_accuracy_std"] is None
+
+
+def test_json_csv_and_markdown_equal_the_printed_table(tiny, content):
+    folder, result = tiny
+    assert report.text_table(content) in result.stdout
+    markdown = (folder / "results.md").read_text()
+    with open(folder / "results.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["method"] for row in rows] == ["Not adapted", "LoRA", "Delta-LoRA"]
+    for row, full in zip(rows, (content["not_adapted"], *content["methods"]), strict=True):
+        assert float(row["test_accuracy_mean"]) == full["test_accuracy_mean"]
+        assert int(row["trainable_parameters"]) == full["trainable_parameters"]
+        assert int(row["state_bytes"]) == full["state_bytes"]
+    for row in report.table_rows(content):
+        assert "| " + " | ".join(row) + " |" in markdown
+        printed = next(line for line in result.stdout.splitlines() if line.startswith(row[0]))
+        assert all(cell in printed for cell in row)
+
+
+def test_curves_hold_a_row_for_each_method_seed_and_epoch(tiny, content):
+    with open(tiny[0] / "curves.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["method"], row["seed"], row["epoch"]) for row in rows] == [
+        ("LoRA", "3", "1"),
+        ("Delta-LoRA", "3", "1"),
+    ]
+    for row, method in zip(rows, content["methods"], strict=True):
+        assert float(row["loss"]) == method["curves"][0][0]["loss"]
+        assert 0 <= float(row["val_accuracy"]) <= 1
+
+
+def test_the_figure_is_a_picture_with_something_in_it(tiny):
+    pixels = matplotlib_image.imread(tiny[0] / "figure.png")
+    assert pixels.shape[0] > 400
+    assert pixels.shape[1] > 800
+    assert len(np.unique(pixels.reshape(-1, pixels.shape[2]), axis=0)) > 100
+
+
+def test_the_saved_models_load_and_score_what_the_table_says(tiny, content):
+    test = data.load_digits(3).test
+    kinds = {"LoRA": nblora.LoRAAdapter, "Delta-LoRA": nblora.DeltaLoRAAdapter}
+    for row in content["methods"]:
+        model = nblora.load(row["adapter_file"])
+        assert isinstance(model["hidden1"], kinds[row["method"]])
+        assert run.accuracy(model, test) == row["test_accuracy"][0]
+        assert model.parameter_count == row["trainable_parameters"]
+    pretrained = nblora.load(content["not_adapted"]["adapter_file"])
+    assert run.accuracy(pretrained, test) == content["not_adapted"]["test_accuracy"][0]
+
+
+def test_parameters_and_bytes_of_state_are_those_of_the_equations(content):
+    lora, delta = content["methods"]
+    head = 96 * 10 + 10
+    factors = 8 * (64 + 96) + 8 * (96 + 96)
+    dense = 64 * 96 + 96 * 96
+    assert lora["trainable_parameters"] == head + factors
+    assert lora["state_bytes"] == 4 * 3 * (head + factors)  # the parameter and AdamW's two moments
+    assert delta["trainable_parameters"] == head + factors + dense
+    assert delta["state_bytes"] == 4 * (3 * (head + factors) + 2 * dense)  # the delta and its velocity
+
+
+def test_merged_models_predict_the_same(tiny, content):
+    for row in content["methods"]:
+        assert 0 <= row["merge_relative_difference"] <= MERGED_FLOAT32
+        assert row["merge_changed_labels"] == 0
+    assert "Merged and unmerged outputs agree" in tiny[1].stdout
+
+
+def test_a_merge_that_does_not_agree_is_an_error(monkeypatch):
+    model = methods.new_network(0)
+    methods.DELTA_LORA.prepare(model, 0)
+    wrong = methods.new_network(1)
+    monkeypatch.setattr(type(model), "merge", lambda self: wrong)
+    split = data.Split(np.ones((3, 64), np.float32), np.zeros(3, np.int64))
+    with pytest.raises(NbloraError, match="merged and unmerged outputs differ"):
+        run.check_merge(model, run.MethodResult("Delta-LoRA"), split)
+
+
+def test_same_seed_same_accuracies_and_weights(tiny, content, tmp_path):
+    assert invoke("--tiny", "--seed", 3, "--output", tmp_path, "--quiet").exit_code == 0
+    again = json.loads((tmp_path / "results.json").read_text())
+    for before, after in zip(content["methods"], again["methods"], strict=True):
+        for key in ("test_accuracy", "upright_accuracy", "curves", "validation_accuracy", "merge_difference"):
+            assert before[key] == after[key]
+        first, second = nblora.load(before["adapter_file"]), nblora.load(after["adapter_file"])
+        np.testing.assert_array_equal(first.get_parameters(), second.get_parameters())
+
+
+def test_quiet_prints_nothing_and_writes_everything(tmp_path):
+    result = invoke("--tiny", "--quiet", "--output", tmp_path, "--device", "cpu")
+    assert result.exit_code == 0
+    assert result.output == ""
+    assert {path.name for path in tmp_path.iterdir()} == FILES
+
+
+def test_two_seeds_and_every_method_give_means_and_deviations(tmp_path):
+    arguments = ("--seeds", 2, "--epochs", 1, "--pretrain-epochs", 1, "--batch-size", 128)
+    result = invoke(*arguments, "--output", tmp_path)
+    assert result.exit_code == 0
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert [row["method"] for row in content["methods"]] == [method.name for method in methods.METHODS]
+    for row in content["methods"]:
+        assert len(row["validation_accuracy"]) == 6
+        assert row["test_accuracy_mean"] == pytest.approx(np.mean(row["test_accuracy"]))
+        assert row["test_accuracy_std"] == pytest.approx(np.std(row["test_accuracy"], ddof=1))
+        candidates = [candidate.label for candidate in next(m for m in methods.METHODS if m.name == row["method"])[2]]
+        best = max(candidates, key=lambda name: row["validation_accuracy"][name])
+        assert methods.Candidate(**row["candidate"]).label == best
+    assert len(re.findall(r" ± ", report.text_table(content))) == 10
+
+
+def test_each_method_trains_what_it_says():
+    trainable = {}
+    for method in methods.METHODS:
+        model = methods.new_network(0)
+        method.prepare(model, 0)
+        trainable[method.name] = {p.name for p in model._trainable()}
+    factors = {f"hidden{place}.lora_{factor}" for place in (1, 2) for factor in "AB"}
+    head = {"head.weight", "head.bias"}
+    assert trainable["Head only"] == head
+    assert trainable["LoRA"] == head | factors
+    assert trainable["Delta-LoRA"] == head | factors | {"hidden1.delta", "hidden2.delta"}
+    assert trainable["Full"] == head | {f"hidden{n}.{part}" for n in (1, 2) for part in ("weight", "bias")}
+
+
+def test_without_scikit_learn_it_says_what_to_install_and_writes_nothing(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    result = invoke("--tiny", "--output", tmp_path / "none")
+    assert result.exit_code == 2
+    assert "pip install 'nblora[demo]'" in result.stderr
+    assert not (tmp_path / "none").exists()
+
+
+def test_without_matplotlib_only_the_figure_is_missing(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    result = invoke("--tiny", "--output", tmp_path)
+    assert result.exit_code == 0
+    assert "no figure was drawn" in result.stderr
+    assert "pip install 'nblora[demo]'" in result.stderr
+    assert {path.name for path in tmp_path.iterdir()} == FILES - {"figure.png"}
+    assert "figure.png" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--seeds", "0"), "--seeds"),
+        (("--epochs", "0"), "--epochs"),
+        (("--seed", "-1"), "--seed"),
+        (("--device", "abacus"), "abacus"),
+    ],
+)
+def test_a_wrong_option_is_named(arguments, said, tmp_path):
+    result = invoke("--tiny", "--output", tmp_path / "none", *arguments)
+    assert result.exit_code == 2
+    assert said in result.stderr
+    assert not (tmp_path / "none").exists()
+
+
+def test_an_output_that_is_a_file_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    result = invoke("--tiny", "--output", tmp_path / "file")
+    assert result.exit_code == 2
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.slow
+def test_the_whole_demo_adapts_for_real(tmp_path):
+    result = run.run_demo(Settings(output=tmp_path), progress=False)
+    before, rows = result.before, {row.method: row for row in result.methods}
+    assert run.mean(before.upright_accuracy) > 0.9
+    assert run.mean(before.test_accuracy) < 0.3
+    accuracies = {name: run.mean(row.test_accuracy) for name, row in rows.items()}
+    assert accuracies["Head only"] > 0.5
+    assert min(accuracies["LoRA"], accuracies["Delta-LoRA"], accuracies["Full"]) > accuracies["Head only"] + 0.05
+    assert result.seconds < 60

@@ -1,0 +1,156 @@
+"""The naive reference: loops and NumPy in float64, importing nothing of nblora.
+
+Everything is in logical shapes: weights (in, out), samples as rows. The equations are those of `docs/mathematics.md`.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+ACTIVATIONS = ("identity", "relu", "gelu", "tanh", "sigmoid")
+
+
+@dataclass
+class State:
+    """One layer or adapter: what is absent is None."""
+
+    weight: np.ndarray | None = None
+    bias: np.ndarray | None = None
+    A: np.ndarray | None = None
+    B: np.ndarray | None = None
+    delta: np.ndarray | None = None
+    velocity: np.ndarray | None = None
+    scaling: float = 1.0
+    delta_scaling: float = 0.1
+    momentum: float = 0.9
+    activation: str = "identity"
+    train_base: bool = False
+    train_own: bool = True
+    mask: np.ndarray | None = None
+
+
+def matmul(left, right):
+    """left @ right by its definition, in float64."""
+    rows, inner, columns = left.shape[0], left.shape[1], right.shape[1]
+    left, right = left.astype(np.float64).tolist(), right.astype(np.float64).tolist()
+    product = np.zeros((rows, columns))
+    for n in range(rows):
+        for o in range(columns):
+            total = 0.0
+            for i in range(inner):
+                total += left[n][i] * right[i][o]
+            product[n, o] = total
+    return product
+
+
+def fast_matmul(left, right):
+    """left @ right as NumPy computes it in float64: for shapes on which the loops take too long."""
+    return left.astype(np.float64) @ right.astype(np.float64)
+
+
+def act(z, name):
+    """One value through an activation function."""
+    if name == "relu":
+        return max(z, 0.0)
+    if name == "gelu":
+        return 0.5 * z * (1.0 + math.erf(z / math.sqrt(2.0)))
+    if name == "tanh":
+        return math.tanh(z)
+    if name == "sigmoid":
+        return 1.0 / (1.0 + math.exp(-z)) if z >= 0 else math.exp(z) / (1.0 + math.exp(z))
+    return z
+
+
+def act_derivative(z, name):
+    """The derivative at one value; that of relu at 0 is 0."""
+    if name == "relu":
+        return 1.0 if z > 0 else 0.0
+    if name == "gelu":
+        return 0.5 * (1.0 + math.erf(z / math.sqrt(2.0))) + z * math.exp(-z * z / 2.0) / math.sqrt(2.0 * math.pi)
+    if name == "tanh":
+        return 1.0 - math.tanh(z) ** 2
+    if name == "sigmoid":
+        return act(z, name) * act(-z, name)
+    return 1.0
+
+
+def each(function, z, name):
+    """`function` over every element of `z`."""
+    return np.array([function(value, name) for value in z.ravel().tolist()]).reshape(z.shape)
+
+
+def masked(x, state):
+    """The samples on their way into the low-rank path."""
+    return x if state.mask is None else x * state.mask
+
+
+def pre_activation(x, state, dot=matmul):
+    """z = x W + b + s (mask∘x A) B + c (x D) for rows x."""
+    columns = (state.weight if state.weight is not None else state.B).shape[1]
+    z = np.zeros((x.shape[0], columns))
+    if state.weight is not None:
+        z += dot(x, state.weight)
+    if state.bias is not None:
+        z += state.bias
+    if state.A is not None:
+        z += state.scaling * dot(dot(masked(x, state), state.A), state.B)
+    if state.delta is not None:
+        z += state.delta_scaling * dot(x, state.delta)
+    return z
+
+
+def forward(x, state, dot=matmul):
+    """y = act(z), for samples of any leading axes."""
+    x = np.asarray(x, np.float64)
+    z = pre_activation(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), state, dot)
+    return each(act, z, state.activation).reshape((*x.shape[:-1], z.shape[1]))
+
+
+def gradients(x, grad_output, state, dot=matmul):
+    """All gradients by name: of the trainable parameters, and "x" of the input."""
+    x, grad_output = np.asarray(x, np.float64), np.asarray(grad_output, np.float64)
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    gz = grad_output.reshape(rows.shape[0], grad_output.shape[-1])
+    gz = gz * each(act_derivative, pre_activation(rows, state, dot), state.activation)
+    found = {}
+    gx = np.zeros(rows.shape)
+    if state.weight is not None:
+        gx += dot(gz, state.weight.T)
+        if state.train_base:
+            found["weight"] = dot(rows.T, gz)
+            if state.bias is not None:
+                found["bias"] = gz.sum(axis=0)
+    if state.A is not None:
+        back = dot(gz, state.B.T)
+        found["lora_A"] = state.scaling * dot(masked(rows, state).T, back)
+        found["lora_B"] = state.scaling * dot(dot(masked(rows, state), state.A).T, gz)
+        gx += masked(state.scaling * dot(back, state.A.T), state)
+    if state.delta is not None:
+        found["delta"] = state.delta_scaling * dot(rows.T, gz)
+        gx += state.delta_scaling * dot(gz, state.delta.T)
+    if not state.train_own:
+        found = {name: value for name, value in found.items() if name in ("weight", "bias")}
+    return found | {"x": gx.reshape(x.shape)}
+
+
+def update(state, grads, lr):
+    """The state after one update, from gradients taken before it."""
+    new = replace(state)
+    for field, name in (("weight", "weight"), ("bias", "bias"), ("A", "lora_A"), ("B", "lora_B")):
+        if name in grads:
+            setattr(new, field, getattr(state, field) - lr * grads[name])
+    if "delta" in grads:
+        new.velocity = state.momentum * state.velocity + (1.0 - state.momentum) * grads["delta"]
+        new.delta = state.delta - lr * new.velocity
+    return new
+
+
+def merge(state, dot=matmul):
+    """The state of the plain layer that computes the same: W' = W + s A B + c D, b' = b."""
+    weight = state.weight.astype(np.float64)
+    if state.A is not None:
+        weight = weight + state.scaling * dot(state.A, state.B)
+    if state.delta is not None:
+        weight = weight + state.delta_scaling * state.delta
+    return State(weight=weight, bias=state.bias, activation=state.activation)
