@@ -39,7 +39,6 @@ def benchmark_bars(
     if not contenders:
         raise ValueError("times must not be empty: give at least one case with one contender")
     count = sum(len(case) for case in times.values())
-    own = ax is None
     ax = ax if ax is not None else new_axes((SIZE[0], 1.4 + 0.24 * count + 0.16 * len(times)))
     thickness = 0.8 / len(contenders)
     ends: list[tuple[float, float, float]] = []
@@ -64,10 +63,8 @@ def benchmark_bars(
         ax.margins(x=0.12)
         if logarithmic:
             ax.set_xscale("log")
-        if len(contenders) > 1 and own:
-            ax.figure.legend(loc="outside lower center", ncols=4)
-        elif len(contenders) > 1:
-            ax.legend()
+        if len(contenders) > 1:  # below the axis' label: inside, it would hide bars
+            ax.legend(loc="upper left", bbox_to_anchor=(0, 0), borderaxespad=4.5, ncols=4, columnspacing=1)
     label_axes(ax, title, x_label, "")
     return ax
 

@@ -93,6 +93,7 @@ def accuracy_against_parameters(
             ax.errorbar([parameters], mean, yerr=spread if len(values) > 1 else None, capsize=4, label=name, **look)
         several = any(np.size(accuracies) > 1 for _, accuracies in points.values())
         ax.set_xscale("log")
+        _plain_logarithmic_ticks(ax)
         ax.margins(x=0.15, y=0.15)
         ax.legend(title="mean ± 1 s.d. over seeds" if several else None)
     label_axes(ax, title, x_label, y_label)
@@ -183,3 +184,12 @@ def _whole_numbers(ax: "Axes") -> None:
     from matplotlib.ticker import MaxNLocator
 
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _plain_logarithmic_ticks(ax: "Axes") -> None:
+    """1, 2 and 5 of each power of ten, written out."""
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    ax.xaxis.set_minor_locator(NullLocator())

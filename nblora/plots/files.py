@@ -142,7 +142,7 @@ def _sweep_map(method: str, groups: Any, metric: str) -> Panel | None:
         values[across],
         x_label=_setting_label(across),
         y_label=_setting_label(down),
-        value_label=f"{_metric_label(metric)}, mean over seeds",
+        value_label=f"mean {_metric_label(metric).partition(' (')[0]} over seeds",
         title=f"{method}{others}",
         ax=ax,
     )
@@ -235,8 +235,8 @@ def _bars(ax: "Axes", times: dict[str, dict[str, Any]], name: str) -> None:
     count = sum(len(case) for case in times.values())
     figure = ax.figure.get_figure(root=True)
     if figure is not None:
-        figure.set_figheight(max(figure.get_figheight(), 1.6 + 0.22 * count))
-    label = f"median time a call (ms{', logarithmic' if wide else ''}, shorter is better)"
+        figure.set_size_inches(1.4 * PANEL[0] * len(figure.axes), max(PANEL[1], 1.8 + 0.22 * count))
+    label = f"median time a call (ms{', logarithmic' if wide else ''})"
     benchmark_bars(times, x_label=label, title=name, logarithmic=wide, ax=ax)
 
 
@@ -250,7 +250,9 @@ def _comparison(result: ResultFile, metric: str | None) -> tuple[list[Panel], st
     }
     if not found:
         raise FormatError("this comparison has no interval: a single seed says nothing about the noise")
-    text = f"difference of {_metric_label(name)}\nwith {100 * content['level']:g} % interval; hollow: within the noise"
+    text = (
+        f"{_metric_label(name)}, difference\nwith its {100 * content['level']:g} % interval; hollow: within the noise"
+    )
     panel: Panel = lambda ax: difference_intervals(found, x_label=text, ax=ax)  # noqa: E731 - like the other panels
     return [panel], "Differences between methods, paired by seed"
 
@@ -305,8 +307,8 @@ def _setting_label(name: str) -> str:
 
 def _case(case: Mapping[str, Any]) -> str:
     return (
-        f"{case['kind']} {case['in_features']}×{case['out_features']}, n {case['n']}, rank {case['rank']}, "
-        f"{case['dtype']}, {case['threads']} threads"
+        f"{case['kind']} {case['in_features']}×{case['out_features']}, n {case['n']}\n"
+        f"rank {case['rank']}, {case['dtype']}, {case['threads']} threads"
     )
 
 

@@ -23,6 +23,7 @@ MAPPING = {
     "axes.spines.top": False,
     "axes.titlesize": 11,
     "axes.titlelocation": "left",
+    "figure.dpi": 144,
     "font.size": 10,
     "grid.alpha": 0.35,
     "grid.linewidth": 0.6,
@@ -31,7 +32,6 @@ MAPPING = {
     "legend.frameon": False,
     "lines.linewidth": 1.8,
     "lines.markersize": 5,
-    "savefig.dpi": 150,
     "svg.fonttype": "none",  # text stays text: searchable, and small
     "svg.hashsalt": "nblora",  # the same figure, the same file
 }
