@@ -143,7 +143,9 @@ def dask_client(scheduler: str | None, workers: int, threads: int) -> Iterator["
     with contextlib.ExitStack() as stack:
         if scheduler is None:
             # One Dask thread a process: runs share nothing but the task, and Numba's threads are the run's own.
-            cluster = LocalCluster(n_workers=workers, threads_per_worker=1, processes=True, dashboard_address=None)
+            cluster = LocalCluster(
+                n_workers=workers, threads_per_worker=1, processes=True, dashboard_address="127.0.0.1:0"
+            )
             scheduler = stack.enter_context(cluster)
         client = stack.enter_context(Client(scheduler))
         client.wait_for_workers(1)

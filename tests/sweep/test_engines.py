@@ -44,7 +44,9 @@ def long_sweep(sweep, data, base):
 def cluster():
     """A Dask cluster of two worker processes on this machine."""
     distributed = pytest.importorskip("distributed")
-    cluster = distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None)
+    cluster = distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address="127.0.0.1:0"
+    )
     with cluster, distributed.Client(cluster) as client:
         client.wait_for_workers(2)
         yield cluster, client
@@ -87,6 +89,7 @@ def test_processes_equal_serial(sweep, serial, tmp_path):
     assert_each_run_once(path, sweep)
 
 
+@pytest.mark.slow
 def test_killed_worker_process_loses_nothing(long_sweep, tmp_path):
     path, killed = tmp_path / "results.jsonl", []
     thread = kill_when(path, 8, lambda: multiprocessing.active_children()[0].pid, killed)
