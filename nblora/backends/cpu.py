@@ -6,6 +6,7 @@ that each kernel has one specialisation a dtype. Scratch is kept between calls, 
 
 import os
 import threading
+from typing import Any
 
 import numba
 import numpy as np
@@ -14,6 +15,7 @@ from ..kernels.cpu import forward as forward_kernel
 from ..kernels.cpu import losses as loss_kernel
 from ..kernels.cpu import sweep as sweep_kernel
 from ..kernels.cpu import update as update_kernel
+from ..kernels.cpu.microkernel import tile_functions
 from ..kernels.cpu.products import PART, PARTS
 from .protocol import Array, Gradients, Operands, Saved
 
@@ -108,7 +110,15 @@ class CPUBackend:
     def __init__(self):
         self._pool = _Pool()
         self._scratch = _Scratch()
+        self._tile_functions = {}
         self._stand_ins = {np.dtype(t): (np.zeros((1, 1), t), np.zeros(1, t)) for t in ("float32", "float64")}
+
+    def _tiles(self, dtype):
+        """Addresses of the register tiles of a dtype."""
+        found = self._tile_functions.get(dtype)
+        if found is None:
+            found = self._tile_functions[dtype] = tile_functions(self._stand_ins[dtype][1])
+        return found
 
     def from_host(self, array: np.ndarray) -> Array:
         """Bring a NumPy array to the device: the same array."""
@@ -157,6 +167,7 @@ class CPUBackend:
                 z,
                 y,
                 scratch,
+                *self._tiles(dtype),
                 np.zeros(2, np.int64),
                 float(s),
                 float(delta.scaling) if delta is not None else 0.0,
@@ -235,6 +246,7 @@ class CPUBackend:
             none if dW is None else dW,
             none if dD is None else dD,
             scratch,
+            *self._tiles(dtype),
             np.zeros(3, np.int64),
             float(low_rank.scaling) if low_rank is not None else 0.0,
             float(delta.scaling) if delta is not None else 0.0,
@@ -332,7 +344,7 @@ class CPUBackend:
         return self._loss(loss_kernel.binary_cross_entropy, logits, target)
 
     @staticmethod
-    def _loss(function, output, target):
+    def _loss(function: Any, output: Array, target: Array) -> tuple[float, Array]:
         gradient, total = np.empty(output.shape, output.dtype), np.zeros(1)
         function(_plain(output), _plain(target), gradient, total)
         return float(total[0]), gradient

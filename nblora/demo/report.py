@@ -101,9 +101,10 @@ def machine_text(result: Mapping[str, Any]) -> str:
     machine = result["machine"]
     versions = machine["versions"]
     return (
-        f"Measured on {machine['cpu']}, {machine['cores']} cores, {machine['threads']} Numba threads, "
+        f"Measured on {machine['cpu']}, {machine['cores']} cores of which {machine['threads']} computes, "
         f"nblora {result['nblora_version']}, Numba {versions['numba']}, NumPy {versions['numpy']}; "
-        f"the whole demo took {result['seconds']:.0f} s."
+        f"the whole demo took {result['seconds']:.0f} s"
+        + (", compiling included." if result["compiled"] else ", its kernels compiled before.")
     )
 
 

@@ -74,6 +74,7 @@ class DemoResult:
     methods: list[MethodResult]
     learned_delta: np.ndarray | None  # c D of the heat map's layer, (in, out), first seed
     seconds: float
+    compiled: bool  # whether the seconds include compiling the kernels
 
     def as_dict(self) -> dict[str, Any]:
         """Everything but the arrays, as JSON can hold it."""
@@ -85,6 +86,7 @@ class DemoResult:
             "samples": self.samples,
             "steps": self.steps,
             "seconds": self.seconds,
+            "compiled": self.compiled,
             "not_adapted": _row_dict(self.before),
             "methods": [_row_dict(row) for row in self.methods],
         }

@@ -3,6 +3,7 @@
 Everything that is drawn comes from the seeds, so a second run measures the same, but for the seconds.
 """
 
+import contextlib
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +17,7 @@ from nblora.training import AdamW, Optimizer, fit
 from .data import Digits, Split, load_digits
 from .methods import DELTA_LORA, LORA, METHODS, Candidate, Method, new_network
 from .results import DemoResult, MethodResult, Settings, mean
+from .warm_up import compile_kernels
 
 PRETRAIN_LR = 0.003
 TUNING_SEEDS = 2
@@ -47,10 +49,26 @@ def run_demo(settings: Settings, progress: bool = True) -> DemoResult:
     experiment = _Experiment(settings, load_digits(settings.seed))
     runs = experiment.run_count()
     # disable=None: silent where standard error is no terminal
-    with tqdm(total=runs, unit="run", disable=None if progress else True) as bar:
+    with one_thread(), tqdm(total=runs, unit="run", disable=None if progress else True) as bar:
+        bar.set_description("compiling kernels, once")
+        compiled = settings.device in (None, "cpu", "auto") and compile_kernels()
         result = experiment.run(bar)
-    result.seconds = time.perf_counter() - start
+    result.seconds, result.compiled = time.perf_counter() - start, compiled
     return result
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Let kernels run in the calling thread. These layers are too small to share: a second thread gains nothing on an
+    idle machine, and where another program has its core each kernel waits for it (0.1 s a run became 3 s)."""
+    import numba
+
+    before = numba.get_num_threads()
+    numba.set_num_threads(1)
+    try:
+        yield
+    finally:
+        numba.set_num_threads(before)
 
 
 class _Experiment:
@@ -102,7 +120,7 @@ class _Experiment:
             rows.append(row)
         steps = self.epochs * -(-len(self.digits.adaptation.y) // self.settings.batch_size)
         samples = {name: len(split.y) for name, split in self.digits._asdict().items() if name != "upright_test"}
-        return DemoResult(self.settings, _machine(), samples, steps, before, rows, delta, 0.0)
+        return DemoResult(self.settings, _machine(), samples, steps, before, rows, delta, 0.0, False)
 
     def pretrain(self, seed: int) -> Sequential:
         model = new_network(seed)
@@ -228,6 +246,5 @@ def _machine() -> dict[str, Any]:
         "cpu": found["cpu"]["name"],
         "cores": found["cpu"]["usable_cores"],
         "threads": found["threads"]["numba_threads"],
-        "threading_layer": found["threads"]["layer"],
         "versions": found["versions"],
     }

@@ -22,6 +22,7 @@ import warnings
 from pathlib import Path
 
 import numba
+import numba.extending
 from numba.core import config
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, NullCache, _CacheLocator
 
@@ -126,8 +127,28 @@ class _LazyCache(NullCache):
 
     def save_overload(self, sig, data):
         # A full disk costs the next process its compile time, not this one its result.
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), _one_writer():
             self._cache.save_overload(sig, data)
+
+
+@contextlib.contextmanager
+def _one_writer():
+    """Let one process at a time save, where the system has file locks (not on Windows).
+
+    Numba reads a function's index, takes the next free number and writes the index back. Two processes that compile
+    the same function for different types would take the same number, and one would later load the other's code.
+    """
+    folder = cache_folder()
+    try:
+        import fcntl
+    except ImportError:
+        folder = None
+    if folder is None:
+        yield
+        return
+    with open(folder / "lock", "wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def kernel(function=None, **options):
@@ -142,3 +163,14 @@ def kernel(function=None, **options):
     if not JIT_DISABLED:
         dispatcher._cache = _LazyCache(function)
     return dispatcher
+
+
+def part(function=None, **options):
+    """Decorate a function that only kernels call: without entry points and a cache of its own.
+
+    Compiling a step took three times as long when its inner functions were kernels themselves. Called from Python it is
+    the plain function.
+    """
+    if function is None:
+        return functools.partial(part, **options)
+    return numba.extending.register_jitable(**options)(function)

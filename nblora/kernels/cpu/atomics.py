@@ -5,7 +5,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from ..jit import JIT_DISABLED, kernel
+from ..jit import JIT_DISABLED, part
 from .microkernel import element_pointer
 
 
@@ -46,7 +46,7 @@ else:
     pause = intrinsic(_pause)
 
 
-@kernel
+@part
 def wait_for(counters, index, count):
     """Return once `counters[index]` has reached `count`."""
     while fetch_add(counters, index, 0) < count:

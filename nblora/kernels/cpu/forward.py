@@ -6,7 +6,7 @@ its first product to its activation; the low-rank term comes last in a block, wh
 
 from typing import NamedTuple
 
-from numba import prange
+from numba import int64, prange
 
 from .. import elementwise
 from ..jit import kernel
@@ -150,11 +150,12 @@ def forward_worker(task, worker, workers):
 @kernel(parallel=True)
 def forward(task, workers):
     """Run a `ForwardTask` with so many workers, in the calling thread where it is one."""
+    # The index of prange is unsigned and a literal has a type of its own: as int64, one worker is compiled, not three.
     if workers == 1:
-        forward_worker(task, 0, 1)
+        forward_worker(task, int64(0), workers)
     else:
         for worker in prange(workers):
-            forward_worker(task, worker, workers)
+            forward_worker(task, int64(worker), workers)
 
 
 __all__ = ["PARTS", "ForwardTask", "forward"]

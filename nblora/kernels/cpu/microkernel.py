@@ -17,7 +17,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from ..jit import JIT_DISABLED
+from ..jit import JIT_DISABLED, kernel
 from .machine import ROW_STRIDE, TILE_ROWS, VECTOR_BITS
 
 I8P, I32, I64 = ir.IntType(8).as_pointer(), ir.IntType(32), ir.IntType(64)
@@ -113,16 +113,16 @@ def _emit_tile(builder, function, scalar, height, width, steps):
         builder.ret_void()
 
 
-def _tile_function(module, scalar, steps):
-    """The LLVM function (A, B, C, depth, stride of C, accumulate, height, width) that holds every height and width."""
+def _tile_type(scalar):
+    """(A, B, C, depth, stride of C, accumulate, height, width) -> nothing."""
     pointer = scalar.as_pointer()
-    kind = ir.FunctionType(ir.VoidType(), [pointer, pointer, pointer, I64, I64, ir.IntType(1), I64, I64])
-    name = f"nblora_tile_{'steps' if steps else 'rows'}_{8 * element_size(scalar)}"
-    if name in module.globals:
-        return module.globals[name]
-    function = ir.Function(module, kind, name)
-    function.linkage = "linkonce_odr"
-    function.attributes.add("noinline")
+    return ir.FunctionType(ir.VoidType(), [pointer, pointer, pointer, I64, I64, ir.IntType(1), I64, I64])
+
+
+def _tile_function(module, scalar, steps):
+    """The LLVM function that holds every height and width of the tile for one format of A."""
+    function = ir.Function(module, _tile_type(scalar), f"nblora_tile_{'steps' if steps else 'rows'}")
+    function.linkage = "internal"
     builder = ir.IRBuilder(function.append_basic_block())
     height, width = function.args[6:]
     default = function.append_basic_block()
@@ -138,27 +138,15 @@ def _tile_function(module, scalar, steps):
     return function
 
 
-def _tile_intrinsic(steps):
-    def tile(typing_context, depth, height, width, a, a_at, b, b_at, c, c_at, stride, accumulate):
-        n = types.intp
-        signature = types.void(n, n, n, a, n, b, n, c, n, n, types.boolean)
-
+def _tile_address(steps):
+    def address(typing_context, array):
         def generate(context, builder, signature, args):
-            depth, height, width, a, a_at, b, b_at, c, c_at, stride, accumulate = args
-            kinds = signature.args
-            pointers = [
-                element_pointer(context, builder, kind, array, at)
-                for kind, array, at in ((kinds[3], a, a_at), (kinds[5], b, b_at), (kinds[7], c, c_at))
-            ]
-            function = _tile_function(builder.module, pointers[0].type.pointee, steps)
-            flag = context.cast(builder, accumulate, types.boolean, types.boolean)
-            flag = builder.icmp_unsigned("!=", flag, flag.type(0))
-            builder.call(function, [*pointers, depth, stride, flag, height, width])
-            return context.get_dummy_value()
+            scalar = context.get_value_type(array.dtype)
+            return builder.ptrtoint(_tile_function(builder.module, scalar, steps), I64)
 
-        return signature, generate
+        return types.int64(array), generate
 
-    return tile
+    return address
 
 
 def _tile_twin(steps):
@@ -173,6 +161,30 @@ def _tile_twin(steps):
     return tile
 
 
+def _tile(typing_context, function, depth, height, width, a, a_at, b, b_at, c, c_at, stride, accumulate):
+    n = types.int64
+    signature = types.void(n, n, n, n, a, n, b, n, c, n, n, types.boolean)
+
+    def generate(context, builder, signature, args):
+        function, depth, height, width, a, a_at, b, b_at, c, c_at, stride, accumulate = args
+        kinds = signature.args
+        pointers = [
+            element_pointer(context, builder, kind, array, at)
+            for kind, array, at in ((kinds[4], a, a_at), (kinds[6], b, b_at), (kinds[8], c, c_at))
+        ]
+        code = builder.inttoptr(function, _tile_type(context.get_value_type(c_type.dtype)).as_pointer())
+        flag = builder.icmp_unsigned("!=", accumulate, accumulate.type(0))
+        builder.call(code, [*pointers, depth, stride, flag, height, width])
+        return context.get_dummy_value()
+
+    c_type = c
+    return signature, generate
+
+
+def _run_twin(function, *arguments):
+    function(*arguments)
+
+
 def _lanes(typing_context, array):
     def generate(context, builder, signature, args):
         return context.get_constant(types.intp, vector_of(context.get_value_type(array.dtype)).count)
@@ -185,11 +197,22 @@ def _lanes_twin(array):
 
 
 if JIT_DISABLED:
-    lanes, tile_rows, tile_steps = _lanes_twin, _tile_twin(False), _tile_twin(True)
+    lanes, tile = _lanes_twin, _run_twin
+
+    def tile_functions(array):
+        """Return the two twins."""
+        return _tile_twin(False), _tile_twin(True)
 else:
     lanes = intrinsic(_lanes)
     """lanes(array): elements of the array's dtype in one vector."""
-    tile_rows = intrinsic(_tile_intrinsic(False))
-    """tile_rows(depth, height, width, a, a_at, b, b_at, c, c_at, stride, accumulate), A in format "rows"."""
-    tile_steps = intrinsic(_tile_intrinsic(True))
-    """The same with A in format "steps"."""
+    tile = intrinsic(_tile)
+    """tile(function, depth, height, width, a, a_at, b, b_at, c, c_at, stride, accumulate)."""
+    _rows_address, _steps_address = intrinsic(_tile_address(False)), intrinsic(_tile_address(True))
+
+    @kernel
+    def tile_functions(array):
+        """Return the addresses of the tiles for the array's dtype: A in rows, A in steps.
+
+        Kernels are handed the addresses: as a callee the tile would be optimised again in each of them.
+        """
+        return _rows_address(array), _steps_address(array)

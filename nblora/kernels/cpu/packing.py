@@ -4,13 +4,13 @@ M = S + c·D where `combined`, else S. "Rows" and "steps" are the A formats and 
 a panel of B or of steps has `DEPTH` rows. Columns beyond the matrix are zeros: they meet no real element.
 """
 
-from ..jit import kernel
+from ..jit import part
 from .machine import DEPTH, ROW_STRIDE, TILE_ROWS
 from .microkernel import lanes
-from .vectors import combine_pair, copy_pair, transpose_square
+from .vectors import combine_pair, copy_pair, copy_vector, transpose_square
 
 
-@kernel
+@part
 def pack_rows(a, S, D, scaling, combined, i0, i1, k0, k1):
     """a[i·ROW_STRIDE + k] = M[i0 + i, k0 + k]."""
     for i in range(i1 - i0):
@@ -25,7 +25,7 @@ def pack_rows(a, S, D, scaling, combined, i0, i1, k0, k1):
                 target[k] = weight[k]
 
 
-@kernel
+@part
 def pack_rows_transposed(a, S, i0, i1, k0, k1):
     """a[i·ROW_STRIDE + k] = S[k0 + k, i0 + i], for the skinny factors."""
     for k in range(k1 - k0):
@@ -34,27 +34,30 @@ def pack_rows_transposed(a, S, i0, i1, k0, k1):
             a[i * ROW_STRIDE + k] = row[i]
 
 
-@kernel
+@part
 def pack_steps(a, S, i0, i1, k0, k1):
-    """a[panel][k][i] = S[k0 + k, i0 + panel·TILE_ROWS + i]."""
-    for panel in range((i1 - i0 + TILE_ROWS - 1) // TILE_ROWS):
-        first = i0 + panel * TILE_ROWS
-        height = min(TILE_ROWS, i1 - first)
-        start = panel * DEPTH * TILE_ROWS
-        for k in range(k1 - k0):
-            at = start + k * TILE_ROWS
-            row = S[k0 + k, first : first + height]
-            if height == TILE_ROWS:
-                for i in range(TILE_ROWS):
-                    a[at + i] = row[i]
+    """a[panel][k][i] = S[k0 + k, i0 + panel·TILE_ROWS + i].
+
+    Whole vectors are copied: what they write beyond a step is overwritten by the next, what they read beyond a row is
+    the start of the next row. Only at the very end of S there is none.
+    """
+    length = lanes(a)
+    source = S.reshape(-1)
+    last = source.shape[0] - TILE_ROWS - length
+    for first in range(i0, i1, TILE_ROWS):
+        to = (first - i0) * DEPTH
+        for k in range(k0, k1):
+            at = k * S.shape[1] + first
+            if at <= last:
+                for i in range(0, TILE_ROWS, length):
+                    copy_vector(a, to + i, source, at + i)
             else:
-                for i in range(height):
-                    a[at + i] = row[i]
-                for i in range(height, TILE_ROWS):
-                    a[at + i] = 0
+                for i in range(min(TILE_ROWS, i1 - first)):
+                    a[to + i] = source[at + i]
+            to += TILE_ROWS
 
 
-@kernel
+@part
 def pack_columns(b, S, D, scaling, combined, k0, k1, j0, j1):
     """b[panel][k][j] = M[k0 + k, j0 + panel·width + j], width two vectors."""
     width = 2 * lanes(b)
@@ -78,7 +81,7 @@ def pack_columns(b, S, D, scaling, combined, k0, k1, j0, j1):
                 b[to + j] = 0
 
 
-@kernel
+@part
 def pack_columns_transposed(b, S, k0, k1, j0, j1):
     """b[panel][k][j] = S[j0 + panel·width + j, k0 + k]: squares of vectors, transposed in registers."""
     length = lanes(b)
@@ -98,7 +101,7 @@ def pack_columns_transposed(b, S, k0, k1, j0, j1):
         _clear_columns(b, (j1 - j0) // width * DEPTH * width, k1 - k0, (j1 - j0) % width)
 
 
-@kernel
+@part
 def _pack_corner(b, start, S, k0, done, k1, j0, j1):
     width = 2 * lanes(b)
     for j in range(j1 - j0):
@@ -107,7 +110,7 @@ def _pack_corner(b, start, S, k0, done, k1, j0, j1):
             b[start + k * width + j] = row[k]
 
 
-@kernel
+@part
 def _clear_columns(b, start, depth, used):
     width = 2 * lanes(b)
     for k in range(depth):

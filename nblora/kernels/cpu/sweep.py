@@ -14,7 +14,7 @@ gradient it computes, and updates each tile right after it took its part of the 
 
 from typing import NamedTuple
 
-from numba import prange
+from numba import int64, prange
 
 from .. import elementwise
 from ..jit import kernel
@@ -273,8 +273,9 @@ def sweep_worker(task, worker, workers):
 @kernel(parallel=True)
 def sweep(task, workers):
     """Run a `SweepTask` with so many workers, in the calling thread where it is one."""
+    # The index of prange is unsigned and a literal has a type of its own: as int64, one worker is compiled, not three.
     if workers == 1:
-        sweep_worker(task, 0, 1)
+        sweep_worker(task, int64(0), workers)
     else:
         for worker in prange(workers):
-            sweep_worker(task, worker, workers)
+            sweep_worker(task, int64(worker), workers)

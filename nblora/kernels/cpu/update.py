@@ -10,18 +10,18 @@ import numpy as np
 from numba import prange
 
 from .. import elementwise
-from ..jit import kernel
+from ..jit import kernel, part
 
 SGD, MOMENTUM, ADAMW, ADD, SCALE, MULTIPLY = range(6)
 
 CHUNK = 1 << 15
 """Elements of a chunk: 128 KB of float32, so that a chunk of each operand stays in the level-2 cache."""
 
-momentum_step = kernel(elementwise.momentum_step)
-descend = kernel(elementwise.descend)
+momentum_step = part(elementwise.momentum_step)
+descend = part(elementwise.descend)
 
 
-@kernel
+@part
 def _adamw_chunk(p, g, first, second, lr, beta1, beta2, eps, weight_decay, step):
     """AdamW with decoupled decay (Loshchilov and Hutter, 2019)."""
     kind = p.dtype.type
@@ -35,7 +35,7 @@ def _adamw_chunk(p, g, first, second, lr, beta1, beta2, eps, weight_decay, step)
         p[i] = keep * p[i] - size * first[i] / (math.sqrt(second[i] * correction) + small)
 
 
-@kernel
+@part
 def _update_chunk(code, p, g, first, second, scalars):
     kind = p.dtype.type
     if code == SGD:
@@ -81,7 +81,7 @@ def update(code, p, g, first, second, scalars, workers):
             _update_chunk(code, p[start:end], g[start:end], first[start:end], second[start:end], scalars)
 
 
-@kernel(fastmath={"contract", "reassoc"})
+@part(fastmath={"contract", "reassoc"})
 def _chunk_sum_of_squares(chunk):
     total = 0.0
     for i in range(chunk.shape[0]):
@@ -99,7 +99,7 @@ def sum_of_squares(array):
     return total
 
 
-@kernel
+@part
 def _merge_row(out, weight, delta, left, right, s, c, has_delta):
     for q in range(out.shape[0]):
         out[q] = weight[q] + c * delta[q] if has_delta else weight[q]

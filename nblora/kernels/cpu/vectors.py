@@ -13,22 +13,28 @@ from ..jit import JIT_DISABLED
 from .microkernel import I8P, I32, I64, element_pointer, fma_of, lanes, load_vector, splat, store_vector, vector_of
 
 
-def _copy_pair(typing_context, target, target_at, source, source_at):
-    def generate(context, builder, signature, args):
-        kinds = signature.args
-        to = element_pointer(context, builder, kinds[0], args[0], args[1])
-        origin = element_pointer(context, builder, kinds[2], args[2], args[3])
-        vector = vector_of(to.type.pointee)
-        for at in (0, vector.count):
-            store_vector(builder, load_vector(builder, origin, at, vector), to, at)
-        return context.get_dummy_value()
+def _copy(vectors):
+    def copy(typing_context, target, target_at, source, source_at):
+        def generate(context, builder, signature, args):
+            kinds = signature.args
+            to = element_pointer(context, builder, kinds[0], args[0], args[1])
+            origin = element_pointer(context, builder, kinds[2], args[2], args[3])
+            vector = vector_of(to.type.pointee)
+            for i in range(vectors):
+                store_vector(builder, load_vector(builder, origin, i * vector.count, vector), to, i * vector.count)
+            return context.get_dummy_value()
 
-    return types.void(target, types.intp, source, types.intp), generate
+        return types.void(target, types.intp, source, types.intp), generate
+
+    return copy
 
 
-def _copy_pair_twin(target, target_at, source, source_at):
-    width = 2 * lanes(target)
-    target[target_at : target_at + width] = source[source_at : source_at + width]
+def _copy_twin(vectors):
+    def copy(target, target_at, source, source_at):
+        width = vectors * lanes(target)
+        target[target_at : target_at + width] = source[source_at : source_at + width]
+
+    return copy
 
 
 def _combine_pair(typing_context, target, target_at, weight, delta, at, scaling):
@@ -109,11 +115,11 @@ def _prefetch_twin(array, at):
 
 
 if JIT_DISABLED:
-    copy_pair, combine_pair = _copy_pair_twin, _combine_pair_twin
+    copy_vector, copy_pair, combine_pair = _copy_twin(1), _copy_twin(2), _combine_pair_twin
     transpose_square, prefetch = _transpose_square_twin, _prefetch_twin
 else:
-    copy_pair = intrinsic(_copy_pair)
-    """copy_pair(target, target_at, source, source_at): two vectors."""
+    copy_vector, copy_pair = intrinsic(_copy(1)), intrinsic(_copy(2))
+    """copy_vector and copy_pair(target, target_at, source, source_at): one vector and two."""
     combine_pair = intrinsic(_combine_pair)
     """combine_pair(target, target_at, weight, delta, at, scaling): two vectors of W + c D."""
     transpose_square = intrinsic(_transpose_square)

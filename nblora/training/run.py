@@ -1,0 +1,186 @@
+"""`Run`: the loop of epochs behind `fit`."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+
+from nblora import checks
+from nblora.errors import NonFiniteError
+from nblora.layers import Layer
+
+from .callbacks import Callback
+from .checkpoint import RunState, read_run, write_run
+from .data import Samples
+from .history import History, Row
+from .losses import Loss
+from .progress import Progress
+from .schedules import Schedule
+from .snapshot import Snapshot
+from .step import Step, first_fault
+
+EVALUATION_BATCH = 256  # without a backward to feed, larger batches only save calls
+
+
+class Run:
+    """One run of `fit`, its arguments checked."""
+
+    def __init__(
+        self,
+        model: Layer,
+        samples: Samples,
+        held_out: Samples | None,
+        step: Step,
+        schedule: Schedule,
+        *,
+        epochs: int,
+        batch_size: int,
+        rng: np.random.Generator | None,
+        checkpoint: Path | None,
+    ) -> None:
+        self.model, self.samples, self.held_out = model, samples, held_out
+        self.step, self.schedule = step, schedule
+        self.epochs, self.batch_size, self.rng, self.checkpoint = epochs, batch_size, rng, checkpoint
+        self.callbacks: list[Callback] = []
+        self.history = History()
+        self.epoch = 0
+
+    def columns(self) -> list[str]:
+        """The history's columns, as they will be."""
+        metrics = ["loss", *self.step.loss.metrics]
+        names = ["epoch", "step", *metrics]
+        if self.held_out is not None:
+            names += [f"val_{name}" for name in metrics]
+        names += ["lr"] if self.step.clip_norm is None else ["lr", "grad_norm"]
+        return [*names, "seconds", "samples_per_second"]
+
+    def start(self, resume: Path | None, shown: bool | None) -> History:
+        """Train to the last epoch; whatever goes wrong, leave a whole model."""
+        for callback in self.callbacks:
+            callback.model, callback.stop = self.model, False
+            callback.on_train_begin()
+        if resume is not None:
+            self._resume(resume)
+        modes, safe = modes_of(self.model), Snapshot(self.model)
+        bar = Progress(shown, self.epochs, len(self.samples.x), self.epoch)
+        try:
+            # Overflow is looked for where it matters; NumPy's warnings would tell of it without layer or step.
+            with np.errstate(over="ignore", invalid="ignore"):
+                self.step.enter_training()
+                self._train(safe, bar)
+            for callback in self.callbacks:
+                callback.on_train_end()
+        except NonFiniteError as error:
+            safe.restore()
+            raise NonFiniteError(self._explain(error)) from error
+        except BaseException:
+            safe.restore()
+            raise
+        finally:
+            bar.close()
+            self.model._forget_forward()
+            self.model._forget_gradients()
+            restore_modes(self.model, modes)
+        return self.history
+
+    def _resume(self, path: Path) -> None:
+        state = read_run(path, self.model, self.step, self.callbacks)
+        self.epoch = state.epoch
+        self.history = History(state.rows)
+        if self.rng is not None and state.shuffle is not None:
+            self.rng.bit_generator.state = state.shuffle
+
+    def _train(self, safe: Snapshot, bar: Progress) -> None:
+        while self.epoch < self.epochs and not any(callback.stop for callback in self.callbacks):
+            row = self._epoch(bar)
+            safe.take()
+            self.epoch += 1
+            self.history.rows.append(row)
+            for callback in self.callbacks:
+                callback.on_epoch_end(self.epoch, row)
+            if self.checkpoint is not None:
+                self._write(self.checkpoint)
+
+    def _epoch(self, bar: Progress) -> Row:
+        """Train one pass over the samples, validate, and return the epoch's row."""
+        count = len(self.samples.x)
+        order = None if self.rng is None else self.rng.permutation(count)
+        per_epoch = -(-count // self.batch_size)
+        total = {"loss": 0.0, **dict.fromkeys(self.step.loss.metrics, 0.0)}
+        norms, factor = 0.0, 1.0
+        started = time.perf_counter()
+        for x, y in self.samples.batches(self.batch_size, order):
+            factor = self.schedule.factor(self.step.count, self.epochs * per_epoch)
+            checks.check_not_negative("the schedule's factor", factor)
+            result = self.step(x, y, factor)
+            figures = {"loss": result.loss, **self.step.loss.measure(result.output, y)}
+            for name, value in figures.items():
+                total[name] += value * len(x)
+            norms += result.grad_norm or 0.0
+            for callback in self.callbacks:
+                callback.on_step_end(self.step.count, figures)
+            bar.advance(self.epoch + 1, len(x), result.loss)
+        seconds = time.perf_counter() - started
+        self.step.check_parameters()
+        row: Row = {"epoch": self.epoch + 1, "step": self.step.count}
+        row.update({name: value / count for name, value in total.items()})
+        row.update(self._validate())
+        row["lr"] = factor * self.step.optimizer.lr
+        if self.step.clip_norm is not None:
+            row["grad_norm"] = norms / per_epoch
+        row["seconds"] = seconds
+        row["samples_per_second"] = count / max(seconds, 1e-9)  # some clocks tick slower than a small epoch
+        return row
+
+    def _validate(self) -> dict[str, float]:
+        if self.held_out is None:
+            return {}
+        self.model.eval()
+        size = max(self.batch_size, EVALUATION_BATCH)
+        figures = mean_figures(self.model, self.held_out, self.step.loss, size)
+        if not np.isfinite(figures["loss"]):
+            raise NonFiniteError(
+                f"the validation loss is {figures['loss']} after step {self.step.count}, "
+                f"first from {self._fault(self.held_out, size)}"
+            )
+        self.step.enter_training()
+        return {f"val_{name}": value for name, value in figures.items()}
+
+    def _fault(self, samples: Samples, batch_size: int) -> str:
+        batches = [x for x, _ in samples.batches(batch_size)]
+        faulty = (x for x in batches if not np.isfinite(self.model.forward(x)).all())
+        return first_fault(self.model, next(faulty, batches[0]))
+
+    def _write(self, path: Path) -> None:
+        shuffle = None if self.rng is None else dict(self.rng.bit_generator.state)
+        state = RunState(self.epoch, self.step.count, shuffle, self.history.rows)
+        write_run(path, self.model, self.step, self.callbacks, state)
+
+    def _explain(self, error: NonFiniteError) -> str:
+        where = f"the end of epoch {self.epoch}" if self.epoch else "where it was before training"
+        return (
+            f"{error} (epoch {self.epoch + 1}); the model is back at {where}. Lower the learning rate or delta_lr, "
+            "warm up, or set clip_norm"
+        )
+
+
+def mean_figures(model: Layer, samples: Samples, loss: Loss, batch_size: int) -> dict[str, float]:
+    """Mean loss and metrics over the samples, in the mode that the model is in."""
+    total = {"loss": 0.0, **dict.fromkeys(loss.metrics, 0.0)}
+    for x, y in samples.batches(batch_size):
+        output = model.forward(x)
+        total["loss"] += len(x) * loss.value_and_gradient(output, y, model._backend)[0]
+        for name, value in loss.measure(output, y).items():
+            total[name] += len(x) * value
+    return {name: value / len(samples.x) for name, value in total.items()}
+
+
+def modes_of(model: Layer) -> list[tuple[Layer, bool]]:
+    """Whether the model and each of its layers is in training mode."""
+    return [(model, model.training), *((layer, layer.training) for _, layer in model._sequence())]
+
+
+def restore_modes(model: Layer, modes: list[tuple[Layer, bool]]) -> None:
+    """Bring back what `modes_of` found."""
+    for layer, training in modes:
+        layer.train() if training else layer.eval()
