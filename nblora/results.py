@@ -71,7 +71,7 @@ def _kind_of_json(content: Any) -> str | None:
         return "demo"
     if {"suite", "groups"} <= content.keys():
         return "bench"
-    if "tensors" in content or "layers" in content:
+    if {"modules", "config"} <= content.keys():
         return "inspection"
     return None
 

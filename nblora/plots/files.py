@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 PANEL = (5.4, 4.0)  # inches
 MANY_CASES = 16  # of a benchmark in one figure; beyond, those with goals come first
+MANY_SPECTRA = 7  # lines in one panel, as many as there are styles
+MANY_MODULES = 60  # bars in one panel
 WIDE = 30  # a factor between times from which the axis is logarithmic
 Panel = Callable[["Axes"], object]
 
@@ -232,12 +234,16 @@ def _bench(result: ResultFile, metric: str | None) -> tuple[list[Panel], str]:
 def _bars(ax: "Axes", times: dict[str, dict[str, Any]], name: str) -> None:
     medians = [triple[0] for case in times.values() for triple in case.values()]
     wide = max(medians) > WIDE * min(medians)
-    count = sum(len(case) for case in times.values())
-    figure = ax.figure.get_figure(root=True)
-    if figure is not None:
-        figure.set_size_inches(1.4 * PANEL[0] * len(figure.axes), max(PANEL[1], 1.8 + 0.22 * count))
+    _make_room(ax, 1.4, sum(len(case) for case in times.values()))
     label = f"median time a call (ms{', logarithmic' if wide else ''})"
     benchmark_bars(times, x_label=label, title=name, logarithmic=wide, ax=ax)
+
+
+def _make_room(ax: "Axes", widths: float, bars: int) -> None:
+    """Make the figure wide enough for long names and high enough for its bars."""
+    figure = ax.figure.get_figure(root=True)
+    if figure is not None:
+        figure.set_size_inches(widths * PANEL[0] * len(figure.axes), max(PANEL[1], 1.8 + 0.22 * bars))
 
 
 def _comparison(result: ResultFile, metric: str | None) -> tuple[list[Panel], str]:
@@ -255,6 +261,26 @@ def _comparison(result: ResultFile, metric: str | None) -> tuple[list[Panel], st
     )
     panel: Panel = lambda ax: difference_intervals(found, x_label=text, ax=ax)  # noqa: E731 - like the other panels
     return [panel], "Differences between methods, paired by seed"
+
+
+def _inspection(result: ResultFile, metric: str | None) -> tuple[list[Panel], str]:
+    modules = [module for module in result.content["modules"] if any(module["singular_values"])]
+    if not modules:
+        raise FormatError("this adapter has no module that changes anything, so there is no change to draw")
+    largest = sorted(modules, key=lambda module: -module["norm"])[:MANY_SPECTRA]
+    spectra = {module["name"]: module["singular_values"] for module in modules if module in largest}
+    ranks = {module["name"]: {"stable rank": module["stable_rank"]} for module in modules[:MANY_MODULES]}
+    among = f" ({len(spectra)} largest of {len(modules)} modules)" if len(spectra) < len(modules) else ""
+    panels: list[Panel] = [
+        lambda ax: singular_values(spectra, title=f"Singular values of each change{among}", ax=ax),
+        lambda ax: _stable_ranks(ax, ranks),
+    ]
+    return panels, "What the adapter has learned"
+
+
+def _stable_ranks(ax: "Axes", ranks: dict[str, dict[str, Any]]) -> None:
+    _make_room(ax, 2.0, len(ranks))
+    benchmark_bars(ranks, x_label="stable rank ‖M‖²_F / ‖M‖²₂ (no unit)", title="Directions that carry it", ax=ax)
 
 
 def _layer(result: ResultFile, metric: str | None) -> tuple[list[Panel], str]:
@@ -329,4 +355,5 @@ _PANELS: dict[str, Callable[[ResultFile, str | None], tuple[list[Panel], str]]] 
     "bench": _bench,
     "comparison": _comparison,
     "layer": _layer,
+    "inspection": _inspection,
 }
