@@ -173,4 +173,6 @@ def part(function=None, **options):
     """
     if function is None:
         return functools.partial(part, **options)
-    return numba.extending.register_jitable(**options)(function)
+    return (
+        numba.extending.register_jitable(**options)(function) if options else numba.extending.register_jitable(function)
+    )

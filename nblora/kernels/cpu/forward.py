@@ -6,26 +6,24 @@ its first product to its activation; the low-rank term comes last in a block, wh
 
 from typing import NamedTuple
 
-from numba import int64, prange
-
 from .. import elementwise
-from ..jit import kernel
+from ..jit import kernel, part
 from .atomics import fetch_add, wait_for
 from .machine import BLOCK, TILE_ROWS
 from .microkernel import lanes
 from .products import (
     C_STRIDE,
-    PART,
-    PARTS,
     across_rows,
     along_rows,
     block_size,
     factor_across_rows,
+    scratch_work,
     store_block,
     transpose_block,
 )
+from .threads import call, entry, launch
 
-activate = kernel(elementwise.activate)
+activate = part(elementwise.activate)
 
 
 class ForwardTask(NamedTuple):
@@ -42,6 +40,8 @@ class ForwardTask(NamedTuple):
     z: object  # (N, out), written; may be y
     y: object  # (N, out), written
     scratch: object  # (workers, PARTS·PART)
+    tile_rows: int  # addresses of `tile_functions`
+    tile_steps: int
     counters: object  # (2,) int64 zeros: jobs drawn, blocks of u done
     s: float
     c: float
@@ -53,7 +53,7 @@ class ForwardTask(NamedTuple):
     has_bias: bool
 
 
-@kernel
+@part
 def _geometry(task, workers):
     """Sizes of the blocks: samples of u, samples of z, outputs of z."""
     N, out = task.y.shape
@@ -65,18 +65,18 @@ def _geometry(task, workers):
     return low, samples, outputs
 
 
-@kernel
-def _low_job(task, n0, n1, a, b, c):
+@part
+def _low_job(task, n0, n1, work):
     """u[n0:n1] = s·x_low[n0:n1]·A."""
     rank = task.A.shape[1]
     s = task.y.dtype.type(task.s)
     for r in range(0, rank, BLOCK):
         end = min(r + BLOCK, rank)
-        along_rows(c, True, task.x_low, n0, n1, task.A, task.A, s, False, r, end, 0, task.A.shape[0], a, b)
-        store_block(task.u, n0, n1, r, end, c, s)
+        along_rows(work, True, task.x_low, n0, n1, task.A, task.A, s, False, r, end, 0, task.A.shape[0])
+        store_block(task.u, n0, n1, r, end, work.c, s)
 
 
-@kernel
+@part
 def _activate_block(task, n0, n1, o0, o1, c):
     """z = C + b and y = act(z) for n0 <= n < n1, o0 <= o < o1."""
     for n in range(n1 - n0):
@@ -97,35 +97,33 @@ def _activate_block(task, n0, n1, o0, o1, c):
                 y[o] = activate(z[o], task.activation)
 
 
-@kernel
-def _dense_job(task, n0, n1, o0, o1, low_blocks, a, b, c):
+@part
+def _dense_job(task, n0, n1, o0, o1, low_blocks, work):
     scaling = task.y.dtype.type(task.c)
     if task.has_base:
         inner = task.S.shape[0]
-        along_rows(c, True, task.x, n0, n1, task.S, task.D, scaling, task.has_delta, o0, o1, 0, inner, a, b)
+        along_rows(work, True, task.x, n0, n1, task.S, task.D, scaling, task.has_delta, o0, o1, 0, inner)
     if task.has_low_rank:
         wait_for(task.counters, 1, low_blocks)
         rank = task.B.shape[0]
-        along_rows(c, not task.has_base, task.u, n0, n1, task.B, task.B, scaling, False, o0, o1, 0, rank, a, b)
-    _activate_block(task, n0, n1, o0, o1, c)
+        along_rows(work, not task.has_base, task.u, n0, n1, task.B, task.B, scaling, False, o0, o1, 0, rank)
+    _activate_block(task, n0, n1, o0, o1, work.c)
 
 
-@kernel
-def _fully_connected_job(task, n0, n1, o0, o1, low_blocks, a, b, c):
+@part
+def _fully_connected_job(task, n0, n1, o0, o1, low_blocks, work):
     scaling = task.y.dtype.type(task.c)
-    across_rows(c, True, task.S, task.D, scaling, task.has_delta, o0, o1, task.x, n0, n1, 0, task.S.shape[1], a, b)
+    across_rows(work, True, task.S, task.D, scaling, task.has_delta, o0, o1, task.x, n0, n1, 0, task.S.shape[1])
     if task.has_low_rank:
         wait_for(task.counters, 1, low_blocks)
-        factor_across_rows(c, False, task.B, o0, o1, task.u, n0, n1, a, b)
-    transpose_block(b, c, o1 - o0, n1 - n0)
-    _activate_block(task, n0, n1, o0, o1, b)
+        factor_across_rows(work, False, task.B, o0, o1, task.u, n0, n1)
+    transpose_block(work.g, work.c, o1 - o0, n1 - n0)
+    _activate_block(task, n0, n1, o0, o1, work.g)
 
 
-@kernel
 def forward_worker(task, worker, workers):
     """Draw jobs until none is left."""
-    scratch = task.scratch[worker]
-    a, b, c = scratch[:PART], scratch[PART : 2 * PART], scratch[2 * PART : 3 * PART]
+    work = scratch_work(task.scratch[worker], task.tile_rows, task.tile_steps)
     N, out = task.y.shape
     low, samples, outputs = _geometry(task, workers)
     low_blocks = (N + low - 1) // low if task.has_low_rank else 0
@@ -133,7 +131,7 @@ def forward_worker(task, worker, workers):
     while True:
         job = fetch_add(task.counters, 0, 1)
         if job < low_blocks:
-            _low_job(task, job * low, min(N, job * low + low), a, b, c)
+            _low_job(task, job * low, min(N, job * low + low), work)
             fetch_add(task.counters, 1, 1)
             continue
         job -= low_blocks
@@ -142,20 +140,19 @@ def forward_worker(task, worker, workers):
         n0, o0 = job // columns * samples, job % columns * outputs
         n1, o1 = min(N, n0 + samples), min(out, o0 + outputs)
         if task.transposed:
-            _fully_connected_job(task, n0, n1, o0, o1, low_blocks, a, b, c)
+            _fully_connected_job(task, n0, n1, o0, o1, low_blocks, work)
         else:
-            _dense_job(task, n0, n1, o0, o1, low_blocks, a, b, c)
+            _dense_job(task, n0, n1, o0, o1, low_blocks, work)
 
 
-@kernel(parallel=True)
+_entry = entry(forward_worker)
+
+
+@kernel
 def forward(task, workers):
     """Run a `ForwardTask` with so many workers, in the calling thread where it is one."""
-    # The index of prange is unsigned and a literal has a type of its own: as int64, one worker is compiled, not three.
+    function, address = _entry(task)
     if workers == 1:
-        forward_worker(task, int64(0), workers)
+        call(function, address, 0, 1)
     else:
-        for worker in prange(workers):
-            forward_worker(task, int64(worker), workers)
-
-
-__all__ = ["PARTS", "ForwardTask", "forward"]
+        launch(function, address, workers)

@@ -14,28 +14,29 @@ gradient it computes, and updates each tile right after it took its part of the 
 
 from typing import NamedTuple
 
-from numba import int64, prange
-
 from .. import elementwise
-from ..jit import kernel
+from ..jit import kernel, part
 from .atomics import fetch_add, wait_for
 from .machine import BLOCK, DEPTH, TILE_ROWS
 from .microkernel import lanes
+from .packing import pack_columns, pack_steps
 from .products import (
     C_STRIDE,
-    PART,
     across_rows,
     along_rows,
     block_size,
     factor_along_rows,
     gradient,
+    multiply_steps,
+    scratch_work,
     store_block,
     transpose_block,
 )
+from .threads import call, entry, launch
 
-activation_slope = kernel(elementwise.activation_slope)
-momentum_step = kernel(elementwise.momentum_step)
-descend = kernel(elementwise.descend)
+activation_slope = part(elementwise.activation_slope)
+momentum_step = part(elementwise.momentum_step)
+descend = part(elementwise.descend)
 
 DRAWN, PREPARED, CROSSED = range(3)
 
@@ -62,6 +63,8 @@ class SweepTask(NamedTuple):
     dW: object  # stored, written where `train` and not `update`
     dD: object  # stored, written where `has_delta` and not `update`
     scratch: object  # (workers, PARTS·PART)
+    tile_rows: int  # addresses of `tile_functions`
+    tile_steps: int
     counters: object  # (3,) int64 zeros
     s: float
     c: float
@@ -79,8 +82,8 @@ class SweepTask(NamedTuple):
     update: bool
 
 
-@kernel
-def _prepare_job(task, n0, n1, a, b, c, other):
+@part
+def _prepare_job(task, n0, n1, work):
     """gz = gy·act'(z) and t = s gz Bᵀ for n0 <= n < n1."""
     if task.activation != elementwise.IDENTITY:
         for n in range(n0, n1):
@@ -92,43 +95,43 @@ def _prepare_job(task, n0, n1, a, b, c, other):
         rank, inner = task.B.shape
         for r in range(0, rank, BLOCK):
             end = min(r + BLOCK, rank)
-            across_rows(c, True, task.B, task.B, s, False, r, end, task.gz, n0, n1, 0, inner, a, b)
-            transpose_block(other, c, end - r, n1 - n0)
-            store_block(task.t, n0, n1, r, end, other, s)
+            across_rows(work, True, task.B, task.B, s, False, r, end, task.gz, n0, n1, 0, inner)
+            transpose_block(work.g, work.c, end - r, n1 - n0)
+            store_block(task.t, n0, n1, r, end, work.g, s)
 
 
-@kernel
-def _finish_input(task, n0, n1, i0, i1, prepared, a, b, c, other):
+@part
+def _finish_input(task, n0, n1, i0, i1, prepared, work):
     """Add t Aᵀ to the block of the input gradient in C, and store it; C is transposed for a Dense layer."""
     low = task.has_low_rank and not task.masked
     if low:
         wait_for(task.counters, PREPARED, prepared)
     if not (low or task.has_base):
-        c[:] = 0
+        work.c[:] = 0
     one = task.gx.dtype.type(1)
     if task.transposed:
         if low:
-            factor_along_rows(c, False, task.t, n0, n1, task.A, i0, i1, a, b)
-        store_block(task.gx, n0, n1, i0, i1, c, one)
+            factor_along_rows(work, False, task.t, n0, n1, task.A, i0, i1)
+        store_block(task.gx, n0, n1, i0, i1, work.c, one)
     else:
         if low:
             rank = task.A.shape[1]
-            across_rows(c, not task.has_base, task.A, task.A, one, False, i0, i1, task.t, n0, n1, 0, rank, a, b)
-        transpose_block(other, c, i1 - i0, n1 - n0)
-        store_block(task.gx, n0, n1, i0, i1, other, one)
+            across_rows(work, not task.has_base, task.A, task.A, one, False, i0, i1, task.t, n0, n1, 0, rank)
+        transpose_block(work.g, work.c, i1 - i0, n1 - n0)
+        store_block(task.gx, n0, n1, i0, i1, work.g, one)
 
 
-@kernel
-def _input_product(task, n0, n1, i0, i1, k0, k1, a, b, c):
+@part
+def _input_product(task, n0, n1, i0, i1, k0, k1, work):
     """C (+)= gz Mᵀ over k0 <= k < k1 of the outputs; transposed, [in][n], for a Dense layer."""
     scaling = task.gx.dtype.type(task.c)
     if task.transposed:
-        along_rows(c, k0 == 0, task.gz, n0, n1, task.S, task.D, scaling, task.has_delta, i0, i1, k0, k1, a, b)
+        along_rows(work, k0 == 0, task.gz, n0, n1, task.S, task.D, scaling, task.has_delta, i0, i1, k0, k1)
     elif task.has_base:
-        across_rows(c, k0 == 0, task.S, task.D, scaling, task.has_delta, i0, i1, task.gz, n0, n1, k0, k1, a, b)
+        across_rows(work, k0 == 0, task.S, task.D, scaling, task.has_delta, i0, i1, task.gz, n0, n1, k0, k1)
 
 
-@kernel
+@part
 def _apply_gradient(task, p0, p1, q0, q1, g):
     """Use the block of G = Lᵀ R in scratch: store it, or V = mV + (1-m) c G, D -= delta_lr V, W -= lr G."""
     kind = task.gx.dtype.type
@@ -157,42 +160,52 @@ def _apply_gradient(task, p0, p1, q0, q1, g):
                     dW[q] = block[q]
 
 
-@kernel
-def _weight_gradient(task, p0, p1, q0, q1, steps, b, g):
-    """Compute and use G for p0 <= p < p1, q0 <= q < q1."""
-    if task.transposed:
-        gradient(g, task.gz, p0, p1, task.x, q0, q1, steps, b)
-    else:
-        gradient(g, task.x, p0, p1, task.gz, q0, q1, steps, b)
-    _apply_gradient(task, p0, p1, q0, q1, g)
+@part
+def _weight_gradient(task, p0, p1, q0, q1, new_rows, new_columns, work):
+    """Compute and use G for p0 <= p < p1, q0 <= q < q1, by strips of tiles that stay in the level-1 cache.
+
+    Operands that the call before has packed are not packed again. Beyond `DEPTH` samples the whole block accumulates.
+    """
+    L, R = (task.gz, task.x) if task.transposed else (task.x, task.gz)
+    N = L.shape[0]
+    if N > DEPTH:
+        gradient(work, L, p0, p1, R, q0, q1)
+        _apply_gradient(task, p0, p1, q0, q1, work.g)
+        return
+    if new_rows:
+        pack_steps(work.l, L, p0, p1, 0, N)
+    if new_columns:
+        pack_columns(work.r, R, R, work.r.dtype.type(0), False, 0, N, q0, q1)
+    for p in range(p0, p1, TILE_ROWS):
+        end = min(p + TILE_ROWS, p1)
+        multiply_steps(work, p - p0, end - p0, q1 - q0, N, True)
+        _apply_gradient(task, p, end, q0, q1, work.g)
 
 
-@kernel
-def _cross_job(task, n0, n1, i0, i1, prepared, fused, parts):
+@part
+def _cross_job(task, n0, n1, i0, i1, prepared, fused, work):
     """A block of the input gradient; where `fused` also the rows or columns of V, D and W that belong to it."""
-    a, b, c, g, steps = parts
     outputs = task.gz.shape[1]
     wait_for(task.counters, PREPARED, prepared if task.activation != elementwise.IDENTITY else 0)
     for k0 in range(0, outputs, DEPTH):
         k1 = min(k0 + DEPTH, outputs)
-        _input_product(task, n0, n1, i0, i1, k0, k1, a, b, c)
-        if fused and task.transposed:
-            _weight_gradient(task, k0, k1, i0, i1, steps, b, g)
-        elif fused:
-            _weight_gradient(task, i0, i1, k0, k1, steps, b, g)
-    _finish_input(task, n0, n1, i0, i1, prepared, a, b, c, g)
+        _input_product(task, n0, n1, i0, i1, k0, k1, work)
+        if fused:
+            p0, p1, q0, q1 = (k0, k1, i0, i1) if task.transposed else (i0, i1, k0, k1)
+            first = k0 == 0
+            _weight_gradient(task, p0, p1, q0, q1, task.transposed or first, not task.transposed or first, work)
+    _finish_input(task, n0, n1, i0, i1, prepared, work)
 
 
-@kernel
-def _factor_job(out, L, R, p0, q0, parts):
+@part
+def _factor_job(out, L, R, p0, q0, work):
     """A block of dA or dB: out[p, q] = Σ_n L[n, p] R[n, q]."""
-    _, b, _, g, steps = parts
     p1, q1 = min(p0 + BLOCK, out.shape[0]), min(q0 + BLOCK, out.shape[1])
-    gradient(g, L, p0, p1, R, q0, q1, steps, b)
-    store_block(out, p0, p1, q0, q1, g, out.dtype.type(1))
+    gradient(work, L, p0, p1, R, q0, q1)
+    store_block(out, p0, p1, q0, q1, work.g, out.dtype.type(1))
 
 
-@kernel
+@part
 def _bias_job(task, o0, o1):
     """db = Σ_n gz."""
     db = task.db[o0:o1]
@@ -203,17 +216,14 @@ def _bias_job(task, o0, o1):
             db[o] += gz[o]
 
 
-@kernel
+@part
 def _count(total, size):
     return (total + size - 1) // size
 
 
-@kernel
 def sweep_worker(task, worker, workers):
     """Draw jobs until none is left."""
-    scratch = task.scratch[worker]
-    a, b, c = scratch[:PART], scratch[PART : 2 * PART], scratch[2 * PART : 3 * PART]
-    parts = (a, b, c, scratch[3 * PART : 4 * PART], scratch[4 * PART : 5 * PART])
+    work = scratch_work(task.scratch[worker], task.tile_rows, task.tile_steps)
     N, inputs = task.x.shape
     outputs, rank = task.gz.shape[1], task.t.shape[1]
     P, Q = (outputs, inputs) if task.transposed else (inputs, outputs)
@@ -237,25 +247,25 @@ def sweep_worker(task, worker, workers):
     while True:
         job = fetch_add(task.counters, DRAWN, 1)
         if job < prepares:
-            _prepare_job(task, job * few, min(N, job * few + few), a, b, c, parts[3])
+            _prepare_job(task, job * few, min(N, job * few + few), work)
             fetch_add(task.counters, PREPARED, 1)
             continue
         job -= prepares
         if job < crosses:
             n0, i0 = job // across * samples, job % across * features
-            _cross_job(task, n0, min(N, n0 + samples), i0, min(inputs, i0 + features), prepares, fused, parts)
+            _cross_job(task, n0, min(N, n0 + samples), i0, min(inputs, i0 + features), prepares, fused, work)
             fetch_add(task.counters, CROSSED, 1)
             continue
         job -= crosses
         wait_for(task.counters, PREPARED, prepares)
         if job < dA:
             across_rank = _count(rank, BLOCK)
-            _factor_job(task.dA, task.x_low, task.t, job // across_rank * BLOCK, job % across_rank * BLOCK, parts)
+            _factor_job(task.dA, task.x_low, task.t, job // across_rank * BLOCK, job % across_rank * BLOCK, work)
             continue
         job -= dA
         if job < dB:
             across_outputs = _count(outputs, BLOCK)
-            _factor_job(task.dB, task.u, task.gz, job // across_outputs * BLOCK, job % across_outputs * BLOCK, parts)
+            _factor_job(task.dB, task.u, task.gz, job // across_outputs * BLOCK, job % across_outputs * BLOCK, work)
             continue
         job -= dB
         if job < biases:
@@ -267,15 +277,17 @@ def sweep_worker(task, worker, workers):
         if task.update:
             wait_for(task.counters, CROSSED, crosses)
         p0, q0 = job // _count(Q, q_size) * p_size, job % _count(Q, q_size) * q_size
-        _weight_gradient(task, p0, min(P, p0 + p_size), q0, min(Q, q0 + q_size), parts[4], b, parts[3])
+        _weight_gradient(task, p0, min(P, p0 + p_size), q0, min(Q, q0 + q_size), True, True, work)
 
 
-@kernel(parallel=True)
+_entry = entry(sweep_worker)
+
+
+@kernel
 def sweep(task, workers):
     """Run a `SweepTask` with so many workers, in the calling thread where it is one."""
-    # The index of prange is unsigned and a literal has a type of its own: as int64, one worker is compiled, not three.
+    function, address = _entry(task)
     if workers == 1:
-        sweep_worker(task, int64(0), workers)
+        call(function, address, 0, 1)
     else:
-        for worker in prange(workers):
-            sweep_worker(task, int64(worker), workers)
+        launch(function, address, workers)
