@@ -95,7 +95,9 @@ def accuracy_against_parameters(
         ax.set_xscale("log")
         _plain_logarithmic_ticks(ax)
         ax.margins(x=0.15, y=0.15)
-        ax.legend(title="mean ± 1 s.d. over seeds" if several else None)
+        # Below the axis' label: matplotlib finds a free place among the points, but not among their bars.
+        title_of_legend = "mean ± 1 s.d. over seeds" if several else None
+        ax.legend(title=title_of_legend, loc="upper left", bbox_to_anchor=(0, 0), borderaxespad=4.5, ncols=3)
     label_axes(ax, title, x_label, y_label)
     return ax
 
