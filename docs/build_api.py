@@ -22,8 +22,8 @@ MODULES = (
 )
 HEAD = """# API reference
 
-Made from the docstrings by `python docs/build_api.py`; a test compares the two. Names that begin with an underscore, and
-modules that are not listed, may change at any time.
+Made from the docstrings by `python docs/build_api.py`; a test compares the two. Names that begin with an underscore,
+and modules that are not listed, may change at any time.
 """
 SECTION = re.compile(r"^([A-Z][A-Za-z ]+)\n-{3,}$", re.MULTILINE)
 
