@@ -48,7 +48,8 @@ def randomise(adapter, rng):
 def make_adapter(rng, kind=nblora.DeltaLoRAAdapter, base=None, rank=3, alpha=2.0, frozen=True, **settings):
     """An adapter with random B, delta and velocity."""
     base = make_layer(rng) if base is None else base
-    return randomise(kind(base, rank, alpha, freeze_base_layer=frozen, seed=rng, **settings), rng)
+    seed = int(rng.integers(2**32))  # a generator would be shared with the adapter
+    return randomise(kind(base, rank, alpha, freeze_base_layer=frozen, seed=seed, **settings), rng)
 
 
 def state_of(layer, mask=None):

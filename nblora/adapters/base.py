@@ -15,9 +15,10 @@ from nblora.layers.linear import Linear
 from nblora.layers.low_rank import LoRALayer
 from nblora.layers.named_parameters import Parameter
 from nblora.storage.checkpoint import take_tensor
+from nblora.storage.onnx_graph import OnnxGraph
 
 
-class Adapter(Linear):
+class Adapter(Linear, abstract=True):
     """A base layer plus a trained change of it.
 
     On a `Dense` or `FullyConnected` base everything is one fused computation on the pre-activation. Any other base
@@ -102,6 +103,7 @@ class Adapter(Linear):
     def backward(self, grad_output: Any, accumulate: bool = False) -> np.ndarray:
         if self._fused:
             return super().backward(grad_output, accumulate)
+        self._require_forward()
         if self._saved is None and not self._enabled:
             grad_input = self.base_layer.backward(grad_output, accumulate)
             if self._gradients is None or not accumulate:
@@ -124,7 +126,7 @@ class Adapter(Linear):
     def _sweep(self, grad_output: Any, lr: float, delta_lr: float) -> np.ndarray:
         if self._fused:
             return super()._sweep(grad_output, lr, delta_lr)
-        # The base first: the adapter's own sweep ends by forgetting both forwards.
+        self._require_forward()
         if self.is_base_layer_frozen:
             grad_input = self.base_layer.backward(grad_output)
             self.base_layer._forget_forward()
@@ -132,6 +134,12 @@ class Adapter(Linear):
             grad_input = self.base_layer._sweep(grad_output, lr, delta_lr)
         self._backend.add(grad_input, super()._sweep(grad_output, lr, delta_lr))
         return grad_input
+
+    def _require_forward(self) -> None:
+        if self._fused or self._enabled:
+            super()._require_forward()
+        if not self._fused:
+            self.base_layer._require_forward()
 
     def _forget_forward(self) -> None:
         super()._forget_forward()
@@ -256,6 +264,16 @@ class Adapter(Linear):
             "lora_dropout": self.lora_dropout,
         }
         return describe_linear(self, extra | self._method_config())
+
+    def _onnx_operands(self) -> Operands:
+        operands = self._operands()
+        return operands if self._fused else operands._replace(base=None)  # that one adds itself
+
+    def _add_to_onnx(self, graph: OnnxGraph, x: str) -> str:
+        if self._fused:
+            return super()._add_to_onnx(graph, x)
+        y = self.base_layer._add_to_onnx(graph, x)
+        return graph.node("Add", y, super()._add_to_onnx(graph, x)) if self._enabled else y
 
     def _method_config(self) -> dict[str, Any]:
         """The settings that only this method has."""

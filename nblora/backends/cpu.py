@@ -10,6 +10,7 @@ from typing import Any
 
 import numba
 import numpy as np
+from numba.np.ufunc import parallel
 
 from ..kernels.cpu import forward as forward_kernel
 from ..kernels.cpu import losses as loss_kernel
@@ -51,7 +52,7 @@ class _Pool:
     def _after_fork(self):
         # The threads stayed with the parent, and GNU OpenMP aborts a child that asks for them.
         self._lock = threading.Lock()
-        self._forked = self._started
+        self._forked = parallel._is_initialized  # whoever started them
 
     def workers(self, work):
         """Threads for a call of `work` multiply-adds."""

@@ -43,7 +43,7 @@ def write_figure(result: DemoResult) -> Path:
     FigureCanvasAgg(figure)  # no window system, whatever the user's matplotlib is set to
     curves, heat_map = figure.subplots(1, 2, width_ratios=(1.15, 1))
     _draw_curves(curves, result)
-    _draw_delta(figure, heat_map, result.learned_delta)
+    _draw_delta(figure, heat_map, result)
     path = result.settings.output / "figure.png"
     picture = io.BytesIO()
     figure.savefig(picture, dpi=150, format="png")
@@ -79,8 +79,9 @@ def _draw_band(axes: "Axes", row: MethodResult) -> None:
     axes.plot(epochs, accuracies.mean(axis=0), label=label, markevery=every, markersize=5, linewidth=1.8, **style)
 
 
-def _draw_delta(figure: "Figure", axes: "Axes", delta: np.ndarray | None) -> None:
-    axes.set_title("Learned delta $c\\,D$ of the first hidden layer")
+def _draw_delta(figure: "Figure", axes: "Axes", result: DemoResult) -> None:
+    delta = result.learned_delta
+    axes.set_title(f"Learned delta $c\\,D$ of the first hidden layer, seed {result.settings.seed}")
     axes.set_xlabel("output: hidden unit")
     axes.set_ylabel("input: pixel, row by row")
     if delta is None:

@@ -12,12 +12,12 @@ import numpy as np
 
 from nblora import DeltaLoRAAdapter, Sequential
 from nblora.errors import NbloraError
+from nblora.kernels import jit
 from nblora.training import AdamW, Optimizer, fit
 
 from .data import Digits, Split, load_digits
 from .methods import DELTA_LORA, LORA, METHODS, Candidate, Method, new_network
 from .results import DemoResult, MethodResult, Settings, mean
-from .warm_up import compile_kernels
 
 PRETRAIN_LR = 0.003
 TUNING_SEEDS = 2
@@ -50,11 +50,16 @@ def run_demo(settings: Settings, progress: bool = True) -> DemoResult:
     runs = experiment.run_count()
     # disable=None: silent where standard error is no terminal
     with one_thread(), tqdm(total=runs, unit="run", disable=None if progress else True) as bar:
-        bar.set_description("compiling kernels, once")
-        compiled = settings.device in (None, "cpu", "auto") and compile_kernels()
+        compiled = cache_is_empty()
         result = experiment.run(bar)
     result.seconds, result.compiled = time.perf_counter() - start, compiled
     return result
+
+
+def cache_is_empty() -> bool:
+    """Whether the kernels are still to be compiled."""
+    folder = None if jit.JIT_DISABLED else jit.cache_folder()
+    return folder is None or not any(folder.glob("*.nbi"))
 
 
 @contextlib.contextmanager

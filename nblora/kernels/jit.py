@@ -123,7 +123,12 @@ class _LazyCache(NullCache):
         return self._cache.cache_path
 
     def load_overload(self, sig, target_context):
-        return self._cache.load_overload(sig, target_context)
+        try:
+            return self._cache.load_overload(sig, target_context)
+        except Exception:  # a damaged file may raise anything; an empty index makes room for a good one
+            with contextlib.suppress(OSError):
+                self._cache.flush()
+            return None
 
     def save_overload(self, sig, data):
         # A full disk costs the next process its compile time, not this one its result.
@@ -172,7 +177,5 @@ def part(function=None, **options):
     the plain function.
     """
     if function is None:
-        return functools.partial(part, **options)
-    return (
-        numba.extending.register_jitable(**options)(function) if options else numba.extending.register_jitable(function)
-    )
+        return numba.extending.register_jitable(**options)
+    return numba.extending.register_jitable(function)

@@ -9,6 +9,7 @@ import numpy as np
 from nblora import checks
 from nblora.backends import resolve
 from nblora.storage.checkpoint import read_checkpoint, write_checkpoint
+from nblora.storage.onnx_graph import OnnxGraph
 
 from .named_parameters import NamedParameters, Parameter
 
@@ -28,9 +29,10 @@ class Layer(NamedParameters):
     trainable: bool = True
     _closed = False
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, abstract: bool = False, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        Layer.kinds[cls.__name__] = cls
+        if not abstract:  # or a file could ask for half a class
+            Layer.kinds[cls.__name__] = cls
 
     def _open(self, backend: Any) -> None:
         """Begin life: in training mode, on `backend`, without gradients."""
@@ -137,6 +139,10 @@ class Layer(NamedParameters):
 
     def _apply_momentum(self, lr: float) -> None:
         """Update in place what follows a velocity, where its gradient is held: nothing but in delta adapters."""
+
+    def _require_forward(self) -> None:
+        """RuntimeError where there is no forward to go back through, at any depth."""
+        raise NotImplementedError
 
     def _forget_forward(self) -> None:
         """Drop what the last forward kept for backward."""
@@ -339,6 +345,24 @@ class Layer(NamedParameters):
             twin.forward(samples)
             twin.backward_update(grad, 0.0)
         return self
+
+    def to_onnx(self, path: str | os.PathLike[str]) -> None:
+        """Write the forward graph, as it is in evaluation mode, to an ONNX file, atomically (extra `onnx`).
+
+        The graph maps `x` (batch, in_features) to `y` (batch, out_features) in the layer's dtype.
+
+        Raises
+        ------
+        MissingExtraError
+            Where onnx is not installed.
+        """
+        self._require_open()
+        graph = OnnxGraph(self.dtype)
+        graph.write(path, self._add_to_onnx(graph, "x"), self.in_features, self.out_features)
+
+    def _add_to_onnx(self, graph: OnnxGraph, x: str) -> str:
+        """Add the forward computation on the value called `x`, and return the name of its result."""
+        raise NotImplementedError
 
     def diagnostics(self) -> dict[str, Any]:
         """Return a flat dict that describes the layer; it never raises on NaN."""

@@ -7,11 +7,13 @@ import numpy as np
 
 from nblora import checks
 from nblora.backends.protocol import Gradients, Operands, Saved
+from nblora.storage.onnx_graph import OnnxGraph
 
+from .activations import ACTIVATIONS
 from .base import Layer
 
 
-class Linear(Layer):
+class Linear(Layer, abstract=True):
     """A layer whose arithmetic is one call of the backend: any of base, low-rank factors and delta (`Operands`)."""
 
     _saved: tuple[Saved, tuple[int, ...], Operands] | None = None
@@ -44,6 +46,32 @@ class Linear(Layer):
         self._store_gradients(dict(self._named_gradients(gradients)), accumulate)
         return self._backend.to_host(gradients.x).reshape(shape)
 
+    def _onnx_operands(self) -> Operands:
+        """The operands of the exported graph."""
+        return self._operands()
+
+    def _add_to_onnx(self, graph: OnnxGraph, x: str) -> str:
+        base, low_rank, delta, code, _ = self._onnx_operands()
+        to_host, terms = self._backend.to_host, []
+        transposed = base is not None and base.transposed
+        if base is not None:
+            weight = to_host(base.weight)
+            terms.append(graph.node("MatMul", x, graph.constant(weight.T if transposed else weight, "weight")))
+            if base.bias is not None:
+                terms.append(graph.constant(to_host(base.bias), "bias"))
+        if low_rank is not None:
+            low = graph.node("MatMul", x, graph.constant(to_host(low_rank.A), "lora_A"))
+            low = graph.node("MatMul", low, graph.constant(to_host(low_rank.B), "lora_B"))
+            terms.append(graph.node("Mul", low, graph.constant(low_rank.scaling, "scaling")))
+        if delta is not None:
+            change = to_host(delta.delta)
+            dense = graph.node("MatMul", x, graph.constant(change.T if transposed else change, "delta"))
+            terms.append(graph.node("Mul", dense, graph.constant(delta.scaling, "delta_scaling")))
+        z = terms[0]
+        for term in terms[1:]:
+            z = graph.node("Add", z, term)
+        return graph.activation(z, ACTIVATIONS[code])
+
     def _sweep(self, grad_output: Any, lr: float, delta_lr: float) -> np.ndarray:
         grad, saved, shape, operands = self._checked_gradient(grad_output)
         gradients = self._backend.backward_update(grad, saved, operands, lr, delta_lr)
@@ -54,11 +82,17 @@ class Linear(Layer):
     def _forget_forward(self) -> None:
         self._saved = None
 
-    def _checked_gradient(self, grad_output: Any) -> tuple[Any, Saved, tuple[int, ...], Operands]:
+    def _require_forward(self) -> None:
+        self._last_forward()
+
+    def _last_forward(self) -> tuple[Saved, tuple[int, ...], Operands]:
         if self._saved is None:
             self._require_open()
             raise RuntimeError(_why_no_forward(self._training))
-        saved, shape, operands = self._saved
+        return self._saved
+
+    def _checked_gradient(self, grad_output: Any) -> tuple[Any, Saved, tuple[int, ...], Operands]:
+        saved, shape, operands = self._last_forward()
         grad = checks.as_samples("grad_output", grad_output, self.out_features, self.dtype)
         if grad.shape[:-1] != shape[:-1]:
             raise ValueError(

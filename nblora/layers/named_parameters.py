@@ -114,8 +114,8 @@ class NamedParameters:
         """Compare `weights` (name -> array) with the parameters, changing nothing.
 
         `mapping` is {name in the file: parameter name}. `matched`, `missing` and `shape_mismatches` hold parameter
-        names, `unmatched` the names in `weights` that no parameter has, or that an earlier one already took. A missing
-        `velocity` is never a fault.
+        names, `unmatched` the names in `weights` that no parameter has, or whose parameter an earlier one took. A
+        missing `velocity` is never a fault.
         """
         known = {parameter.name: parameter for parameter in self._parameters()}
         result = WeightValidation()

@@ -12,6 +12,7 @@ from nblora import checks
 from nblora.adapters import Adapter, DeltaLoRAAdapter, LoRAAdapter
 from nblora.layers.base import Layer, layer_from_state
 from nblora.layers.named_parameters import Parameter
+from nblora.storage.onnx_graph import OnnxGraph
 
 from .targets import match_names
 
@@ -77,6 +78,7 @@ class Sequential(Layer):
         return x
 
     def backward(self, grad_output: Any, accumulate: bool = False) -> np.ndarray:
+        self._require_forward()
         for layer in reversed(self._layers.values()):
             grad_output = layer.backward(grad_output, accumulate)
         return grad_output
@@ -89,9 +91,15 @@ class Sequential(Layer):
     def backward_update(self, grad_output: Any, lr: float) -> np.ndarray:
         checks.check_not_negative("lr", lr)
         self._check_trainable_memory()
+        self._require_forward()
         for layer in reversed(self._layers.values()):
             grad_output = layer.backward_update(grad_output, lr)
         return grad_output
+
+    def _add_to_onnx(self, graph: OnnxGraph, x: str) -> str:
+        for layer in self:
+            x = layer._add_to_onnx(graph, x)
+        return x
 
     def _apply_gradients(self, lr: float) -> None:
         for layer in self:
@@ -100,6 +108,10 @@ class Sequential(Layer):
     def _apply_momentum(self, lr: float) -> None:
         for layer in self:
             layer._apply_momentum(lr)
+
+    def _require_forward(self) -> None:
+        for layer in self:
+            layer._require_forward()
 
     def _forget_forward(self) -> None:
         for layer in self:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -24,14 +25,16 @@ def write_checkpoint(
     path: str | os.PathLike[str], kind: str, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
 ) -> None:
     """Write `tensors` and what makes an object of them to `path`, whole or not at all."""
+    text = json.dumps(config, allow_nan=False, sort_keys=True)
+    arrays = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
     metadata = {
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
         "nblora_version": __version__,
         "kind": kind,
-        "config": json.dumps(config, allow_nan=False, sort_keys=True),
+        "config": text,
+        "checksum": _checksum(kind, text, arrays),
     }
-    arrays = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
     with replace_whole(path) as file:
         file.write(save(arrays, metadata))
 
@@ -44,8 +47,8 @@ def read_checkpoint(
     Raises
     ------
     FormatError
-        That names the file and the fault: not a safetensors file, truncated, not nblora's, another format version,
-        or contents from which `build` can make nothing.
+        That names the file and the fault: not a safetensors file, truncated, changed since it was written, not
+        nblora's, another format version, or contents from which `build` can make nothing.
     """
     name = os.fspath(path)
     metadata, tensors = _read_tensors(name)
@@ -56,8 +59,10 @@ def read_checkpoint(
             f"{name}: format version {metadata.get('format_version')!r}; nblora {__version__} reads {FORMAT_VERSION}"
         )
     try:
-        kind, config = metadata["kind"], json.loads(metadata["config"])
-        return build(kind, config, tensors)
+        kind, text = metadata["kind"], metadata["config"]
+        if metadata["checksum"] != _checksum(kind, text, tensors):
+            raise FormatError(f"{name}: the contents do not match their checksum: the file was damaged or edited")
+        return build(kind, json.loads(text), tensors)
     except FormatError:
         raise
     except KeyError as error:
@@ -73,9 +78,34 @@ def _read_tensors(name: str) -> tuple[dict[str, str], dict[str, np.ndarray]]:
         with safe_open(name, framework="numpy") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+        _check_header(name)
     except (SafetensorError, TypeError, ValueError, AttributeError) as error:
         raise FormatError(f"{name}: not a readable safetensors file: {error}") from error
     return metadata, tensors
+
+
+def _check_header(name: str) -> None:
+    """ValueError for a header that names anything twice: one reader would take the first, another the last."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twice = next(key for place, (key, _) in enumerate(pairs) if key in dict(pairs[:place]))
+            raise ValueError(f"the header names {twice!r} twice")
+        return found
+
+    with open(name, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")  # at most what is there, or safetensors had refused it
+        json.loads(file.read(size), object_pairs_hook=unique)
+
+
+def _checksum(kind: str, config: str, tensors: Mapping[str, np.ndarray]) -> str:
+    """CRC-32 of everything that an object is made from."""
+    value = zlib.crc32(f"{kind} {config}".encode())
+    for name, tensor in sorted(tensors.items()):
+        value = zlib.crc32(f" {name} {tensor.dtype} {tensor.shape} ".encode(), value)
+        value = zlib.crc32(tensor.reshape(-1).view(np.uint8), value)
+    return f"{value:08x}"
 
 
 def take_tensor(tensors: Mapping[str, np.ndarray], name: str, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:

@@ -4,7 +4,9 @@ import csv
 import json
 import re
 import sys
+import time
 
+import numba
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -13,6 +15,7 @@ import nblora
 from nblora.cli import main
 from nblora.demo import Settings, data, methods, report, run
 from nblora.errors import NbloraError
+from nblora.kernels import jit
 
 pytest.importorskip("sklearn")
 matplotlib_image = pytest.importorskip("matplotlib.image")
@@ -220,8 +223,29 @@ def test_an_output_that_is_a_file_is_an_error(tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_the_kernels_run_in_one_thread_and_the_threads_come_back():
+    before = numba.get_num_threads()
+    with run.one_thread():
+        assert numba.get_num_threads() == 1
+    assert numba.get_num_threads() == before
+
+
+@pytest.mark.parametrize(
+    ("files", "writable", "empty"), [([], True, True), (["a.nbi"], True, False), ([], False, True)]
+)
+def test_the_report_says_whether_kernels_were_compiled(monkeypatch, tmp_path, content, files, writable, empty):
+    monkeypatch.setattr(jit, "JIT_DISABLED", False)
+    monkeypatch.setattr(jit, "cache_folder", lambda: tmp_path if writable else None)
+    for name in files:
+        (tmp_path / name).touch()
+    assert run.cache_is_empty() is empty
+    said = report.machine_text(content | {"compiled": empty})
+    assert said.endswith("compiling included." if empty else "its kernels compiled before.")
+
+
 @pytest.mark.slow
 def test_the_whole_demo_adapts_for_real(tmp_path):
+    start = time.process_time()
     result = run.run_demo(Settings(output=tmp_path), progress=False)
     before, rows = result.before, {row.method: row for row in result.methods}
     assert run.mean(before.upright_accuracy) > 0.9
@@ -229,4 +253,4 @@ def test_the_whole_demo_adapts_for_real(tmp_path):
     accuracies = {name: run.mean(row.test_accuracy) for name, row in rows.items()}
     assert accuracies["Head only"] > 0.5
     assert min(accuracies["LoRA"], accuracies["Delta-LoRA"], accuracies["Full"]) > accuracies["Head only"] + 0.05
-    assert result.seconds < 60
+    assert time.process_time() - start < 60  # processor time, which a busy machine does not stretch

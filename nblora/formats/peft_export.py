@@ -1,0 +1,206 @@
+"""nblora adapters as PEFT adapters, and what of a dense delta low-rank factors can hold."""
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nblora import checks
+from nblora.adapters import DeltaLoRAAdapter, LoRAAdapter
+from nblora.formats.peft_config import config_from_dict
+from nblora.formats.peft_tensors import PREFIX
+from nblora.formats.peft_writer import narrow, only_these, pattern_fields, write_adapter
+from nblora.layers import Dense
+
+Adapter = LoRAAdapter | DeltaLoRAAdapter
+_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_DENSE_SVD = 1024
+
+
+@dataclass(frozen=True)
+class ExportedModule:
+    """What was written of one adapter.
+
+    Attributes
+    ----------
+    name : str
+    rank : int
+        Of the written factors, the folded delta's included.
+    scaling : float
+        s, the same as the adapter's.
+    delta_norm : float
+        ‖c·D‖, the change of the delta; 0 for an adapter without one.
+    delta_error : float
+        ‖D − written‖ / ‖D‖: 1 where the delta was left out, 0 where there is none.
+    """
+
+    name: str
+    rank: int
+    scaling: float
+    delta_norm: float
+    delta_error: float
+
+
+def save_peft(
+    adapters: Adapter | Mapping[str, Adapter | Dense],
+    folder: str | os.PathLike[str],
+    *,
+    name: str = "layer",
+    fold_delta: int | None = None,
+    dtype: str | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> list[ExportedModule]:
+    """Write adapters as one PEFT adapter, which `peft.PeftModel.from_pretrained` loads.
+
+    The low-rank part is written exactly. The delta of a `DeltaLoRAAdapter` is left out, or with `fold_delta` its best
+    approximation of that rank is appended: c·D/s ≈ P Q gives A' = [A, P] and B' = [B; Q] under the same s, with
+    `lora_alpha = s (r + fold_delta)`, or `s √(r + fold_delta)` with rsLoRA.
+
+    Parameters
+    ----------
+    adapters : LoRAAdapter, DeltaLoRAAdapter, or a mapping of module names to these
+        A plain `Dense` or `FullyConnected` in the mapping is written whole (`modules_to_save`).
+    folder : path-like
+        Replaced whole, or not at all.
+    name : str
+        The module's name, where one adapter is given.
+    fold_delta : int, optional
+        Rank of the deltas' approximation, at most min(in, out).
+    dtype : {"float64", "float32", "float16", "bfloat16"}, optional
+        Of the factors; the adapter's by default.
+    config : mapping, optional
+        An `adapter_config.json` whose keys are kept, such as that of the adapter these came from; ranks, alphas and
+        `target_modules` are written anew where they do not fit.
+
+    Returns
+    -------
+    list of ExportedModule
+
+    Raises
+    ------
+    TypeError
+        If something else than an adapter is given.
+    ValueError
+        If an argument is out of range, the adapters disagree about rsLoRA, or a delta to be folded is not finite.
+    FormatError
+        If `config` asks for an arithmetic that nblora does not have.
+    OSError
+        If the folder cannot be written.
+    """
+    given = dict(adapters) if isinstance(adapters, Mapping) else {name: adapters}
+    for module, adapter in given.items():
+        if not isinstance(adapter, LoRAAdapter | DeltaLoRAAdapter | Dense):
+            raise TypeError(f"adapters[{module!r}] must be a LoRAAdapter or a DeltaLoRAAdapter, got {adapter!r}")
+    named = {module: adapter for module, adapter in given.items() if not isinstance(adapter, Dense)}
+    whole = {module: layer for module, layer in given.items() if isinstance(layer, Dense)}
+    if not named:
+        raise ValueError("adapters holds no adapter; expected at least one")
+    if len({adapter.lora_layer.use_rslora for adapter in named.values()}) > 1:
+        raise ValueError("adapters: some use rsLoRA and some do not; PEFT has one use_rslora for all, write them apart")
+    stored = None if dtype is None else _DTYPES[checks.check_choice("dtype", dtype, list(_DTYPES))]
+    tensors: dict[str, np.ndarray] = {}
+    exported, alphas = [], {}
+    for module, adapter in named.items():
+        A, B, report = _factors(module, adapter, fold_delta)
+        kept = stored or _DTYPES[adapter.dtype.name]
+        tensors[f"{PREFIX}{module}.lora_A.weight"] = narrow(A.T, kept)
+        tensors[f"{PREFIX}{module}.lora_B.weight"] = narrow(B.T, kept)
+        root = math.sqrt(report.rank) if adapter.lora_layer.use_rslora else report.rank
+        alphas[module] = adapter.alpha if report.rank == adapter.rank else report.scaling * root
+        exported.append(report)
+    for module, layer in whole.items():
+        for part, array in (("weight", layer.weight), ("bias", layer.bias)):
+            if array is not None:
+                kept = stored or _DTYPES[layer.dtype.name]
+                tensors[f"{PREFIX}{module}.{part}"] = narrow(array.astype(np.float64), kept)
+    raw = _config(config, {each.name: each.rank for each in exported}, alphas)
+    if {_leaf(name) for name in raw.get("modules_to_save") or []} != {_leaf(name) for name in whole}:
+        raw["modules_to_save"] = list(whole) or None
+    raw["use_rslora"] = next(iter(named.values())).lora_layer.use_rslora
+    config_from_dict(raw, Path(folder) / "adapter_config.json")
+    write_adapter(folder, raw, tensors)
+    return exported
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _factors(name: str, adapter: Adapter, fold: int | None) -> tuple[np.ndarray, np.ndarray, ExportedModule]:
+    """A (in, rank) and B (rank, out) as float64, with the delta folded in if asked for."""
+    A, B = (adapter.get_parameter(factor).astype(np.float64) for factor in ("lora_A", "lora_B"))
+    scaling = adapter.scaling
+    if not isinstance(adapter, DeltaLoRAAdapter):
+        return A, B, ExportedModule(name, adapter.rank, scaling, 0.0, 0.0)
+    delta = adapter.delta_scaling * adapter.get_parameter("delta").astype(np.float64)
+    norm = float(np.linalg.norm(delta))
+    if fold is None:
+        return A, B, ExportedModule(name, adapter.rank, scaling, norm, 1.0 if norm else 0.0)
+    checks.check_integer("fold_delta", fold, 1, min(delta.shape))
+    if not np.isfinite(norm):
+        raise ValueError(f"the delta of {name} holds values that are not finite and cannot be folded")
+    P, Q, error = best_product(delta / scaling, fold)
+    report = ExportedModule(name, adapter.rank + fold, scaling, norm, error)
+    return np.concatenate([A, P], axis=1), np.concatenate([B, Q]), report
+
+
+def best_product(matrix: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """The best approximation P Q of a dense matrix in the Frobenius norm (Eckart and Young, 1936).
+
+    Parameters
+    ----------
+    matrix : ndarray of float64, shape (in, out)
+    rank : int
+        At most min(in, out).
+
+    Returns
+    -------
+    P : ndarray of float64, shape (in, rank)
+    Q : ndarray of float64, shape (rank, out)
+        The roots of the singular values are shared evenly.
+    error : float
+        ‖matrix − P Q‖ / ‖matrix‖; 0 for zeros.
+    """
+    smallest = min(matrix.shape)
+    if smallest <= _DENSE_SVD or 4 * rank > smallest:
+        U, values, V = np.linalg.svd(matrix, full_matrices=False)
+        U, values, V = U[:, :rank], values[:rank], V[:rank]
+    else:
+        # Lanczos iteration, to full precision: the whole decomposition costs in·out·min(in, out).
+        from scipy.sparse.linalg import svds
+
+        start = np.random.default_rng(0).standard_normal(smallest)
+        U, values, V = svds(matrix, k=rank, v0=start)
+        order = np.argsort(values)[::-1]
+        U, values, V = U[:, order], values[order], V[order]
+    roots = np.sqrt(values)
+    P, Q = U * roots, roots[:, None] * V
+    norm = np.linalg.norm(matrix)
+    return P, Q, float(np.linalg.norm(matrix - P @ Q) / norm) if norm else 0.0
+
+
+def _config(given: Mapping[str, Any] | None, ranks: dict[str, int], alphas: dict[str, float]) -> dict[str, Any]:
+    raw = dict(given) if given is not None else {
+        "peft_type": "LORA", "task_type": None, "base_model_name_or_path": None, "inference_mode": True,
+        "bias": "none", "fan_in_fan_out": False, "lora_dropout": 0.0, "init_lora_weights": True,
+    }  # fmt: skip
+    raw |= {"use_dora": False, "lora_bias": False} if given is not None else {}
+    if not _fits(raw, ranks, alphas):
+        raw |= pattern_fields(ranks, alphas)
+    if given is None:
+        raw["target_modules"] = only_these(list(ranks))
+    return raw
+
+
+def _fits(raw: dict[str, Any], ranks: dict[str, int], alphas: dict[str, float]) -> bool:
+    """Whether a given configuration already says these ranks and alphas."""
+    if "r" not in raw or "lora_alpha" not in raw:
+        return False
+    config = config_from_dict(raw, Path("config"))
+    return all(
+        config.module_rank(name) == rank and config.module_alpha(name) == alphas[name] for name, rank in ranks.items()
+    )

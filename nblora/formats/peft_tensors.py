@@ -1,0 +1,156 @@
+"""`adapter_model.safetensors` of PEFT: its tensor names sorted into modules, checked against the configuration."""
+
+import re
+from dataclasses import dataclass, field
+
+from nblora.errors import FormatError
+from nblora.formats.peft_config import PeftConfig
+from nblora.formats.safetensors_reader import FLOATS, SafetensorsFile, TensorInfo
+
+TENSORS_NAME = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+_PARTS = {
+    "lora_A.weight": "A",
+    "lora_B.weight": "B",
+    "lora_B.bias": "bias",
+    "lora_embedding_A": "A",
+    "lora_embedding_B": "B",
+    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude",
+}
+_SUFFIX = re.compile(rf"(?:(.*)\.)?({'|'.join(re.escape(part) for part in _PARTS)})")
+
+
+@dataclass
+class LoraModule:
+    """One adapted layer of an adapter.
+
+    Attributes
+    ----------
+    name : str
+        The layer's name in the base model.
+    kind : str
+        "linear" (A (r, in), B (out, r); GPT-2's Conv1D too), "embedding" (A (r, rows), B (dim, r)) or
+        "conv" (A (r, in, k...), B (out, r, 1...)).
+    A, B : TensorInfo
+    bias : TensorInfo or None
+        Of `lora_B`, (out,).
+    magnitude : TensorInfo or None
+        DoRA's m, one number an output.
+    rank : int
+    alpha, scaling : float
+    groups : int
+        Groups of an adapted convolution.
+    """
+
+    name: str
+    kind: str
+    A: TensorInfo
+    B: TensorInfo
+    bias: TensorInfo | None
+    magnitude: TensorInfo | None
+    rank: int
+    alpha: float
+    scaling: float
+    groups: int = 1
+
+    @property
+    def out_features(self) -> int:
+        """Outputs of the layer (the dimension of an embedding)."""
+        return self.B.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """Inputs of the layer, a convolution's kernel included (the rows of an embedding)."""
+        return self.A.size // self.rank
+
+
+@dataclass
+class SortedTensors:
+    """The tensors of an adapter: modules by name, and whole tensors by the name of the parameter they replace."""
+
+    modules: dict[str, LoraModule] = field(default_factory=dict)
+    replaced: dict[str, TensorInfo] = field(default_factory=dict)
+
+
+def sort_tensors(file: SafetensorsFile, config: PeftConfig) -> SortedTensors:
+    """Sort an adapter's tensors by what they are for and check them against its configuration.
+
+    Parameters
+    ----------
+    file : SafetensorsFile
+    config : PeftConfig
+
+    Returns
+    -------
+    SortedTensors
+
+    Raises
+    ------
+    FormatError
+        If a tensor is missing, unknown, of a dtype or shape that cannot be, or contradicts the configuration.
+    """
+    parts: dict[str, dict[str, TensorInfo]] = {}
+    embeddings: set[str] = set()
+    result = SortedTensors()
+    for name, info in file.tensors.items():
+        if info.dtype not in FLOATS:
+            raise FormatError(f"{file.path}: {name} is {info.dtype}; adapters hold F64, F32, F16 or BF16")
+        short = name.removeprefix(PREFIX)
+        match = _SUFFIX.fullmatch(short)
+        if match is None:
+            _sort_replaced(file, result, name, short, info)
+            continue
+        module, part = match[1] or "", _PARTS[match[2]]
+        if part in parts.setdefault(module, {}):
+            raise FormatError(f"{file.path}: {name} occurs a second time under another name")
+        parts[module][part] = info
+        if "embedding" in match[2]:
+            embeddings.add(module)
+    for module, found in parts.items():
+        result.modules[module] = _module(file, config, module, found, module in embeddings)
+    if not file.tensors:
+        raise FormatError(f"{file.path}: holds no tensors")
+    return result
+
+
+def _sort_replaced(file: SafetensorsFile, result: SortedTensors, name: str, short: str, info: TensorInfo) -> None:
+    if re.search(r"(^|\.)lora_[A-Za-z_]+(\.|$)", short):
+        raise FormatError(f"{file.path}: {name} is not a tensor of a LoRA adapter that nblora knows")
+    parameter = re.sub(r"(^|\.)base_layer\.", r"\1", short)
+    if parameter in result.replaced:
+        raise FormatError(f"{file.path}: {name} is one of two tensors that replace {parameter}")
+    result.replaced[parameter] = info
+
+
+def _module(
+    file: SafetensorsFile, config: PeftConfig, name: str, found: dict[str, TensorInfo], embedding: bool
+) -> LoraModule:
+    def fault(text: str) -> FormatError:
+        return FormatError(f"{file.path}: module {name!r}: {text}")
+
+    for part in ("A", "B"):
+        if part not in found:
+            raise fault(f"lora_{part} is missing")
+    A, B, bias, magnitude = found["A"], found["B"], found.get("bias"), found.get("magnitude")
+    if len(A.shape) < 2 or len(A.shape) != len(B.shape) or 0 in A.shape + B.shape:
+        raise fault(f"lora_A has shape {A.shape} and lora_B {B.shape}; they are no factors of a weight")
+    kind = "embedding" if embedding else "linear" if len(A.shape) == 2 else "conv"
+    rank = A.shape[0]
+    groups = rank // B.shape[1] if kind == "conv" and rank % B.shape[1] == 0 else 1
+    if B.shape[1] * groups != rank or any(size != 1 for size in B.shape[2:]):
+        raise fault(f"lora_A has shape {A.shape} and lora_B {B.shape}; their ranks differ")
+    if rank != config.module_rank(name):
+        raise fault(f"its tensors have rank {rank}, but {config.path.name} says {config.module_rank(name)}")
+    _check_switch(fault, "lora_bias", config.lora_bias, "lora_B.bias", bias, B.shape[0], kind)
+    _check_switch(fault, "use_dora", config.use_dora, "lora_magnitude_vector", magnitude, B.shape[0], kind)
+    return LoraModule(name, kind, A, B, bias, magnitude, rank, config.module_alpha(name), config.scaling(name), groups)
+
+
+def _check_switch(fault, switch, is_on, name, info, outputs, kind) -> None:  # type: ignore[no-untyped-def]
+    if is_on and info is None and not (switch == "lora_bias" and kind == "embedding"):
+        raise fault(f"{switch} is set, but {name} is missing")
+    if info is not None and not is_on:
+        raise fault(f"{name} is there, but {switch} is not set")
+    if info is not None and (info.size != outputs or max(info.shape) != outputs):
+        raise fault(f"{name} has shape {info.shape}; expected {outputs} numbers")

@@ -1,0 +1,157 @@
+"""Outputs that are whole or absent: a large file or a folder of files, and the remains of merges that were killed.
+
+While it is written an output lies beside its place under a hidden name, locked. A killed process leaves it there
+unlocked; the next one that writes to the same place takes it away.
+"""
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from nblora.errors import FormatError
+from nblora.storage.atomic import replace_whole
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+def check_output(output: Path, inputs: Collection[Path], known: Collection[str] | None = None) -> None:
+    """Refuse an output that is an input, that is a link, or that would replace what a merge did not write.
+
+    Parameters
+    ----------
+    output : Path
+    inputs : collection of Path
+        Files and folders that are read.
+    known : collection of str, optional
+        Names that the output folder will hold; None for a file.
+
+    Raises
+    ------
+    FormatError
+        The message names the output and the fault.
+    OSError
+        If the output's parent does not exist.
+    """
+    if output.is_symlink():
+        raise FormatError(f"{output}: the output is a symbolic link; give the place itself")
+    if not output.absolute().parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "the output's folder does not exist", str(output.absolute().parent))
+    if not output.exists():
+        return
+    for path in inputs:
+        if path.exists() and os.path.samefile(path, output):
+            raise FormatError(f"{output}: is the output and the input {path} at once; choose another output")
+    if known is None:
+        if not output.is_file():
+            raise FormatError(
+                f"{output}: expected a file or nothing at the output's place, got a folder or special file"
+            )
+        return
+    if not output.is_dir():
+        raise FormatError(f"{output}: expected a folder or nothing at the output's place, got a file")
+    foreign = sorted(set(os.listdir(output)) - set(known))
+    if foreign:
+        raise FormatError(f"{output}: the output folder holds {foreign[0]!r}, which this would remove; choose another")
+
+
+def check_space(output: Path, needed: int) -> None:
+    """Raise OSError (ENOSPC) if the disk cannot take `needed` more bytes."""
+    free = shutil.disk_usage(output.absolute().parent).free
+    if needed > free:
+        raise OSError(errno.ENOSPC, f"the disk is full: {needed} bytes are needed and {free} are free", str(output))
+
+
+@contextlib.contextmanager
+def named_output(output: Path) -> Iterator[None]:
+    """Name the output in an OSError that names its temporary file, or nothing."""
+    try:
+        yield
+    except OSError as error:
+        hidden = str(output.absolute().parent / f".{output.name}.")
+        if error.filename is None or str(Path(error.filename).absolute()).startswith(hidden):
+            raise OSError(error.errno, error.strerror or str(error), str(output)) from error
+        raise
+
+
+@contextlib.contextmanager
+def replace_file(output: Path) -> Iterator[BinaryIO]:
+    """`replace_whole`, with the temporary file locked and those of killed processes taken away first."""
+    with named_output(output):
+        remove_stale(output)
+        with replace_whole(output) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield file
+
+
+@contextlib.contextmanager
+def replace_folder(output: Path) -> Iterator[Path]:
+    """Yield a new hidden folder beside `output` to write into; put it in its place when the block ends well.
+
+    Files must be flushed to the disk by who writes them. An existing folder is exchanged in one step where the system
+    can (Linux), else in two between which there is none.
+    """
+    with named_output(output):
+        remove_stale(output)
+        parent = output.absolute().parent
+        hidden = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".tmp", dir=parent))
+        descriptor = os.open(hidden, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(hidden, 0o777 & ~umask)
+            yield hidden
+            os.fsync(descriptor)
+            _put(hidden, output)
+            folder = os.open(parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+        finally:
+            shutil.rmtree(hidden, ignore_errors=True)
+            os.close(descriptor)
+
+
+def _put(hidden: Path, output: Path) -> None:
+    if not output.exists():
+        os.rename(hidden, output)
+    elif not _exchange(hidden, output):
+        shutil.rmtree(output)
+        os.rename(hidden, output)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Exchange two paths in one step; False where the system cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return False
+    return renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0
+
+
+def remove_stale(output: Path) -> None:
+    """Remove what killed processes left beside `output`; a lock tells the living from the dead."""
+    parent = output.absolute().parent
+    for path in parent.glob(f".{_escaped(output.name)}.????????.tmp"):
+        with contextlib.suppress(OSError):
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+            finally:
+                os.close(descriptor)
+
+
+def _escaped(name: str) -> str:
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)

@@ -1,0 +1,280 @@
+"""A bounded reader of safetensors files: the header is checked whole, tensors are read with `pread` on demand.
+
+Nothing is mapped into memory and nothing is believed: what the reference implementation rejects is rejected here, and
+so are duplicate names, fields that the format does not know, symbolic links and special files.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from nblora.errors import FormatError
+from nblora.formats.bounded import open_regular, parse_json
+
+MAX_HEADER = 100_000_000  # bytes, the reference implementation's own bound
+_LARGEST = 2**64 - 1  # sizes and offsets are unsigned 64-bit numbers
+BITS = {
+    **dict.fromkeys(("F4",), 4),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
+    **dict.fromkeys(("I32", "U32", "F32"), 32),
+    **dict.fromkeys(("C64", "F64", "I64", "U64"), 64),
+}
+"""Bits of one element of every dtype that the format knows."""
+FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+"""The dtypes that take part in arithmetic, and the NumPy type that holds their bits."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a file: its name, dtype as the format spells it, shape, and bytes [start, stop) of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return element_count(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes."""
+        return self.stop - self.start
+
+
+def element_count(shape: tuple[int, ...]) -> int:
+    """Product of the sizes in `shape`."""
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+class SafetensorsFile:
+    """An open safetensors file, its header checked.
+
+    Parameters
+    ----------
+    path : path-like
+        A regular file.
+
+    Attributes
+    ----------
+    path : Path
+    tensors : dict of str to TensorInfo
+        In the order of their bytes.
+    metadata : dict of str to str
+        Empty where the file has none.
+    header : bytes
+        The header as stored, its length included: the first `len(header)` bytes of the file.
+    nbytes : int
+        Size of the file.
+
+    Raises
+    ------
+    FormatError
+        If the file is not a well-formed safetensors file; the message names the file and the fault.
+    OSError
+        If it cannot be read.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._descriptor = open_regular(path)
+        try:
+            self.nbytes = os.fstat(self._descriptor).st_size
+            self.header = self._read_header()
+            self.metadata, self.tensors = parse_header(self.header, self.path, self.nbytes)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; closing twice is harmless."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def same_file(self, path: str | os.PathLike[str]) -> bool:
+        """Whether `path` leads to this very file."""
+        with contextlib.suppress(OSError):
+            return os.path.samestat(os.fstat(self._descriptor), os.stat(path))
+        return False
+
+    def pread(self, buffer: memoryview, offset: int) -> None:
+        """Fill `buffer` (bytes) from the file's byte `offset` on; safe in several threads at once.
+
+        Raises
+        ------
+        FormatError
+            If the file ends before the buffer is full.
+        """
+        while len(buffer):
+            count = os.preadv(self._descriptor, [buffer], offset)
+            if count == 0:
+                raise FormatError(f"{self.path}: ends at byte {offset}, inside a tensor; it was cut while being read")
+            buffer, offset = buffer[count:], offset + count
+
+    def read(self, name: str) -> np.ndarray:
+        """Return one tensor as an array that owns its memory.
+
+        Parameters
+        ----------
+        name : str
+
+        Returns
+        -------
+        ndarray
+            Of float64, float32 or float16; bfloat16 comes as the uint16 of its bits, every other dtype as uint8 bytes.
+        """
+        info = self.tensors[name]
+        raw = np.empty(info.nbytes, np.uint8)
+        self.pread(raw.data, info.start)
+        dtype = FLOATS.get(info.dtype)
+        return raw if dtype is None else raw.view(dtype).reshape(info.shape)
+
+    def read_wide(self, name: str) -> np.ndarray:
+        """Return one floating-point tensor as float64, exactly."""
+        info = self.tensors[name]
+        return widen(self.read(name).reshape(-1).view(np.uint8), info.dtype).reshape(info.shape)
+
+    def _fault(self, fault: str) -> FormatError:
+        return FormatError(f"{self.path}: {fault}")
+
+    def _read_header(self) -> bytes:
+        if self.nbytes < 8:
+            raise self._fault(f"not a safetensors file: {self.nbytes} bytes, shorter than the 8 of a header's length")
+        prefix = bytearray(8)
+        self.pread(memoryview(prefix), 0)
+        length = int.from_bytes(prefix, "little")
+        if length > MAX_HEADER:
+            raise self._fault(f"the header claims {length} bytes, more than the allowed {MAX_HEADER}")
+        if length + 8 > self.nbytes:
+            raise self._fault(f"the header claims {length} bytes, but only {self.nbytes - 8} follow; the file is cut")
+        header = bytearray(8 + length)
+        self.pread(memoryview(header), 0)
+        return bytes(header)
+
+
+def parse_header(header: bytes, path: Path, nbytes: int | None = None) -> tuple[dict[str, str], dict[str, TensorInfo]]:
+    """Check a safetensors header.
+
+    Parameters
+    ----------
+    header : bytes
+        Its length included.
+    path : Path
+        The file, for messages.
+    nbytes : int, optional
+        Size of the file, which the tensors must cover; not checked when left out.
+
+    Returns
+    -------
+    metadata : dict of str to str
+    tensors : dict of str to TensorInfo
+        In the order of their bytes.
+
+    Raises
+    ------
+    FormatError
+        The message names the file, the tensor and the fault.
+    """
+    try:
+        parsed = parse_json(header[8:])
+    except ValueError as error:
+        raise FormatError(f"{path}: the header is not valid: {error}") from None
+    if not isinstance(parsed, dict):
+        raise FormatError(f"{path}: the header is not a JSON object")
+    metadata = parsed.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise FormatError(f"{path}: __metadata__ must map strings to strings")
+    infos = [_check_tensor(path, len(header), name, entry) for name, entry in parsed.items()]
+    infos.sort(key=lambda info: (info.start, info.stop))
+    _check_coverage(path, len(header), infos, nbytes)
+    return metadata, {info.name: info for info in infos}
+
+
+def _check_tensor(path: Path, base: int, name: str, entry: Any) -> TensorInfo:
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise FormatError(f"{path}: tensor {name!r} must have exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise FormatError(f"{path}: tensor {name!r} has the unknown dtype {dtype!r}; known are {', '.join(BITS)}")
+    if not _is_sizes(shape):
+        raise FormatError(f"{path}: tensor {name!r} has the shape {shape!r}; expected a list of sizes")
+    if not _is_sizes(offsets) or len(offsets) != 2:
+        raise FormatError(f"{path}: tensor {name!r} has data_offsets {offsets!r}; expected two offsets")
+    count = 1
+    for size in shape:
+        count *= size
+        if count > _LARGEST:
+            raise FormatError(f"{path}: tensor {name!r} has the shape {shape!r}; its size overflows 64 bits")
+    bits = BITS[dtype] * count
+    start, stop = offsets
+    if bits > _LARGEST or bits % 8 or stop - start != bits // 8:
+        raise FormatError(
+            f"{path}: tensor {name!r}: {dtype} of shape {shape} needs {bits / 8:g} bytes, but data_offsets "
+            f"[{start}, {stop}] hold {stop - start}"
+        )
+    return TensorInfo(name, dtype, tuple(shape), base + start, base + stop)
+
+
+def _check_coverage(path: Path, base: int, infos: list[TensorInfo], nbytes: int | None) -> None:
+    end = base
+    for info in infos:
+        if info.start != end:
+            fault = "overlaps the tensor before it" if info.start < end else "leaves a hole before it"
+            offsets = f"[{info.start - base}, {info.stop - base}]"
+            raise FormatError(f"{path}: tensor {info.name!r} at data_offsets {offsets} {fault}; expected {end - base}")
+        end = info.stop
+    if nbytes is not None and end != nbytes:
+        fault = "data is missing: the file is cut" if end > nbytes else "bytes follow that no tensor covers"
+        raise FormatError(f"{path}: the tensors end at byte {end} of {nbytes}; {fault}")
+
+
+def widen(raw: np.ndarray, dtype: str) -> np.ndarray:
+    """Return stored numbers as float64.
+
+    Parameters
+    ----------
+    raw : ndarray of uint8, shape (n · itemsize,)
+    dtype : str
+        As safetensors spells it: F64, F32, F16 or BF16.
+
+    Returns
+    -------
+    ndarray of float64, shape (n,)
+    """
+    numbers = raw.view(FLOATS[dtype])
+    if dtype == "BF16":
+        numbers = (numbers.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return numbers.astype(np.float64)
+
+
+def _is_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(size) is int and 0 <= size <= _LARGEST for size in value)
+
+
+def iterate_chunks(nbytes: int, chunk: int) -> Iterator[tuple[int, int]]:
+    """Yield [start, stop) pieces of at most `chunk` that cover `nbytes`."""
+    for start in range(0, nbytes, chunk):
+        yield start, min(start + chunk, nbytes)

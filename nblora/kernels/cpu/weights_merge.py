@@ -1,0 +1,268 @@
+"""One block of a merged weight: read as stored, computed, measured and rounded in one sweep.
+
+A block is a range of rows of a matrix that lies row-major in a file, or a range of columns of such rows. Columns are
+walked in segments of `SEGMENT`, counted from the block's first column: a block that starts at a multiple of `SEGMENT`
+gives every element and every per-row sum the bits that any other division into blocks gives.
+"""
+
+import numpy as np
+from numba.extending import intrinsic
+
+from nblora.kernels.cpu.weights_numbers import BFLOAT16, FLOAT32, FLOAT64, decode, encode, round_to_odd
+from nblora.kernels.jit import JIT_DISABLED, kernel
+
+SEGMENT = 1024
+BY_ROW, BY_COLUMN = 0, 1
+CHANGE, BASE = 0, 1
+LOST, NOT_FINITE = 0, 1
+
+
+if JIT_DISABLED:
+
+    def fma(a, b, c):
+        """a·b + c; without the compiler the product is rounded too."""
+        return a * b + c
+
+else:
+
+    @intrinsic
+    def fma(typing_context, a, b, c):
+        """a·b + c, rounded once on every machine; a, b, c and the result of one float type."""
+
+        def code(context, builder, signature, arguments):
+            return builder.fma(*arguments)
+
+        return a(a, a, a), code
+
+
+@kernel
+def low_rank_segment(P, Q, total):
+    """total = Σ_k P[k] · Q[k]; P (K,), Q (K, ≥ n), total (n,), summed from k = 0 upwards in their one float type."""
+    n = total.shape[0]
+    for j in range(n):
+        total[j] = 0
+    whole = P.shape[0] - P.shape[0] % 4
+    for k in range(0, whole, 4):
+        p0, p1, p2, p3 = P[k], P[k + 1], P[k + 2], P[k + 3]
+        q0, q1, q2, q3 = Q[k], Q[k + 1], Q[k + 2], Q[k + 3]
+        for j in range(n):
+            total[j] = fma(p3, q3[j], fma(p2, q2[j], fma(p1, q1[j], fma(p0, q0[j], total[j]))))
+    for k in range(whole, P.shape[0]):
+        p, q = P[k], Q[k]
+        for j in range(n):
+            total[j] = fma(p, q[j], total[j])
+
+
+@kernel
+def pack_segment(Q, first, n, packed):
+    """packed[:, :n] = Q[:, first : first + n], in the type of `packed`; Q float64 (K, columns), packed (K, ≥ n).
+
+    Rows of Q that lie a power of two apart share cache sets; packed they do not (0.51 against 0.75 ns an element).
+    """
+    for k in range(Q.shape[0]):
+        row, column = packed[k], Q[k, first : first + n]
+        for j in range(n):
+            row[j] = column[j]
+
+
+@kernel(fastmath={"reassoc", "nsz"})
+def count_near_ties(bits, mask, half, reach):
+    """How many of the float32 numbers with these bits lie within `reach` units of a tie of the 16-bit rounding.
+
+    bits int32 (n,); mask: the bits that rounding drops; half: the tie among them. Counted in float32, exact for these
+    n, because a 64-bit count is added in vectors a quarter as wide (0.15 against 0.06 ns an element).
+    """
+    near = np.float32(0)
+    lowest, span = half - reach, np.uint32(2 * reach)
+    for j in range(bits.shape[0]):
+        near += np.float32(1) if np.uint32((bits[j] & mask) - lowest) <= span else np.float32(0)
+    return near
+
+
+@kernel
+def settle_ties(P, i, Q, start, row_scale, column_scale, first, number, value):
+    """Compute again in float64 what float32 sums leave too close to a tie to be rounded to 16 bits.
+
+    The float32 error of a sum of K terms is a few of its units; entries nearer to a tie than that (one in a thousand)
+    are replaced by the float64 value, rounded to odd, so that the rounding that follows is the exact value's.
+
+    P float64 (rows, K), of which row i; Q float64 (K, columns); start float32 (n,), what the sum is added to, times
+    row_scale and column_scale[j] (unless empty); first: the segment's column; number: the stored type;
+    value float32 (n,), updated.
+    """
+    bits = value.view(np.int32)
+    dropped = np.int32(16 if number == BFLOAT16 else 13)
+    mask, half = np.int32((1 << dropped) - 1), np.int32(1 << (dropped - 1))
+    reach = np.int32(min(16 + P.shape[1] // 4, 1 << (dropped - 2)))
+    if count_near_ties(bits, mask, half, reach) == 0:
+        return
+    for j in range(value.shape[0]):
+        if abs((bits[j] & mask) - half) <= reach:
+            total = 0.0
+            for k in range(P.shape[1]):
+                total = fma(P[i, k], Q[k, first + j], total)
+            scale = row_scale * column_scale[first + j] if column_scale.shape[0] else row_scale
+            round_to_odd(fma(scale, np.float64(start[j]), total), value, bits, j)
+
+
+@kernel(fastmath={"reassoc", "nsz"})
+def sum_of_squares(numbers):
+    """Σ_j numbers[j]² in float64; numbers float32 or float64 (n,)."""
+    total = 0.0
+    for j in range(numbers.shape[0]):
+        total += np.float64(numbers[j]) * np.float64(numbers[j])
+    return total
+
+
+@kernel(fastmath={"reassoc", "nsz"})
+def count_lost(change, target, before, exponent, counts):
+    """Count what rounding did to a segment; counts int64 (2,), [LOST, NOT_FINITE], is added to.
+
+    change float32 or float64 (n,); target, before unsigned integers (n,), the bits stored after and before;
+    exponent: the bits of infinity. Lost is an entry whose change is not zero and whose bits stayed; not finite is an
+    entry of `target` that is an infinity or NaN. Counted in float32 for the reason that `count_near_ties` gives.
+    """
+    lost, not_finite = np.float32(0), np.float32(0)
+    for j in range(change.shape[0]):
+        lost += np.float32(1) if (change[j] != 0) & (target[j] == before[j]) else np.float32(0)
+    for j in range(change.shape[0]):
+        not_finite += np.float32(1) if (target[j] & exponent) == exponent else np.float32(0)
+    counts[LOST] += np.int64(lost)
+    counts[NOT_FINITE] += np.int64(not_finite)
+
+
+@kernel
+def count_stored(change, number, target, before, counts):
+    """`count_lost` on bytes; number: the code of the stored type; target, before uint8 (n · itemsize,)."""
+    if number == FLOAT64:
+        infinity = np.uint64(0x7FF0000000000000)
+        count_lost(change, target.view(np.uint64), before.view(np.uint64), infinity, counts)
+    elif number == FLOAT32:
+        count_lost(change, target.view(np.uint32), before.view(np.uint32), np.uint32(0x7F800000), counts)
+    else:
+        infinity = np.uint16(0x7F80) if number == BFLOAT16 else np.uint16(0x7C00)
+        count_lost(change, target.view(np.uint16), before.view(np.uint16), infinity, counts)
+
+
+@kernel
+def itemsize(number):
+    """Bytes of one number of the type with this code."""
+    if number == FLOAT64:
+        return 8
+    return 4 if number == FLOAT32 else 2
+
+
+@kernel
+def merge_block(
+    source,
+    source_number,
+    base,
+    base_number,
+    P,
+    Q,
+    row_scale,
+    column_scale,
+    working,
+    target,
+    target_number,
+    sums,
+    counts,
+):
+    """target = round(g ∘ source + P Q), and what that did to `base`.
+
+    source uint8 (rows · columns · itemsize,): the numbers to start from, stored as `source_number` says
+    base uint8, likewise: what the checkpoint holds; the same array as `source` unless an adapter replaces the weight
+    P (rows, K), Q (K, columns): stacked low-rank factors, float64, scalings folded in
+    row_scale, column_scale: g[i, j] = row_scale[i] · column_scale[j], float64; empty where it is 1
+    working (any,): its type, float32 or float64, is the one that is computed in; float32 only for 16-bit targets
+    target uint8 (rows · columns · itemsize,), written
+    sums float64 (rows, 2), added to: Σ (value − base)², Σ base²; counts int64 (2,), added to: see `count_lost`
+    """
+    rows, columns = P.shape[0], Q.shape[1]
+    same = source_number == base_number and source.ctypes.data == base.ctypes.data
+    scaled = row_scale.shape[0] + column_scale.shape[0] > 0
+    s_size, b_size, t_size = itemsize(source_number), itemsize(base_number), itemsize(target_number)
+    width = min(SEGMENT, columns)
+    narrow, scratch = np.empty(width, np.float32), np.empty(width, np.float32)
+    before, start = np.empty(width, working.dtype), np.empty(width, working.dtype)
+    change, value = np.empty(width, working.dtype), np.empty(width, working.dtype)
+    g, p = np.ones(width, working.dtype), np.empty(P.shape[1], working.dtype)
+    packed = np.empty((Q.shape[0], width + 16), working.dtype)
+    rounded = np.empty(width * 8, np.uint8)
+    for first in range(0, columns, SEGMENT):
+        n = min(SEGMENT, columns - first)
+        pack_segment(Q, first, n, packed)
+        w, x, d, v, h, near, far = before[:n], start[:n], change[:n], value[:n], g[:n], narrow[:n], scratch[:n]
+        for i in range(rows):
+            at = i * columns + first
+            stored = base[at * b_size : (at + n) * b_size]
+            decode(stored, base_number, near, w)
+            if same:
+                x = w
+            else:
+                decode(source[at * s_size : (at + n) * s_size], source_number, near, x)
+            for k in range(P.shape[1]):
+                p[k] = P[i, k]
+            low_rank_segment(p, packed, d)
+            scale = row_scale[i] if row_scale.shape[0] else 1.0
+            if scaled:
+                for j in range(n):
+                    h[j] = scale * column_scale[first + j] if column_scale.shape[0] else scale
+                for j in range(n):
+                    v[j] = x[j] * h[j] + d[j]
+            elif P.shape[1] == 0:
+                v[:] = x  # a sum with zero would turn -0.0 into 0.0
+            else:
+                for j in range(n):
+                    v[j] = x[j] + d[j]
+            if working.itemsize == 4 and (scaled or P.shape[1] > 0):
+                settle_ties(P, i, Q, x, scale, column_scale, first, target_number, v)
+            if scaled or not same:
+                for j in range(n):
+                    d[j] = v[j] - w[j]
+            written = target[at * t_size : (at + n) * t_size]
+            encode(v, target_number, near, far, written)
+            if base_number != target_number:
+                stored = rounded[: n * t_size]
+                encode(w, target_number, near, far, stored)
+            count_stored(d, target_number, written, stored, counts)
+            sums[i, CHANGE] += sum_of_squares(d)
+            sums[i, BASE] += sum_of_squares(w)
+
+
+@kernel
+def norm_block(source, source_number, P, Q, axis, squares):
+    """Add Σ (source + P Q)², one number a row (BY_ROW) or a column (BY_COLUMN), to `squares`; all in float64.
+
+    source uint8 (rows · columns · itemsize,); P (rows, K), Q (K, columns) float64;
+    squares float64, (rows,) or (columns,). With BY_COLUMN rows are added one after the other: blocks must come in
+    the order of their rows.
+    """
+    rows, columns = P.shape[0], Q.shape[1]
+    size = itemsize(source_number)
+    width = min(SEGMENT, columns)
+    narrow, start, change = np.empty(width, np.float32), np.empty(width, P.dtype), np.empty(width, P.dtype)
+    packed = np.empty((Q.shape[0], width + 16), P.dtype)
+    for first in range(0, columns, SEGMENT):
+        n = min(SEGMENT, columns - first)
+        pack_segment(Q, first, n, packed)
+        x, d, total = start[:n], change[:n], squares[first : first + n]
+        for i in range(rows):
+            at = i * columns + first
+            decode(source[at * size : (at + n) * size], source_number, narrow[:n], x)
+            low_rank_segment(P[i], packed, d)
+            for j in range(n):
+                d[j] += x[j]
+            if axis == BY_ROW:
+                squares[i] += sum_of_squares(d)
+            else:
+                for j in range(n):
+                    total[j] += np.float64(d[j]) * np.float64(d[j])
+
+
+@kernel
+def fold_rows(sums, totals):
+    """totals += sums, row after row; sums float64 (rows, 2), totals float64 (2,)."""
+    for i in range(sums.shape[0]):
+        totals[0] += sums[i, 0]
+        totals[1] += sums[i, 1]

@@ -1,0 +1,179 @@
+"""The cache of compiled kernels: found again, never stale, never in the way. Each case is a fresh process.
+
+`jit.py` knows its folder alone, so a copy of it beside two small kernels stands in for the real ones.
+"""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from nblora.kernels import jit
+from tests.processes import run
+
+pytestmark = pytest.mark.skipif(jit.JIT_DISABLED, reason="compiles nothing under NUMBA_DISABLE_JIT=1")
+
+HELPER = "from .jit import kernel\n@kernel(inline='always')\ndef add(a, b):\n    return a + b\n"
+MAIN = "from .helper import add\nfrom .jit import kernel\n@kernel\ndef total(a, b):\n    return add(a, b)\n"
+CALL = """
+from package.main import total
+from package.jit import cache_folder
+print(total(2, 3), sum(total.stats.cache_hits.values()), sum(total.stats.cache_misses.values()), cache_folder())
+"""
+
+
+@pytest.fixture
+def package(tmp_path):
+    folder = tmp_path / "site" / "package"
+    folder.mkdir(parents=True)
+    shutil.copy(jit.__file__, folder / "jit.py")
+    (folder / "__init__.py").touch()
+    (folder / "helper.py").write_text(HELPER)
+    (folder / "main.py").write_text(MAIN)
+    return folder
+
+
+def call(package, code=CALL, **environment):
+    """Result, cache hits, cache misses and folder of one process."""
+    defaults = {"NUMBA_CACHE_DIR": None, "XDG_CACHE_HOME": str(package.parent / "user"), "NUMBA_DISABLE_JIT": None}
+    done = run(code, path=package.parent, **(defaults | environment))
+    result, hits, misses, folder = done.stdout.split()
+    return int(result), int(hits), int(misses), folder
+
+
+def read_only(package):
+    """Let nothing be made beside the sources, not even by root: the folder's name is taken by a file."""
+    shutil.rmtree(package / "__pycache__", ignore_errors=True)
+    (package / "__pycache__").touch()
+
+
+def test_a_second_process_compiles_nothing(package):
+    first, second = call(package), call(package)
+    assert first[:3] == (5, 0, 1)
+    assert second[:3] == (5, 1, 0)
+    assert first[3] == second[3]
+    assert first[3].startswith(str(package / "__pycache__" / "nblora-"))
+
+
+def test_a_changed_helper_leaves_no_stale_kernel(package):
+    before = call(package)
+    (package / "helper.py").write_text(HELPER.replace("a + b", "a * b"))
+    after = call(package)
+    assert (before[0], after[0]) == (5, 6)
+    assert after[1:3] == (0, 1)
+    assert after[3] != before[3]
+
+
+def test_a_new_file_and_a_new_name_change_the_digest(package):
+    folders = {call(package)[3]}
+    (package / "more").mkdir()
+    (package / "more" / "kernels.py").write_text("")
+    folders.add(call(package)[3])
+    (package / "more" / "kernels.py").rename(package / "more" / "others.py")
+    folders.add(call(package)[3])
+    assert len(folders) == 3
+
+
+def test_settings_that_shape_the_machine_code_change_the_digest(package):
+    plain, checked, slow = call(package), call(package, NUMBA_BOUNDSCHECK="1"), call(package, NUMBA_OPT="1")
+    assert len({plain[3], checked[3], slow[3]}) == 3
+
+
+def test_the_users_choice_comes_first(package, tmp_path):
+    chosen = tmp_path / "chosen"
+    assert call(package, NUMBA_CACHE_DIR=str(chosen))[3].startswith(str(chosen))
+    assert call(package, NUMBA_CACHE_DIR=str(chosen))[:3] == (5, 1, 0)
+
+
+def test_a_read_only_install_uses_the_users_cache_folder(package, tmp_path):
+    read_only(package)
+    first, second = call(package), call(package)
+    assert first[3].startswith(str(package.parent / "user" / "nblora" / "nblora-"))
+    assert (first[:3], second[:3]) == ((5, 0, 1), (5, 1, 0))
+
+
+def test_an_unwritable_choice_is_passed_over(package):
+    assert call(package, NUMBA_CACHE_DIR="/proc/nowhere")[3].startswith(str(package / "__pycache__"))
+
+
+COUNT = """
+import warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    from package.main import total
+    from package.helper import add
+    results = total(2, 3), total(2.0, 3.0), add(2, 3)
+told = [w for w in caught if w.category is RuntimeWarning and "NUMBA_CACHE_DIR" in str(w.message)]
+print(int(sum(results)), len(told), len(caught), None)
+"""
+
+
+def test_nowhere_writable_is_one_warning_and_works(package):
+    read_only(package)
+    assert call(package, COUNT, XDG_CACHE_HOME="/proc/nowhere")[:3] == (15, 1, 1)
+
+
+def test_a_user_without_a_home_is_no_error(package):
+    read_only(package)
+    code = "import pathlib\ndef home(): raise RuntimeError\npathlib.Path.home = home\n" + COUNT
+    assert call(package, code, XDG_CACHE_HOME=None)[:3] == (15, 1, 1)
+
+
+def test_a_full_disk_is_no_error(package):
+    code = "import numba.core.caching as c\ndef full(*a): raise OSError(28, 'full')\n"
+    code += "c.FunctionCache.save_overload = c._Cache.save_overload = full\n" + CALL
+    assert call(package, code)[:3] == (5, 0, 1)
+
+
+def test_a_damaged_cache_is_compiled_again(package):
+    for file in Path(call(package)[3]).iterdir():
+        file.write_bytes(b"")
+    assert call(package)[:3] == (5, 0, 1)
+    assert call(package)[:3] == (5, 1, 0)
+
+
+def test_without_machine_code_the_plain_function_comes_back(package):
+    code = "from package.main import total\nprint(total(2, 3), type(total).__name__, 0, None)"
+    done = run(code, path=package.parent, NUMBA_DISABLE_JIT="1")
+    assert done.stdout.split()[:2] == ["5", "function"]
+    assert not list(package.rglob("nblora-*"))
+
+
+def test_import_touches_no_cache(package):
+    run("import package.main", path=package.parent, NUMBA_CACHE_DIR=None)
+    assert not list(package.rglob("nblora-*"))
+
+
+STEP = """
+import numba.core.event as event
+compiled = []
+class Listener(event.Listener):
+    def on_start(self, e): compiled.append(str(e.data.get("dispatcher")))
+    def on_end(self, e): pass
+event.register("numba:compile", Listener())
+import numpy as np
+import nblora
+for dtype in ("float32", "float64"):
+    for layout in (nblora.Dense, nblora.FullyConnected):
+        base = layout.random(70, 50, activation="gelu", dtype=dtype)
+        adapter = nblora.DeltaLoRAAdapter(base, 4, freeze_base_layer=False, lora_dropout=0.1).compile()
+        x, grad = np.ones((40, 70), dtype), np.ones((40, 50), dtype)
+        adapter(x)
+        adapter.backward(grad)
+        adapter.update_parameters(0.1)
+        adapter(x)
+        adapter.backward_update(grad, 0.1)
+        adapter.merge_to_original_layer()
+print(len(compiled), compiled)
+"""
+
+
+def test_a_second_process_compiles_no_kernel_of_nblora():
+    run(STEP)  # the first one may
+    assert run(STEP).stdout.startswith("0 ")
+
+
+def test_compile_leaves_nothing_for_the_first_call():
+    code = STEP.replace("        adapter(x)\n", "        compiled.clear()\n        adapter(x)\n", 1)
+    code = code.replace('("float32", "float64")', '("float32",)').replace(", nblora.FullyConnected)", ",)")
+    assert run(code).stdout.startswith("0 ")

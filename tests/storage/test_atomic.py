@@ -1,0 +1,125 @@
+"""Files that are whole or absent, whatever happens: errors, permissions, and a SIGKILL at any moment."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import nblora
+from nblora.storage.atomic import replace_whole
+from tests.helpers import make_adapter
+
+posix = pytest.mark.skipif(os.name != "posix", reason="permissions and signals of POSIX")
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "file"
+
+
+def test_the_file_appears_at_the_end(path):
+    with replace_whole(path) as file:
+        file.write(b"new")
+        assert not path.exists()
+    assert path.read_bytes() == b"new"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_an_error_leaves_the_old_file_and_nothing_else(path):
+    path.write_bytes(b"old")
+
+    def interrupted():
+        with replace_whole(path) as file:
+            file.write(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert path.read_bytes() == b"old"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_missing_folder(path):
+    with pytest.raises(FileNotFoundError), replace_whole(path / "file"):
+        pass
+
+
+@posix
+def test_permissions(path):
+    with replace_whole(path):
+        pass
+    umask = os.umask(0)
+    os.umask(umask)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+    path.chmod(0o640)
+    with replace_whole(path):
+        pass
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_the_bytes_are_on_the_disk_before_the_name(path, monkeypatch):
+    done = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: done.append("fsync"))
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda *names: (done.append("replace"), replace(*names)))
+    with replace_whole(path) as file:
+        file.write(b"new")
+    assert done[:2] == ["fsync", "replace"]
+    assert done[2:] == (["fsync"] if os.name == "posix" else [])
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace", "chmod"])
+def test_a_full_disk_leaves_the_old_file(path, monkeypatch, rng, step):
+    adapter = make_adapter(rng)
+    adapter.save(path)
+    before = path.read_bytes()
+
+    def refuse(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, step, refuse)
+    with pytest.raises(OSError, match="No space left"):
+        adapter.save(path)
+    monkeypatch.undo()
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
+
+
+SAVE_FOR_EVER = """
+import sys
+import numpy as np
+import nblora
+adapter = nblora.DeltaLoRAAdapter(nblora.Dense(np.zeros((200, 300))), 4)
+turn = 0
+while True:
+    turn += 1
+    adapter.set_parameter("delta", np.full((200, 300), float(turn)))
+    adapter.set_parameter("velocity", np.full((200, 300), float(turn)))
+    adapter.save(sys.argv[1])
+    print(turn, flush=True)
+"""
+
+
+@posix
+def test_a_kill_in_the_middle_of_save(path, rng):
+    """The file is always whole, and holds one turn, never half of two."""
+    last = 0.0
+    for _ in range(6):
+        child = subprocess.Popen([sys.executable, "-c", SAVE_FOR_EVER, str(path)], stdout=subprocess.PIPE)
+        try:
+            child.stdout.readline()  # it saves now
+            time.sleep(rng.uniform(0, 0.05))
+        finally:
+            child.send_signal(signal.SIGKILL)
+            child.wait()
+            child.stdout.close()
+        loaded = nblora.load(path)
+        turns = np.unique([loaded.get_parameter("delta"), loaded.get_parameter("velocity")])
+        assert turns.size == 1
+        assert turns[0] >= 1
+        last = max(last, turns[0])
+    assert last >= 2  # some child was killed in a later save than its first

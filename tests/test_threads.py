@@ -1,0 +1,154 @@
+"""Threads and processes: every installed threading layer, several callers at once, and forked children."""
+
+import os
+import sys
+
+import pytest
+
+from nblora.kernels import jit
+from tests.processes import run
+
+pytestmark = pytest.mark.skipif(jit.JIT_DISABLED, reason="there are no threads under NUMBA_DISABLE_JIT=1")
+
+# Libraries of wheels (TBB) lie in the environment's lib folder, where the loader does not look by itself.
+LIBRARIES = os.pathsep.join(filter(None, [os.path.join(sys.prefix, "lib"), os.environ.get("LD_LIBRARY_PATH")]))
+
+PREPARE = """
+import os, sys, threading
+import numpy as np
+import nblora
+
+rng = np.random.default_rng(0)
+def make(dtype="float64", size=300):
+    base = nblora.Dense(rng.normal(size=(size, size)).astype(dtype) / 17, activation="tanh")
+    adapter = nblora.DeltaLoRAAdapter(base, 8, seed=1)
+    adapter.set_parameter("lora_B", rng.normal(size=(8, size)))
+    adapter.set_parameter("delta", rng.normal(size=(size, size)))
+    return adapter
+
+x, grad = rng.normal(size=(64, 300)), rng.normal(size=(64, 300))
+def step(adapter):
+    adapter.forward(x)
+    adapter.backward(grad)
+    adapter.update_parameters(0.1)
+    adapter.forward(x)
+    adapter.backward_update(grad, 0.1)
+    return adapter.get_parameters()
+
+adapter = make()
+z = x @ (adapter.base_layer.weight + 0.1 * adapter.delta) + x @ adapter.lora_layer.A @ adapter.lora_layer.B
+expected = np.tanh(z)
+"""
+
+ALONE = """
+got = adapter.forward(x)
+assert np.abs(got - expected).max() <= 1e-12, np.abs(got - expected).max()
+"""
+
+TOGETHER = """
+adapter.eval()
+own = [adapter.clone().train() for _ in range(4)]
+wanted = step(adapter.clone().train())
+faults, barrier = [], threading.Barrier(8)
+def work(place):
+    try:
+        barrier.wait()
+        for _ in range(5):
+            if place < 4:
+                assert np.abs(adapter.forward(x) - expected).max() <= 1e-12
+            else:
+                twin = own[place - 4].clone()
+                assert np.abs(step(twin) - wanted).max() <= 1e-12 * np.abs(wanted).max()
+    except BaseException as error:
+        faults.append(repr(error))
+threads = [threading.Thread(target=work, args=(place,)) for place in range(8)]
+[t.start() for t in threads]
+[t.join() for t in threads]
+assert not faults, faults
+"""
+
+FORKED = """
+import warnings
+warnings.simplefilter("ignore", DeprecationWarning)  # of os.fork beside threads: it is what we test
+adapter.forward(x)
+child = os.fork()
+if child == 0:
+    status = 1
+    try:
+        assert np.abs(adapter.forward(x) - expected).max() <= 1e-12
+        step(adapter)
+        status = 0
+    finally:
+        os._exit(status)
+_, status = os.waitpid(child, 0)
+assert status == 0, status
+assert np.abs(adapter.forward(x) - expected).max() <= 1e-12
+"""
+
+POOL = """
+import multiprocessing, sys, warnings
+import numpy as np
+import nblora
+
+def work(seed):
+    return float(nblora.Dense.random(300, 300, seed=seed)(np.ones((64, 300))).sum())
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore", DeprecationWarning)
+    here = [work(seed) for seed in range(3)]
+    with multiprocessing.get_context(sys.argv[1]).Pool(2) as pool:
+        assert pool.map(work, range(3)) == here
+"""
+
+NAME = "import numba; print(numba.threading_layer())"
+
+
+@pytest.fixture(scope="module", params=["workqueue", "omp", "tbb"])
+def layer(request):
+    """The environment of one threading layer, where Numba can load it."""
+    environment = {"NUMBA_THREADING_LAYER": request.param, "NUMBA_NUM_THREADS": "2", "LD_LIBRARY_PATH": LIBRARIES}
+    probe = "import numba; numba.get_num_threads()"
+    if run(probe, check=False, **environment).returncode:
+        pytest.skip(f"Numba's threading layer {request.param} is not installed")
+    return environment
+
+
+def test_a_call_under_every_layer(layer):
+    done = run(PREPARE + ALONE + NAME, **layer)
+    assert done.stdout.strip() == layer["NUMBA_THREADING_LAYER"]
+
+
+def test_several_callers_at_once(layer):
+    done = run(PREPARE + TOGETHER + NAME, **layer)
+    assert done.stdout.strip() == layer["NUMBA_THREADING_LAYER"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_a_forked_child(layer):
+    run(PREPARE + FORKED, **layer)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_a_child_forked_after_another_librarys_kernel(layer):
+    """The parent's threads may have been started by any parallel function of Numba's, not by nblora."""
+    other = """
+import numba
+@numba.njit(parallel=True)
+def total(n):
+    found = 0
+    for i in numba.prange(n):
+        found += i
+    return found
+assert total(1000) == 499500
+"""
+    run(PREPARE + other + FORKED.replace("adapter.forward(x)\nchild", "child", 1), **layer)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_multiprocessing(method, tmp_path):
+    if method == "fork" and not hasattr(os, "fork"):
+        pytest.skip("needs os.fork")
+    script = tmp_path / "parent.py"  # a file, because a spawned child imports its parent's
+    script.write_text(POOL)
+    code = "import subprocess, sys; sys.exit(subprocess.call([sys.executable, *sys.argv[1:]]))"
+    run(code, script, method)
