@@ -1,6 +1,8 @@
 """The estimators inside scikit-learn's tools, and what they promise beyond its checks."""
 
+import importlib
 import pickle
+import sys
 
 import numpy as np
 import pytest
@@ -258,3 +260,10 @@ def test_predictions_do_not_depend_on_how_rows_are_cut(blobs, monkeypatch):
     whole = classifier.predict_proba(X)
     monkeypatch.setattr("nblora.estimators._PREDICTION_ROWS", 50)
     np.testing.assert_allclose(classifier.predict_proba(X), whole, rtol=1e-5)
+
+
+def test_without_scikit_learn_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.base", None)
+    monkeypatch.delitem(sys.modules, "nblora.estimators")
+    with pytest.raises(nblora.errors.MissingExtraError, match=r"nblora\[sklearn\]"):
+        importlib.import_module("nblora.estimators")

@@ -1,6 +1,7 @@
 """A sweep in this process: what runs do, what is recorded, what is repeated."""
 
 import json
+import sys
 
 import numba
 import numpy as np
@@ -10,7 +11,7 @@ from threadpoolctl import threadpool_info
 
 import nblora
 from nblora.cli import main
-from nblora.errors import FormatError
+from nblora.errors import FormatError, MissingExtraError
 from nblora.sweep import Sweep, over_seeds, text_table
 from nblora.sweep.task import Task, limit_threads, prepare
 from nblora.training import AdamW, evaluate, fit
@@ -278,3 +279,14 @@ def test_records_are_json(sweep, tmp_path):
     sweep.runs = dict(list(sweep.runs.items())[:1])
     records = sweep.run(tmp_path / "results.jsonl", workers=1, progress=True)
     assert json.loads(json.dumps(records, allow_nan=False)) == records
+
+
+def test_missing_extras_are_named(sweep, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(MissingExtraError, match=r"nblora\[dask\]"):
+        sweep.run(tmp_path / "results.jsonl", cluster="dask")
+    path = tmp_path / "sweep.toml"
+    path.write_text('[data]\nsklearn = "iris"\n[grid]\nrank = [1]\n')
+    with pytest.raises(MissingExtraError, match=r"nblora\[sklearn\]"):
+        Sweep.from_toml(path)
