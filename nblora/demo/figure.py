@@ -84,9 +84,6 @@ def _draw_delta(figure: "Figure", axes: "Axes", result: DemoResult) -> None:
     axes.set_title(f"Learned delta $c\\,D$ of the first hidden layer, seed {result.settings.seed}")
     axes.set_xlabel("output: hidden unit")
     axes.set_ylabel("input: pixel, row by row")
-    if delta is None:
-        axes.text(0.5, 0.5, "no delta was trained", ha="center", va="center", transform=axes.transAxes)
-        return
     # cividis rises evenly in lightness, so a grey print shows the same order of values.
     limit = float(np.max(np.abs(delta))) or 1.0
     image = axes.imshow(delta, aspect="auto", cmap="cividis", vmin=-limit, vmax=limit, interpolation="nearest")

@@ -72,7 +72,7 @@ class DemoResult:
     steps: int
     before: MethodResult
     methods: list[MethodResult]
-    learned_delta: np.ndarray | None  # c D of the heat map's layer, (in, out), first seed
+    learned_delta: np.ndarray  # c D of the heat map's layer, (in, out), first seed
     seconds: float
     compiled: bool  # whether the seconds include compiling the kernels
 

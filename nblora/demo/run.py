@@ -114,15 +114,15 @@ class _Experiment:
         folder.mkdir(parents=True, exist_ok=True)
         self.bases[self.seeds[0]].save(folder / "pretrained.safetensors")
         before.adapter_file = str(folder / "pretrained.safetensors")
-        rows, delta = [], None
+        rows, models = [], {}
         for method in self.methods:
             row, first_model = self.measure(method, bar)
             row.adapter_file = str(folder / f"{method.slug}.safetensors")
             first_model.save(row.adapter_file)
             check_merge(first_model, row, self.digits.test)
-            if method is DELTA_LORA:
-                delta = learned_delta(first_model)
+            models[method.name] = first_model
             rows.append(row)
+        delta = learned_delta(models[DELTA_LORA.name])
         steps = self.epochs * -(-len(self.digits.adaptation.y) // self.settings.batch_size)
         samples = {name: len(split.y) for name, split in self.digits._asdict().items() if name != "upright_test"}
         return DemoResult(self.settings, _machine(), samples, steps, before, rows, delta, 0.0, False)

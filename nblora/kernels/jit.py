@@ -171,11 +171,13 @@ def kernel(function=None, **options):
 
 
 def part(function=None, **options):
-    """Decorate a function that only kernels call: without entry points and a cache of its own.
+    """Decorate a function that only kernels call: without entry points, a cache and reference counts of its own.
 
-    Compiling a step took three times as long when its inner functions were kernels themselves. Called from Python it is
-    the plain function.
+    Compiling a step took three times as long when its inner functions were kernels themselves, and counting references
+    to array slices took a tenth of a step at 64 x 768 x 768. A part may hand arrays to parts and, being uncounted,
+    return them to parts, but never to a kernel. Called from Python it is the plain function.
     """
+    options = {"_nrt": False, **options}
     if function is None:
         return numba.extending.register_jitable(**options)
-    return numba.extending.register_jitable(function)
+    return numba.extending.register_jitable(**options)(function)

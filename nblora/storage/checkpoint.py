@@ -104,7 +104,7 @@ def _checksum(kind: str, config: str, tensors: Mapping[str, np.ndarray]) -> str:
     value = zlib.crc32(f"{kind} {config}".encode())
     for name, tensor in sorted(tensors.items()):
         value = zlib.crc32(f" {name} {tensor.dtype} {tensor.shape} ".encode(), value)
-        value = zlib.crc32(tensor.reshape(-1).view(np.uint8), value)
+        value = zlib.crc32(tensor.reshape(-1).view(np.uint8).data, value)
     return f"{value:08x}"
 
 

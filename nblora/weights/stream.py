@@ -46,6 +46,7 @@ class Matrix:
 
     @property
     def itemsize(self) -> int:
+        """Bytes of one element, as it is stored."""
         return self.info.nbytes // max(self.info.size, 1)
 
     def read(self, buffer: np.ndarray, rows: tuple[int, int], columns: tuple[int, int]) -> np.ndarray:

@@ -293,7 +293,7 @@ def test_wrong_tensors(adapter, path, name, value, fault):
 
 def test_a_dtype_that_numpy_does_not_know(path):
     raw(path, {"weight": {"dtype": "BF16", "shape": [2], "data_offsets": [0, 4]}}, b"\0" * 4)
-    assert_refused(path, "not a readable safetensors file")
+    assert_refused(path)  # unreadable, or a foreign file where something has imported ml_dtypes before
 
 
 def test_deep_nesting(path):

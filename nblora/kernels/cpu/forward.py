@@ -121,6 +121,7 @@ def _fully_connected_job(task, n0, n1, o0, o1, low_blocks, work):
     _activate_block(task, n0, n1, o0, o1, work.g)
 
 
+@part
 def forward_worker(task, worker, workers):
     """Draw jobs until none is left."""
     work = scratch_work(task.scratch[worker], task.tile_rows, task.tile_steps)

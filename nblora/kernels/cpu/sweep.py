@@ -221,6 +221,7 @@ def _count(total, size):
     return (total + size - 1) // size
 
 
+@part
 def sweep_worker(task, worker, workers):
     """Draw jobs until none is left."""
     work = scratch_work(task.scratch[worker], task.tile_rows, task.tile_steps)

@@ -7,7 +7,7 @@ A kernel that holds a `prange` is optimised several times over with all that it 
 import numpy as np
 from llvmlite import ir
 from numba import prange, types
-from numba.core import cgutils, compiler
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ..jit import JIT_DISABLED, kernel
@@ -19,9 +19,7 @@ _WORKER = ir.FunctionType(ir.VoidType(), [I8P, I64, I64])
 def _trampoline(context, builder, worker, task_type):
     """The LLVM function (task*, worker, workers) that loads the task and calls `worker`."""
     signature = types.none(task_type, types.int64, types.int64)
-    flags = compiler.Flags()
-    flags.nrt = True
-    compiled = context.compile_subroutine(builder, worker, signature, flags=flags)
+    compiled = context.compile_subroutine(builder, worker, signature, caching=False)
     name = f"nblora_enter.{compiled.fndesc.mangled_name}"
     function = ir.Function(builder.module, _WORKER, name)
     function.linkage = "internal"
@@ -34,14 +32,17 @@ def _trampoline(context, builder, worker, task_type):
 
 
 def entry(worker):
-    """Make of `worker(task, index, workers)` a function task -> (address of its code, address of the task)."""
+    """Make of a part `worker(task, index, workers)` a function task -> (address of its code, address of the task)."""
     if JIT_DISABLED:
         return lambda task: (worker, task)
+
+    def enter(task, index, workers):
+        worker(task, index, workers)
 
     @intrinsic
     def addresses(typing_context, task):
         def generate(context, builder, signature, args):
-            function = _trampoline(context, builder, worker, task)
+            function = _trampoline(context, builder, enter, task)
             held = cgutils.alloca_once_value(builder, args[0])
             pair = [builder.ptrtoint(function, I64), builder.ptrtoint(held, I64)]
             return context.make_tuple(builder, signature.return_type, pair)

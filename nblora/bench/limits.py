@@ -1,0 +1,56 @@
+"""How fast a case could run on this machine: the cost model, and the fraction of it that was reached."""
+
+from dataclasses import asdict, dataclass
+
+from .cases import Case
+
+# Flops for each sample and each element of weight and factors, and sweeps over weight-sized arrays. A step: three
+# products; read W and D forward, read W, read and write D and V backward. Without the delta: two products, W twice.
+FLOPS = {"step": 6, "forward": 2, "lora-step": 4}
+SWEEPS = {"step": 7, "forward": 2, "lora-step": 2}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What was measured of the machine, for one dtype and number of threads.
+
+    `flops`: the best rate of a plain matrix product, in flop/s, and who reached it; `bandwidth`: of a parallel copy
+    of arrays far larger than any cache, in bytes read plus bytes written a second.
+    """
+
+    flops: float
+    bandwidth: float
+    flops_by: str = ""
+    bandwidth_by: str = ""
+
+    def best(self, other: "Machine") -> "Machine":
+        """Take the better of two measurements, figure by figure: a limit is what is possible."""
+        flops = max((self.flops, self.flops_by), (other.flops, other.flops_by))
+        bandwidth = max((self.bandwidth, self.bandwidth_by), (other.bandwidth, other.bandwidth_by))
+        return Machine(flops[0], bandwidth[0], flops[1], bandwidth[1])
+
+    def settings(self) -> dict[str, object]:
+        """As JSON can carry it."""
+        return asdict(self)
+
+
+def compute_seconds(case: Case, flops: float) -> float:
+    """Seconds for the case's products alone, at `flops` flop/s."""
+    elements = case.in_features * case.out_features + case.rank * (case.in_features + case.out_features)
+    return FLOPS[case.kind] * case.n * elements / flops
+
+
+def memory_seconds(case: Case, bandwidth: float) -> float:
+    """Seconds for the case's sweeps over weight-sized arrays alone, at `bandwidth` bytes/s."""
+    return SWEEPS[case.kind] * case.in_features * case.out_features * case.itemsize / bandwidth
+
+
+def limit_seconds(case: Case, machine: Machine) -> float:
+    """The least time the case can take where its matrices come from memory: the longer of products and sweeps.
+
+        limit(N) = max( 6 N (in out + rank (in + out)) / P ,  7 in out itemsize / BW )
+
+    with 2 N and 2 sweeps for a forward, 4 N and 2 sweeps for a step without the delta. Matrices that stay in cache
+    can be swept faster than that, so small cases may reach more than 1.
+    """
+    return max(compute_seconds(case, machine.flops), memory_seconds(case, machine.bandwidth))

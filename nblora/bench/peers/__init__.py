@@ -1,0 +1,40 @@
+"""The peers: the same step written as each library's users write it, one class a peer.
+
+These modules run in the peers' own processes, where the package is loaded by its folder under another name, without
+nblora (whose import would cost every peer time and memory) and under any interpreter that has NumPy. So they import
+nothing of nblora, but for the peer that is nblora.
+"""
+
+from typing import NamedTuple
+
+
+class PeerSpec(NamedTuple):
+    """Where a peer is: module (with a dot: one of this folder) and class; whose versions a report pins; what it is."""
+
+    module: str
+    cls: str
+    distributions: tuple[str, ...]
+    about: str
+    kinds: tuple[str, ...] = ("step", "forward", "lora-step")
+    folders: tuple[str, ...] = ()  # further import paths of its process
+
+
+PEERS = {
+    "nblora": PeerSpec(".nblora_peer", "NbloraPeer", ("nblora", "numba", "numpy"), "this library"),
+    "numpy": PeerSpec(".numpy_peer", "NumpyPeer", ("numpy",), "the formulas written plainly"),
+    "torch-eager": PeerSpec(".torch_eager", "TorchEager", ("torch",), "a module, autograd, `SGD`"),
+    "torch-manual": PeerSpec(
+        ".torch_manual",
+        "TorchManual",
+        ("torch",),
+        "what a skilful user writes: merged weight kept from forward to backward, gradients by hand, in place",
+    ),
+    "torch-compile": PeerSpec(
+        ".torch_compiled", "TorchCompiled", ("torch",), "the module of torch-eager and its optimiser, `torch.compile`d"
+    ),
+    "peft": PeerSpec(
+        ".peft_peer", "PeftPeer", ("peft", "torch"), "PEFT's LoRA on `nn.Linear`, autograd, `SGD`", ("lora-step",)
+    ),
+    "jax": PeerSpec(".jax_peer", "JaxPeer", ("jax", "jaxlib"), "`jax.vjp` under `jax.jit`, donated buffers"),
+}
+BASELINE = "nblora"

@@ -1,0 +1,52 @@
+"""`nblora warmup`: every kernel compiled into the cache, for images and CI."""
+
+import itertools
+import time
+from collections.abc import Iterator
+
+import click
+
+import nblora
+from nblora.kernels.jit import cache_folder
+from nblora.layers.activations import ACTIVATIONS
+from nblora.layers.base import Layer
+
+DTYPES = ("float32", "float64")
+SIZES = 32, 48
+RANK = 4
+
+
+@click.command(name="warmup")
+@click.option("--dtype", "dtypes", multiple=True, type=click.Choice(DTYPES), help="Only this one; both without it.")
+def command(dtypes: tuple[str, ...]) -> None:
+    """Compile every kernel into the cache, and say what took how long.
+
+    A later process then loads the kernels instead of compiling them. Run it while an image is built or a CI cache is
+    filled, as the user and with the NUMBA_CACHE_DIR of the work to come; a second run shows what loading takes.
+    """
+    begin = time.perf_counter()
+    for dtype in dtypes or DTYPES:
+        for label, layer in _layers(dtype):
+            start = time.perf_counter()
+            layer.compile()
+            click.echo(f"{time.perf_counter() - start:8.2f} s  {dtype}  {label}")
+    folder = cache_folder()
+    where = "nowhere, for no folder is writable: set NUMBA_CACHE_DIR" if folder is None else str(folder)
+    click.echo(f"{time.perf_counter() - begin:8.2f} s  in all; cached in {where}")
+
+
+def _layers(dtype: str) -> Iterator[tuple[str, Layer]]:
+    """A small object of every kind that needs kernels of its own, and its name."""
+    yield "LoRALayer", nblora.LoRALayer(*SIZES, RANK, dtype=dtype, seed=0)
+    for kind, activation in itertools.product((nblora.Dense, nblora.FullyConnected), ACTIVATIONS):
+        base = kind.random(*SIZES, activation=activation, dtype=dtype, seed=0)
+        name = f"{kind.__name__}, {activation}"
+        yield name, base
+        yield f"LoRAAdapter on {name}", nblora.LoRAAdapter(base, RANK, seed=0)
+        yield f"DeltaLoRAAdapter on {name}", nblora.DeltaLoRAAdapter(base, RANK, seed=0)
+    base = nblora.Dense.random(*SIZES, dtype=dtype, seed=0)
+    for freeze, dropout in ((False, 0.0), (True, 0.1)):
+        what = "lora_dropout" if freeze else "base trained"
+        for adapter in (nblora.LoRAAdapter, nblora.DeltaLoRAAdapter):
+            made = adapter(base, RANK, freeze_base_layer=freeze, lora_dropout=dropout, seed=0)
+            yield f"{adapter.__name__}, {what}", made

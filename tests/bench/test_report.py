@@ -1,0 +1,193 @@
+"""Reports of made-up figures: what the files and tables say, losses included."""
+
+import csv
+import io
+import json
+
+import pytest
+
+from nblora.bench.cases import Case
+from nblora.bench.chart import draw_cases, draw_growth
+from nblora.bench.limits import Machine
+from nblora.bench.machine import describe_machine, usable_cores
+from nblora.bench.report import BEGIN, END, Report, replace_between_markers
+from nblora.bench.runner import CaseResult
+from nblora.bench.suites import LIMIT, Group
+from nblora.bench.tables import (
+    comparison_table,
+    full_text,
+    goals_table,
+    growth_tables,
+    memory_table,
+    milliseconds,
+    neighbour_table,
+    readme_text,
+    table,
+)
+
+WIN, LOSS = Case("step", 64, 128, 128, threads=2), Case("step", 8, 128, 128, threads=2)
+
+
+@pytest.fixture
+def report():
+    """nblora takes 1 ms; NumPy 3 ms of the first case and 0.5 ms of the second, where JAX is wrong."""
+    win = CaseResult(WIN, {"nblora": [1e-3] * 5, "numpy": [3e-3] * 5, "jax": [2e-3] * 5})
+    loss = CaseResult(LOSS, {"nblora": [1e-3] * 5, "numpy": [5e-4] * 5}, {"jax": "wrong result: y is off"})
+    start = {"median": 1.0, "q1": 1.0, "q3": 1.0}
+    return Report(
+        suite="quick",
+        machine=describe_machine(),
+        settings={"rounds": 5, "burst": 0.1},
+        peers={"nblora": "this", "numpy": "plain", "jax": "jit"},
+        groups=[Group("both", (WIN, LOSS), {"numpy": 1.5, LIMIT: 0.1})],
+        versions={"numpy": {"numpy": "9.9"}},
+        skipped={"peft": "peft is not installed"},
+        machines={("float32", 2): Machine(1e10, 1e10, "numpy", "numpy")},
+        results=[win, loss],
+        startup=[
+            {
+                "peer": "nblora",
+                "cache": "warm",
+                **dict.fromkeys(("seconds", "import", "set_up", "first", "steady"), start),
+            },
+            {"peer": "jax", "cache": "warm", "fault": "no"},
+        ],
+        memory=[
+            {"peer": "nblora", "kind": "step", "sizes": [64, 128, 128], "bytes": 3 * 2**20, "arrays": 2**20},
+            {"peer": "jax", "kind": "step", "fault": "no"},
+        ],
+        growth={"N": [loss, win]},
+        neighbour={"quiet": win, "busy": loss},
+    )
+
+
+def test_table_is_markdown():
+    assert table(["a", "b"], [["1", "2"]]) == "| a | b |\n|---|---:|\n| 1 | 2 |"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.1234, "123"), (0.01234, "12.3"), (0.001234, "1.23"), (1.234e-4, "0.123"), (None, "–")]
+)
+def test_milliseconds_have_three_digits(seconds, text):
+    assert milliseconds(seconds) == text
+
+
+def test_full_text_shows_wins_losses_wrong_and_missing_peers(report):
+    text = full_text(report)
+    assert "3.00 (3.00–3.00)" in text
+    assert "**0.50** (0.50–0.50)" in text
+    assert "wrong" in text
+    assert "Not compared: peft, peft is not installed" in text
+    assert "numpy 9.9" in text
+    assert "P = 10 GFLOP/s (numpy), BW = 10.0 GB/s" in text
+
+
+def test_readme_text_shows_the_range(report):
+    assert "| both (2) |" in readme_text(report)
+    assert "**0.50** – 3.00" in readme_text(report)
+
+
+def test_goals_table_names_the_worst_case(report):
+    row = next(line for line in goals_table(report).splitlines() if "numpy" in line)
+    assert [part.strip() for part in row.split("|")][3:7] == ["1.50", "0.50", "8 × 128 × 128, r 8", "1 of 2"]
+
+
+def test_empty_parts_leave_no_heading(report):
+    report.growth, report.neighbour, report.memory, report.startup = {}, {}, [], []
+    text = full_text(report)
+    for title in ("Growth", "A busy neighbour", "Memory", "Start-up", "Pairs of cases"):
+        assert title not in text
+    assert neighbour_table(report) == memory_table(report) == ""
+
+
+def test_comparisons_are_for_each_element(report):
+    """997 columns in the time of 1000 cost 1000/997 an element; one thread at half the speed takes 2."""
+    odd, even = Case("step", 64, 1000, 997, threads=2), Case("step", 64, 1000, 1000, threads=2)
+    alone, flipped = Case("step", 64, 1000, 1000), Case("step", 64, 1000, 1000, layout="fullyconnected", threads=2)
+    taken = {odd: 1.0, even: 1.0, alone: 2.0, flipped: 1.1}
+    report.results = [CaseResult(case, {"nblora": [seconds]}) for case, seconds in taken.items()]
+    rows = {
+        line.split("|")[1].split(",")[0].strip(): line.split("|")[2].strip()
+        for line in comparison_table(report).splitlines()
+    }
+    assert rows["out = 997 against 1000"] == "1.00"
+    assert rows["FullyConnected against Dense"] == "1.10"
+    assert rows["one thread against 2"] == "2.00"
+
+
+def test_json_holds_everything(report):
+    content = json.loads(report.to_json())
+    first, second = content["groups"][0]["results"]
+    assert first["peers"]["numpy"]["ratio"]["median"] == pytest.approx(3.0)
+    assert first["peers"]["numpy"]["rounds"] == [3e-3] * 5
+    assert second["peers"]["jax"] == {"fault": "wrong result: y is off"}
+    assert content["limits"][0]["flops"] == 1e10
+    assert first["limit_seconds"] / 1e-3 == pytest.approx(first["peers"]["nblora"]["fraction_of_limit"])
+    assert content["skipped"] == {"peft": "peft is not installed"}
+
+
+def test_csv_has_a_row_for_each_case_and_peer(report):
+    rows = list(csv.DictReader(io.StringIO(report.to_csv())))
+    assert [(row["n"], row["peer"]) for row in rows] == [
+        ("64", "nblora"), ("64", "numpy"), ("64", "jax"), ("8", "nblora"), ("8", "numpy"), ("8", "jax"),
+    ]  # fmt: skip
+    assert float(rows[1]["ratio"]) == pytest.approx(3.0)
+    assert rows[5]["fault"] == "wrong result: y is off"
+    assert rows[5]["seconds"] == ""
+
+
+def test_machine_is_described():
+    about = describe_machine()
+    assert about["cores"] == usable_cores() >= 1
+    assert about["processor"]
+
+
+def test_markers_are_kept_and_what_stood_between_goes(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    for content in ("new", "newer\n\n"):
+        replace_between_markers(path, content)
+        assert path.read_text() == f"before\n{BEGIN}\n{content.strip()}\n{END}\nafter\n"
+
+
+@pytest.mark.parametrize("text", ["nothing", f"{BEGIN}", f"{END}\n{BEGIN}", f"{BEGIN}{BEGIN}{END}"])
+def test_a_file_without_markers_is_left_alone(tmp_path, text):
+    path = tmp_path / "README.md"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="once each"):
+        replace_between_markers(path, "new")
+    assert path.read_text() == text
+
+
+def test_charts_are_drawn(report, tmp_path):
+    pytest.importorskip("matplotlib")
+    assert draw_cases(report, tmp_path / "cases.png")
+    assert draw_growth(report, tmp_path / "growth.png")
+    for name in ("cases.png", "growth.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    report.results, report.growth = [], {}
+    assert not draw_cases(report, tmp_path / "none.png")
+    assert not draw_growth(report, tmp_path / "none.png")
+
+
+def test_a_busy_machine_is_said_so(report):
+    report.machine["load_before"] = 0.1
+    assert report.busy == ""
+    report.machine["load_before"] = 3.0
+    assert "**The machine was busy" in full_text(report)
+
+
+def test_labels_tell_the_cases_of_a_group_apart():
+    same, other = Case("step", 8, 16, 16, threads=2), Case("step", 8, 16, 16, dtype="float64", threads=1)
+    assert Group("one", (same,)).label(same) == "8 × 16 × 16, r 8"
+    assert Group("two", (same, other)).label(other) == "8 × 16 × 16, r 8, float64, 1t"
+
+
+def test_growth_beyond_the_goal_is_in_bold(report):
+    """64 to 128 samples in 2.5 times the time; 32 to 64 may cost what it will."""
+    taken = {32: 1.0, 64: 2.5, 128: 2.5 * 2.5, 256: 2.5 * 2.5 * 2.0}
+    report.growth = {
+        "N": [CaseResult(Case("step", n, 128, 128, threads=2), {"nblora": [seconds]}) for n, seconds in taken.items()]
+    }
+    factors = [line.split("|")[3].strip() for line in growth_tables(report).splitlines() if line.startswith("| ")][1:]
+    assert factors == ["–", "2.50", "**2.50**", "2.00"]
