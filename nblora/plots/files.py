@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nblora.errors import FormatError
-from nblora.results import ResultFile, read_result_file
+from nblora.results import KINDS, ResultFile, read_result_file
 
 from .bars import benchmark_bars, difference_intervals
 from .curves import accuracy_against_parameters, learning_curves, singular_values
@@ -51,7 +51,12 @@ def draw_file(path: str | os.PathLike[str], *, metric: str | None = None) -> "Fi
     """
     require_matplotlib()
     result = read_result_file(path)
-    panels, title = _PANELS[result.kind](result, metric)
+    try:
+        panels, title = _PANELS[result.kind](result, metric)
+    except (KeyError, TypeError, IndexError) as error:
+        raise FormatError(
+            f"{os.fspath(path)}: taken for {KINDS[result.kind]}, but {error!r} came in reading it"
+        ) from error
     return _figure(panels, f"{title} ({os.path.basename(os.fspath(path))})")
 
 

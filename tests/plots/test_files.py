@@ -286,6 +286,12 @@ def test_files_with_nothing_to_draw(tmp_path, rng):
         draw_file(sweep_file(tmp_path, rng, {"lr": [1e30], "method": ["full"]}))
 
 
+def test_files_that_lack_what_their_kind_has(tmp_path):
+    path = write_json(tmp_path / "results.json", {"not_adapted": {}, "methods": [{"method": "LoRA", "curves": [[{}]]}]})
+    with pytest.raises(FormatError, match="taken for results.json of `nblora demo`, but KeyError"):
+        draw_file(path)
+
+
 def test_without_matplotlib_the_extra_is_named(tmp_path, rng, monkeypatch):
     path = demo_file(tmp_path, rng)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
