@@ -288,7 +288,7 @@ def test_files_with_nothing_to_draw(tmp_path, rng):
 
 def test_files_that_lack_what_their_kind_has(tmp_path):
     path = write_json(tmp_path / "results.json", {"not_adapted": {}, "methods": [{"method": "LoRA", "curves": [[{}]]}]})
-    with pytest.raises(FormatError, match="taken for results.json of `nblora demo`, but KeyError"):
+    with pytest.raises(FormatError, match=r"taken for results\.json of `nblora demo`, but KeyError"):
         draw_file(path)
 
 
