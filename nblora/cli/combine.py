@@ -19,7 +19,7 @@ def command(adapters: tuple[str, ...], output: str, as_json: bool, **options: An
 
     Exact by stacking the factors; with --rank the best approximation of that rank, whose error is reported.
     """
-    from nblora.weights.combine import combine
+    from nblora.weights.combination import combine
 
     report = combine(_weights.parse_adapters(adapters), output, **options)
     _weights.show(report.as_dict(), report.table(), as_json)

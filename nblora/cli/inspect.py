@@ -12,7 +12,7 @@ from nblora.cli import _weights
 @_weights.command
 def command(adapter: str, plot: str | None, as_json: bool) -> None:
     """Describe ADAPTER: rank, scale, norms, singular values and stable rank of every module."""
-    from nblora.weights.inspect import inspect
+    from nblora.weights.inspection import inspect
 
     report = inspect(adapter)
     if plot:

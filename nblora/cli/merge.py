@@ -25,7 +25,7 @@ def command(base: str, adapters: tuple[str, ...], output: str, as_json: bool, **
     BASE is a safetensors file, the index of a sharded checkpoint, or a folder that holds either. The output is
     complete or absent, whatever happens.
     """
-    from nblora.weights.merge import merge
+    from nblora.weights.merging import merge
 
     with _weights.progress_bar() as progress:
         report = merge(base, _weights.parse_adapters(adapters), output, progress=progress, **options)

@@ -24,7 +24,7 @@ def command(checkpoint: str, adapters: tuple[str, ...], output: str, as_json: bo
     With the originals that merge --keep-original stored the base comes back bit by bit, and no adapter is needed.
     Otherwise the changes of the given adapters are subtracted, and the report says how far off that may be.
     """
-    from nblora.weights.unmerge import unmerge
+    from nblora.weights.unmerging import unmerge
 
     with _weights.progress_bar() as progress:
         report = unmerge(checkpoint, output, _weights.parse_adapters(adapters), progress=progress, **options)

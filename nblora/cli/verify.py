@@ -22,7 +22,7 @@ def command(ctx: click.Context, checkpoint: str, adapters: tuple[str, ...], as_j
     The merge is done again in memory and compared bit by bit. Exit codes: 0 yes, 1 no, 2 a file cannot be read or does
     not fit, 3 inconclusive (no base to start from, no bit changes, or the change is there but not bit by bit).
     """
-    from nblora.weights.verify import verify
+    from nblora.weights.verification import verify
 
     report = verify(checkpoint, _weights.parse_adapters(adapters), **options)
     _weights.show(report.as_dict(), report.table(), as_json)

@@ -64,7 +64,7 @@ def load_peft(
     with PeftAdapter(adapter) as opened, open_model(base) as model:
         reader = _Reader(opened, model, working, activation)
         whole = [
-            name.removesuffix(".weight") for name, info in opened.replaced.items() if _is_whole(name, info, opened)
+            name.removesuffix(".weight") for name, info in opened.replaced.items() if _is_layer(name, info, opened)
         ]
         chosen = list(modules) if modules is not None else [*opened.modules, *whole]
         for name in chosen:
@@ -75,7 +75,7 @@ def load_peft(
         return {name: reader.adapted(name) if name in opened.modules else reader.whole(name) for name in chosen}
 
 
-def _is_whole(name: str, info: TensorInfo, adapter: PeftAdapter) -> bool:
+def _is_layer(name: str, info: TensorInfo, adapter: PeftAdapter) -> bool:
     return name.endswith(".weight") and len(info.shape) == 2 and name.removesuffix(".weight") not in adapter.modules
 
 

@@ -69,7 +69,7 @@ def write_safetensors(
     OSError
         If the file cannot be written.
     """
-    arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    arrays = {name: np.asarray(array, order="C") for name, array in tensors.items()}
     names = {name: _DTYPES[array.dtype] for name, array in arrays.items()}
     # Widest first, so that every tensor is aligned to its own size.
     order = sorted(arrays, key=lambda name: -BITS[names[name]])

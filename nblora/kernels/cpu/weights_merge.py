@@ -53,51 +53,67 @@ def low_rank_segment(P, Q, total):
             total[j] = fma(p, q[j], total[j])
 
 
-@kernel
-def pack_segment(Q, first, n, packed):
-    """packed[:, :n] = Q[:, first : first + n], in the type of `packed`; Q float64 (K, columns), packed (K, ≥ n).
+@kernel(fastmath={"nnan", "nsz"})
+def largest(numbers):
+    """The largest magnitude among numbers (n,)."""
+    result = abs(numbers[0])
+    for j in range(numbers.shape[0]):
+        result = max(result, abs(numbers[j]))
+    return result
 
-    Rows of Q that lie a power of two apart share cache sets; packed they do not (0.51 against 0.75 ns an element).
+
+@kernel
+def pack_segment(Q, first, n, packed, peaks):
+    """packed[:, :n] = Q[:, first : first + n] in the type of `packed`, and peaks[k] the largest magnitude of its row k.
+
+    Q float64 (K, columns), packed (K, ≥ n), peaks float64 (K,). Rows of Q that lie a power of two apart share cache
+    sets; packed they do not (0.51 against 0.75 ns an element).
     """
     for k in range(Q.shape[0]):
-        row, column = packed[k], Q[k, first : first + n]
+        row, column = packed[k, :n], Q[k, first : first + n]
         for j in range(n):
             row[j] = column[j]
+        peaks[k] = largest(row)
 
 
 @kernel(fastmath={"reassoc", "nsz"})
-def count_near_ties(bits, mask, half, reach):
-    """How many of the float32 numbers with these bits lie within `reach` units of a tie of the 16-bit rounding.
+def count_near_ties(bits, powers, mask, half, doubt):
+    """How many of the float32 numbers with these bits lie within `doubt` of a tie of the 16-bit rounding.
 
-    bits int32 (n,); mask: the bits that rounding drops; half: the tie among them. Counted in float32, exact for these
-    n, because a 64-bit count is added in vectors a quarter as wide (0.15 against 0.06 ns an element).
+    bits int32 (n,); powers float32 (n,), scratch; mask: the bits that rounding drops; half: the tie among them; doubt:
+    2²³ times the error that a number may have. Counted in float32, exact for these n, because a 64-bit count is added
+    in vectors a quarter as wide (0.15 against 0.06 ns an element).
     """
-    near = np.float32(0)
-    lowest, span = half - reach, np.uint32(2 * reach)
+    exponents = powers.view(np.int32)
     for j in range(bits.shape[0]):
-        near += np.float32(1) if np.uint32((bits[j] & mask) - lowest) <= span else np.float32(0)
+        exponents[j] = bits[j] & np.int32(0x7F800000)
+    near = np.float32(0)
+    for j in range(bits.shape[0]):
+        steps = np.float32(abs((bits[j] & mask) - half) - np.int32(2))
+        near += np.float32(1) if steps * powers[j] <= doubt else np.float32(0)
     return near
 
 
 @kernel
-def settle_ties(P, i, Q, start, row_scale, column_scale, first, number, value):
+def settle_ties(P, i, Q, start, row_scale, column_scale, first, number, error, powers, value):
     """Compute again in float64 what float32 sums leave too close to a tie to be rounded to 16 bits.
 
-    The float32 error of a sum of K terms is a few of its units; entries nearer to a tie than that (one in a thousand)
-    are replaced by the float64 value, rounded to odd, so that the rounding that follows is the exact value's.
+    Such entries (about one in a thousand) are replaced by the float64 value, rounded to odd, so that the rounding that
+    follows is the exact value's.
 
     P float64 (rows, K), of which row i; Q float64 (K, columns); start float32 (n,), what the sum is added to, times
-    row_scale and column_scale[j] (unless empty); first: the segment's column; number: the stored type;
+    row_scale and column_scale[j] (unless empty); first: the segment's column; number: the stored type; error: a bound
+    on what float32 lost in any entry before the last addition, in units of 2⁻²⁴; powers float32 (n,), scratch;
     value float32 (n,), updated.
     """
     bits = value.view(np.int32)
     dropped = np.int32(16 if number == BFLOAT16 else 13)
     mask, half = np.int32((1 << dropped) - 1), np.int32(1 << (dropped - 1))
-    reach = np.int32(min(16 + P.shape[1] // 4, 1 << (dropped - 2)))
-    if count_near_ties(bits, mask, half, reach) == 0:
+    doubt = np.float32(error / 2)
+    if count_near_ties(bits, powers, mask, half, doubt) == 0:
         return
     for j in range(value.shape[0]):
-        if abs((bits[j] & mask) - half) <= reach:
+        if np.float32(abs((bits[j] & mask) - half) - np.int32(2)) * powers[j] <= doubt:
             total = 0.0
             for k in range(P.shape[1]):
                 total = fma(P[i, k], Q[k, first + j], total)
@@ -187,11 +203,11 @@ def merge_block(
     before, start = np.empty(width, working.dtype), np.empty(width, working.dtype)
     change, value = np.empty(width, working.dtype), np.empty(width, working.dtype)
     g, p = np.ones(width, working.dtype), np.empty(P.shape[1], working.dtype)
-    packed = np.empty((Q.shape[0], width + 16), working.dtype)
+    packed, peaks = np.empty((Q.shape[0], width + 16), working.dtype), np.empty(Q.shape[0])
     rounded = np.empty(width * 8, np.uint8)
     for first in range(0, columns, SEGMENT):
         n = min(SEGMENT, columns - first)
-        pack_segment(Q, first, n, packed)
+        pack_segment(Q, first, n, packed, peaks)
         w, x, d, v, h, near, far = before[:n], start[:n], change[:n], value[:n], g[:n], narrow[:n], scratch[:n]
         for i in range(rows):
             at = i * columns + first
@@ -201,22 +217,28 @@ def merge_block(
                 x = w
             else:
                 decode(source[at * s_size : (at + n) * s_size], source_number, near, x)
+            error = 0.0  # of a sum of K products: the bound K is never met, its root is what a long sum comes near
             for k in range(P.shape[1]):
                 p[k] = P[i, k]
+                error += abs(P[i, k]) * peaks[k]
+            error *= 2 + np.sqrt(P.shape[1])
             low_rank_segment(p, packed, d)
             scale = row_scale[i] if row_scale.shape[0] else 1.0
             if scaled:
                 for j in range(n):
                     h[j] = scale * column_scale[first + j] if column_scale.shape[0] else scale
                 for j in range(n):
-                    v[j] = x[j] * h[j] + d[j]
+                    h[j] *= x[j]
+                for j in range(n):
+                    v[j] = h[j] + d[j]
+                error += 2 * largest(h)
             elif P.shape[1] == 0:
                 v[:] = x  # a sum with zero would turn -0.0 into 0.0
             else:
                 for j in range(n):
                     v[j] = x[j] + d[j]
             if working.itemsize == 4 and (scaled or P.shape[1] > 0):
-                settle_ties(P, i, Q, x, scale, column_scale, first, target_number, v)
+                settle_ties(P, i, Q, x, scale, column_scale, first, target_number, error, far, v)
             if scaled or not same:
                 for j in range(n):
                     d[j] = v[j] - w[j]
@@ -242,10 +264,10 @@ def norm_block(source, source_number, P, Q, axis, squares):
     size = itemsize(source_number)
     width = min(SEGMENT, columns)
     narrow, start, change = np.empty(width, np.float32), np.empty(width, P.dtype), np.empty(width, P.dtype)
-    packed = np.empty((Q.shape[0], width + 16), P.dtype)
+    packed, peaks = np.empty((Q.shape[0], width + 16), P.dtype), np.empty(Q.shape[0])
     for first in range(0, columns, SEGMENT):
         n = min(SEGMENT, columns - first)
-        pack_segment(Q, first, n, packed)
+        pack_segment(Q, first, n, packed, peaks)
         x, d, total = start[:n], change[:n], squares[first : first + n]
         for i in range(rows):
             at = i * columns + first

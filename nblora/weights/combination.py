@@ -15,7 +15,7 @@ from nblora.formats.peft_tensors import LoraModule
 from nblora.formats.peft_writer import narrow, only_these, pattern_fields, write_adapter
 from nblora.formats.replace import check_output
 from nblora.weights.algebra import read_factors, truncate
-from nblora.weights.merge import AdapterSpec, PathLike, adapter_files, open_adapters, stored_dtype
+from nblora.weights.merging import AdapterSpec, PathLike, adapter_files, open_adapters, stored_dtype
 from nblora.weights.names import same_bytes
 from nblora.weights.plan import WeightedAdapter
 from nblora.weights.report import plain

@@ -14,7 +14,7 @@ from nblora.errors import FormatError
 from nblora.formats.model_files import ModelFiles, is_plain_name, open_model
 from nblora.formats.safetensors_reader import SafetensorsFile, parse_header
 from nblora.kernels.cpu.weights_compare import spacing_block
-from nblora.weights.merge import (
+from nblora.weights.merging import (
     DEFAULT_MEMORY,
     AdapterSpec,
     PathLike,

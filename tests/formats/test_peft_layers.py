@@ -1,0 +1,190 @@
+"""PEFT adapters as nblora's own layers, and back."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+import nblora
+from nblora.errors import FormatError
+from nblora.formats import PeftAdapter, load_peft, save_peft
+from tests.weights.support import FIXTURES, linear_factors, read_file, write_adapter, write_file
+
+LINEAR = [
+    "linear_r4",
+    "linear_r4_bf16_adapter",
+    "linear_r4_dora",
+    "linear_r4_fp16_adapter",
+    "linear_r4_rslora",
+    "gpt2_conv1d_r4",
+]
+
+
+def outputs(name):
+    with np.load(FIXTURES / name / "io.npz") as arrays:
+        return arrays["x"].astype(np.float64), arrays["y_adapter64"]
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_imported_layer_computes_what_peft_does(name):
+    x, y = outputs(name)
+    (adapter,) = load_peft(FIXTURES / name, FIXTURES / name / "base.safetensors", dtype="float64").values()
+    assert type(adapter.base_layer) is (nblora.Dense if name.startswith("gpt2") else nblora.FullyConnected)
+    np.testing.assert_allclose(adapter.eval()(x), y, rtol=0, atol=1e-12)
+
+
+def test_imported_network_computes_what_peft_does():
+    x, y = outputs("mlp_r4")
+    layers = load_peft(FIXTURES / "mlp_r4", FIXTURES / "mlp_r4" / "base.safetensors", dtype="float64")
+    hidden = np.maximum(layers["fc2"](np.maximum(layers["fc1"](x), 0)), 0)
+    np.testing.assert_allclose(layers["head"](hidden), y, rtol=0, atol=1e-12)
+    activated = load_peft(
+        FIXTURES / "mlp_r4", FIXTURES / "mlp_r4" / "base.safetensors", dtype="float64", activation="relu"
+    )
+    np.testing.assert_allclose(layers["head"](activated["fc2"](activated["fc1"](x))), y, rtol=0, atol=1e-12)
+
+
+def test_imported_lora_bias_and_odd_strengths(tmp_path, rng):
+    W, b = rng.standard_normal((6, 5)), rng.standard_normal(6)
+    base = write_file(tmp_path / "base.safetensors", {"lin.weight": W, "lin.bias": b})
+    tensors = {**linear_factors(rng, "lin", 6, 5, dtype=np.float64), "lin.lora_B.bias": rng.standard_normal(6)}
+    A, B = tensors["lin.lora_A.weight"], tensors["lin.lora_B.weight"]
+    x = rng.standard_normal((3, 5))
+    for alpha in (8, 0, -3):
+        path = write_adapter(tmp_path / "a", tensors, lora_bias=True, lora_alpha=alpha)
+        adapter = load_peft(path, base, dtype="float64")["lin"]
+        exact = x @ W.T + b + alpha / 4 * (x @ A.T @ B.T + tensors["lin.lora_B.bias"])
+        np.testing.assert_allclose(adapter(x), exact, rtol=0, atol=1e-12)
+
+
+def test_modules_are_chosen_by_name_and_others_refused(tmp_path):
+    path = FIXTURES / "made_embedding"
+    with pytest.raises(FormatError, match="embed is an adapted embedding"):
+        load_peft(path, path / "base.safetensors")
+    assert list(load_peft(path, path / "base.safetensors", modules=["mid"])) == ["mid"]
+    with pytest.raises(ValueError, match="'tail' is not in"):
+        load_peft(path, path / "base.safetensors", modules=["tail"])
+    with pytest.raises(FormatError, match=r"holds no fc1\.weight"):
+        load_peft(FIXTURES / "mlp_r4", path / "base.safetensors")
+    misfit = write_file(tmp_path / "misfit.safetensors", {"proj.weight": np.ones((3, 3))})
+    with pytest.raises(FormatError, match=r"proj\.weight has shape"):
+        load_peft(FIXTURES / "linear_r4", misfit)
+
+
+@pytest.mark.parametrize(
+    "name", ["linear_r4", "linear_r4_rslora", "mlp_r4", "gpt2_conv1d_r4", "linear_r4_bf16_adapter"]
+)
+def test_there_and_back_keeps_bits_and_keys(name, tmp_path):
+    layers = load_peft(FIXTURES / name, FIXTURES / name / "base.safetensors")
+    config = json.loads((FIXTURES / name / "adapter_config.json").read_text())
+    dtype = "bfloat16" if "bf16" in name else "float32"
+    save_peft(layers, tmp_path / "back", config=config, dtype=dtype)
+    assert json.loads((tmp_path / "back" / "adapter_config.json").read_text()) == config
+    before, after = (read_file(folder / "adapter_model.safetensors") for folder in (FIXTURES / name, tmp_path / "back"))
+    assert before.keys() == after.keys()
+    for key, array in before.items():
+        assert (after[key].dtype, after[key].tobytes()) == (array.dtype, array.tobytes())
+
+
+@pytest.fixture
+def delta(rng):
+    """A DeltaLoRAAdapter that has learned something everywhere."""
+
+    def make(use_rslora=False, base=nblora.FullyConnected):
+        shape = (7, 11) if base is nblora.FullyConnected else (11, 7)
+        layer = base(rng.standard_normal(shape), rng.standard_normal(7))
+        adapter = nblora.DeltaLoRAAdapter(layer, 3, alpha=5, delta_scaling=0.3, use_rslora=use_rslora)
+        adapter.set_parameter("lora_B", rng.standard_normal((3, 7)))
+        adapter.set_parameter("delta", rng.standard_normal((11, 7)))
+        return adapter
+
+    return make
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize("base", [nblora.FullyConnected, nblora.Dense])
+def test_delta_is_folded_as_well_as_a_rank_can(use_rslora, base, delta, tmp_path, rng):
+    adapter = delta(use_rslora, base)
+    A, B, D = (adapter.get_parameter(name) for name in ("lora_A", "lora_B", "delta"))
+    values = np.linalg.svd(D, compute_uv=False)
+    for rank in (1, 4, 7):
+        (report,) = save_peft(adapter, tmp_path / "out", name="net.lin", fold_delta=rank)
+        config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+        assert (config["r"], report.rank) == (3 + rank, 3 + rank)
+        root = math.sqrt(3 + rank) if use_rslora else 3 + rank
+        np.testing.assert_allclose(config["lora_alpha"], adapter.scaling * root, rtol=1e-15)
+        np.testing.assert_allclose(
+            report.delta_error, np.sqrt((values[rank:] ** 2).sum()) / np.linalg.norm(D), atol=1e-12
+        )
+        np.testing.assert_allclose(report.delta_norm, 0.3 * np.linalg.norm(D), rtol=1e-12)
+        with PeftAdapter(tmp_path / "out") as written:
+            module = written.modules["net.lin"]
+            A2, B2 = written.file.read_wide(module.A.name), written.file.read_wide(module.B.name)
+            np.testing.assert_allclose(module.scaling, adapter.scaling, rtol=1e-15)
+        assert A2[:3].tobytes() == np.ascontiguousarray(A.T).tobytes()
+        assert np.ascontiguousarray(B2[:, :3]).tobytes() == np.ascontiguousarray(B.T).tobytes()
+        folded = module.scaling * B2[:, 3:] @ A2[3:]
+        np.testing.assert_allclose(
+            np.linalg.norm(folded.T - 0.3 * D), report.delta_error * report.delta_norm, atol=1e-12
+        )
+    x = rng.standard_normal((4, 11))
+    reread = nblora.LoRAAdapter.from_factors(
+        adapter.base_layer, A2.T, B2.T, config["lora_alpha"], use_rslora=use_rslora
+    )
+    np.testing.assert_allclose(reread(x), adapter(x), rtol=0, atol=1e-12)
+
+
+def test_delta_left_out_is_reported(delta, tmp_path):
+    adapter = delta()
+    (report,) = save_peft(adapter, tmp_path / "out")
+    assert (report.rank, report.delta_error) == (3, 1.0)
+    adapter.reset_state(include_delta=True)
+    (report,) = save_peft(adapter, tmp_path / "out")
+    assert (report.delta_norm, report.delta_error) == (0.0, 0.0)
+
+
+def test_large_deltas_go_through_lanczos_to_the_same_end(rng):
+    from nblora.formats import peft_export
+
+    U, V = (np.linalg.qr(rng.standard_normal((1100, 12)))[0] for _ in range(2))
+    matrix = U * np.geomspace(10, 0.1, 12) @ V.T
+    P, Q, error = peft_export.best_product(matrix, 5)
+    values = np.geomspace(10, 0.1, 12)
+    assert min(matrix.shape) > peft_export._DENSE_SVD
+    np.testing.assert_allclose(error, np.linalg.norm(values[5:]) / np.linalg.norm(values), rtol=1e-9)
+    np.testing.assert_allclose(np.linalg.norm(matrix - P @ Q), np.linalg.norm(values[5:]), rtol=1e-9)
+
+
+def test_what_cannot_be_exported_is_refused(delta, tmp_path):
+    adapter = delta()
+    for rank in (0, 8):
+        with pytest.raises(ValueError, match="fold_delta"):
+            save_peft(adapter, tmp_path / "out", fold_delta=rank)
+    with pytest.raises(ValueError, match="rsLoRA"):
+        save_peft({"a": adapter, "b": delta(True)}, tmp_path / "out")
+    with pytest.raises(TypeError, match="LoRAAdapter"):
+        save_peft({"a": 3}, tmp_path / "out")
+    with pytest.raises(ValueError, match="no adapter"):
+        save_peft({}, tmp_path / "out")
+    with pytest.raises(FormatError, match="use_qalora"):
+        save_peft(adapter, tmp_path / "out", config={"peft_type": "LORA", "use_qalora": True})
+    broken = adapter.get_parameter("delta")
+    broken[0, 0] = np.inf
+    adapter.set_parameter("delta", broken)
+    with pytest.raises(ValueError, match="not finite"):
+        save_peft(adapter, tmp_path / "out", fold_delta=2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_ranks_and_strengths_of_their_own_are_written_as_patterns(tmp_path, rng):
+    adapters = {}
+    for name, rank, alpha in (("a.b", 2, 4), ("b", 3, 4), ("a.c", 2, 7)):
+        layer = nblora.Dense(rng.standard_normal((6, 5)))
+        adapters[name] = nblora.LoRAAdapter(layer, rank, alpha)
+    save_peft(adapters, tmp_path / "out", dtype="float16")
+    with PeftAdapter(tmp_path / "out") as written:
+        for name, adapter in adapters.items():
+            module = written.modules[name]
+            assert (module.rank, module.alpha, module.scaling) == (adapter.rank, adapter.alpha, adapter.scaling)
+            assert module.A.dtype == "F16"
