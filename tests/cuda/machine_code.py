@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from unittest import mock
 
+from nblora.kernels.cuda.target import BLOCKS_AT_ONCE
+
 ARCHITECTURES = ((7, 5), (8, 0), (9, 0), (10, 0), (12, 0))
 OUTPUTS = ("ptx", "ltoir")
 
@@ -91,7 +93,7 @@ def compile_kernel(kernel, argument_types, architecture, output, threads):
             cc=architecture,
             abi="numba",
             output=output,
-            launch_bounds=threads,
+            launch_bounds=(threads, BLOCKS_AT_ONCE),
         )
     cubin, log = _link(code, architecture, output)
     return Code(

@@ -9,6 +9,9 @@ from numba.core import config
 SIMULATED = bool(config.ENABLE_CUDASIM)
 COMPILED = not SIMULATED and importlib.util.find_spec("numba_cuda") is not None
 
+BLOCKS_AT_ONCE = 2
+"""Blocks an SM that the compiler must leave registers for: one computes while the other waits for memory."""
+
 if SIMULATED or COMPILED:
     with warnings.catch_warnings():
         # The simulator inside Numba needs no extra, and announces that the compiler beside it has moved.
@@ -21,8 +24,7 @@ else:
 def kernel(threads):
     """Decorate a kernel that is launched with at most `threads` threads a block."""
     if COMPILED:
-        # Two blocks an SM hide each other's waiting: 65,536 registers allow it for up to 256 threads of 128 registers.
-        return cuda.jit(launch_bounds=(threads, 2))
+        return cuda.jit(launch_bounds=(threads, BLOCKS_AT_ONCE))
     return _plain
 
 
