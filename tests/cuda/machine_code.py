@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from unittest import mock
 
-from nblora.kernels.cuda.target import BLOCKS_AT_ONCE
-
 ARCHITECTURES = ((7, 5), (8, 0), (9, 0), (10, 0), (12, 0))
 OUTPUTS = ("ptx", "ltoir")
 
@@ -80,7 +78,7 @@ def pretended_device(architecture):
         yield
 
 
-def compile_kernel(kernel, argument_types, architecture, output, threads):
+def compile_kernel(kernel, argument_types, architecture, output):
     """Compile a kernel's Python function for `architecture` and return its `Code`."""
     from numba import cuda, types
 
@@ -93,7 +91,7 @@ def compile_kernel(kernel, argument_types, architecture, output, threads):
             cc=architecture,
             abi="numba",
             output=output,
-            launch_bounds=(threads, BLOCKS_AT_ONCE),
+            launch_bounds=kernel.targetoptions["launch_bounds"],
         )
     cubin, log = _link(code, architecture, output)
     return Code(

@@ -21,7 +21,7 @@ def rows():
             for architecture in ARCHITECTURES if name in MAIN else ():
                 if precision == "tf32" and architecture < (8, 0):
                     continue
-                code = compile_kernel(kernel, types, architecture, "ltoir", threads)
+                code = compile_kernel(kernel, types, architecture, "ltoir")
                 what = "HMMA" if precision == "tf32" else "FFMA" if dtype == "float32" else "DFMA"
                 count, length = min(code.main_loops(what), key=lambda pair: pair[0] / pair[1])
                 arithmetic = dtype if precision == "float32" else precision

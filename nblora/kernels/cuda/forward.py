@@ -31,7 +31,7 @@ def forward(tile: Tile, transposed: bool, delta: bool):
     _, where = geometry(tile)
     activate = rules(tile.dtype).activate_lanes[LANES]
 
-    @kernel(tile.threads)
+    @kernel(tile.threads, tile.blocks)
     def forward(x, weight, delta, factor, low, B, bias, code, flags, chunk, z, y):
         if not COMPILED:
             shared = cuda.shared.array(SHARED, TYPE)

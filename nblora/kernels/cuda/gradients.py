@@ -31,7 +31,7 @@ def input_gradient(tile: Tile, transposed: bool, delta: bool, masked: bool):
     low_rank = accumulator(tile, True, True)
     _, where = geometry(tile)
 
-    @kernel(tile.threads)
+    @kernel(tile.threads, tile.blocks)
     def input_gradient(gz, weight, delta, factor, low, A, mask, flags, chunk, gx):
         if not COMPILED:
             shared = cuda.shared.array(SHARED, TYPE)
@@ -80,7 +80,7 @@ def product(tile: Tile, p_inner: bool, q_inner: bool, masked: bool):
     accumulate = accumulator(tile, p_inner, q_inner, "mask" if masked else None)
     _, where = geometry(tile)
 
-    @kernel(tile.threads)
+    @kernel(tile.threads, tile.blocks)
     def product(p, mask, q, factor, flags, chunk, out):
         if not COMPILED:
             shared = cuda.shared.array(SHARED, TYPE)
@@ -123,7 +123,7 @@ def dense_update(tile: Tile, delta: bool, weight: bool):
     momentum_step = rules(tile.dtype).momentum_lanes[LANES]
     descend = rules(tile.dtype).descend_lanes[LANES]
 
-    @kernel(tile.threads)
+    @kernel(tile.threads, tile.blocks)
     def dense_update(p, q, momentum, gain, delta_lr, lr, flags, D, V, W):
         if not COMPILED:
             shared = cuda.shared.array(SHARED, TYPE)
@@ -168,7 +168,7 @@ def merge(tile: Tile, transposed: bool, delta: bool):
     accumulate = accumulator(tile, not transposed, transposed)
     _, where = geometry(tile)
 
-    @kernel(tile.threads)
+    @kernel(tile.threads, tile.blocks)
     def merge(p, q, low_scaling, weight, D, delta_scaling, flags, out):
         if not COMPILED:
             shared = cuda.shared.array(SHARED, TYPE)

@@ -9,9 +9,6 @@ from numba.core import config
 SIMULATED = bool(config.ENABLE_CUDASIM)
 COMPILED = not SIMULATED and importlib.util.find_spec("numba_cuda") is not None
 
-BLOCKS_AT_ONCE = 2
-"""Blocks an SM that the compiler must leave registers for: one computes while the other waits for memory."""
-
 if SIMULATED or COMPILED:
     with warnings.catch_warnings():
         # The simulator inside Numba needs no extra, and announces that the compiler beside it has moved.
@@ -21,10 +18,13 @@ else:
     cuda = SimpleNamespace()
 
 
-def kernel(threads):
-    """Decorate a kernel that is launched with at most `threads` threads a block."""
+def kernel(threads, blocks=2):
+    """Decorate a kernel of at most `threads` threads a block; the compiler leaves registers for `blocks` on one SM.
+
+    Of two blocks one computes while the other waits for memory.
+    """
     if COMPILED:
-        return cuda.jit(launch_bounds=(threads, BLOCKS_AT_ONCE))
+        return cuda.jit(launch_bounds=(threads, blocks))
     return _plain
 
 

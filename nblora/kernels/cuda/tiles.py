@@ -58,6 +58,15 @@ class Tile:
         return self.rows * self.columns // (2 * self.lanes) ** 2
 
     @property
+    def blocks(self) -> int:
+        """Blocks an SM that registers must suffice for.
+
+        Float64 kernels fit two by themselves, but for the masked input gradient on compute capability 10.0: held to
+        128 registers it would keep values in local memory.
+        """
+        return 2 if self.dtype == "float32" else 1
+
+    @property
     def padding(self) -> int:
         """Elements after every row of shared memory, so that transposing stores and tensor loads meet few conflicts."""
         return 8 if self.tensor else self.lanes
