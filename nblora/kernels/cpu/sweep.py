@@ -165,8 +165,8 @@ def _apply_gradient(task, p0, p1, q0, q1, g):
 def _weight_gradient(task, p0, p1, q0, q1, new_rows, new_columns, i0, i1, j0, j1, work):
     """Compute and use G for p0 <= p < p1, q0 <= q < q1, by strips of tiles that stay in the level-1 cache.
 
-    Operands that the call before has packed are not packed again. Rows i0 <= i < i1, columns j0 <= j < j1 of S and D are
-    fetched meanwhile. Beyond `DEPTH` samples the whole block accumulates.
+    Operands that the call before has packed are not packed again. Rows i0 <= i < i1, columns j0 <= j < j1 of S and D
+    are fetched meanwhile. Beyond `DEPTH` samples the whole block accumulates.
     """
     L, R = (task.gz, task.x) if task.transposed else (task.x, task.gz)
     N = L.shape[0]
@@ -192,7 +192,8 @@ def _weight_gradient(task, p0, p1, q0, q1, new_rows, new_columns, i0, i1, j0, j1
 def _cross_job(task, n0, n1, i0, i1, prepared, fused, work):
     """A block of the input gradient; where `fused` also the rows or columns of V, D and W that belong to it.
 
-    The velocity is fetched while the input gradient is computed, the next block of S and D while the weight gradient is.
+    The velocity is fetched while the input gradient is computed, the next block of S and D while the weight
+    gradient is.
     """
     outputs = task.gz.shape[1]
     V = task.V if task.has_delta and task.update else task.S
