@@ -13,10 +13,10 @@ from .machine import BLOCK, TILE_ROWS
 from .microkernel import lanes
 from .products import (
     C_STRIDE,
+    across_rows,
+    along_rows,
     block_size,
     factor_across_rows,
-    matrix_across_rows,
-    matrix_along_rows,
     scratch_work,
     store_block,
     transpose_block,
@@ -72,7 +72,7 @@ def _low_job(task, n0, n1, work):
     s = task.y.dtype.type(task.s)
     for r in range(0, rank, BLOCK):
         end = min(r + BLOCK, rank)
-        matrix_along_rows(work, True, task.x_low, n0, n1, task.A, task.A, s, False, r, end)
+        along_rows(work, True, task.x_low, n0, n1, task.A, task.A, s, False, r, end, 0, task.A.shape[0])
         store_block(task.u, n0, n1, r, end, work.c, s)
 
 
@@ -101,17 +101,19 @@ def _activate_block(task, n0, n1, o0, o1, c):
 def _dense_job(task, n0, n1, o0, o1, low_blocks, work):
     scaling = task.y.dtype.type(task.c)
     if task.has_base:
-        matrix_along_rows(work, True, task.x, n0, n1, task.S, task.D, scaling, task.has_delta, o0, o1)
+        inner = task.S.shape[0]
+        along_rows(work, True, task.x, n0, n1, task.S, task.D, scaling, task.has_delta, o0, o1, 0, inner)
     if task.has_low_rank:
         wait_for(task.counters, 1, low_blocks)
-        matrix_along_rows(work, not task.has_base, task.u, n0, n1, task.B, task.B, scaling, False, o0, o1)
+        rank = task.B.shape[0]
+        along_rows(work, not task.has_base, task.u, n0, n1, task.B, task.B, scaling, False, o0, o1, 0, rank)
     _activate_block(task, n0, n1, o0, o1, work.c)
 
 
 @part
 def _fully_connected_job(task, n0, n1, o0, o1, low_blocks, work):
     scaling = task.y.dtype.type(task.c)
-    matrix_across_rows(work, True, task.S, task.D, scaling, task.has_delta, o0, o1, task.x, n0, n1)
+    across_rows(work, True, task.S, task.D, scaling, task.has_delta, o0, o1, task.x, n0, n1, 0, task.S.shape[1])
     if task.has_low_rank:
         wait_for(task.counters, 1, low_blocks)
         factor_across_rows(work, False, task.B, o0, o1, task.u, n0, n1)

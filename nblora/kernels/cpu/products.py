@@ -16,7 +16,7 @@ from ..jit import part
 from .machine import BLOCK, DEPTH, ROW_STRIDE, TILE_ROWS, VECTOR_BITS
 from .microkernel import lanes, tile
 from .packing import pack_columns, pack_columns_transposed, pack_rows, pack_rows_transposed, pack_steps
-from .vectors import prefetch, transpose_square
+from .vectors import transpose_square
 
 C_STRIDE = BLOCK + VECTOR_BITS // 16
 PART = C_STRIDE * (BLOCK + VECTOR_BITS // 16)
@@ -59,46 +59,11 @@ def block_size(total, quantum, pieces, largest):
     return max(1, (size + quantum - 1) // quantum) * quantum
 
 
-class Ahead(NamedTuple):
-    """What will be needed next, fetched while tiles are computed: rows i0 <= i < i1, columns j0 <= j < j1 of S and D.
-
-    Packing from the level-3 cache takes 0.32 ns an element of W + c D, from the level-2 cache 0.13 ns.
-    """
-
-    S: object
-    D: object
-    i0: int
-    i1: int
-    j0: int
-    j1: int
-
-
 @part
-def nothing_ahead(matrix):
-    """An empty `Ahead`."""
-    return Ahead(matrix, matrix, 0, 0, 0, 0)
-
-
-@part
-def _fetch(ahead, share, shares):
-    """Prefetch one of so many shares of what is ahead."""
-    line = 64 // ahead.S.itemsize
-    first, second = ahead.S.reshape(-1), ahead.D.reshape(-1)
-    rows = ahead.i1 - ahead.i0
-    for i in range(ahead.i0 + rows * share // shares, ahead.i0 + rows * (share + 1) // shares):
-        start = i * ahead.S.shape[1]
-        for at in range(start + ahead.j0, start + ahead.j1, line):
-            prefetch(first, at)
-            prefetch(second, at)
-
-
-@part
-def _multiply_rows(work, rows, columns, depth, first, ahead):
+def _multiply_rows(work, rows, columns, depth, first):
     """C (+)= A·B, A in rows."""
     width = 2 * lanes(work.b)
     tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
-    shares = tiles * ((columns + width - 1) // width)
-    share = 0
     for j in range(0, columns, width):
         vectors = 1 if 2 * (columns - j) <= width else 2
         i = 0
@@ -106,64 +71,41 @@ def _multiply_rows(work, rows, columns, depth, first, ahead):
             height = (rows - i + tiles - t - 1) // (tiles - t)
             at = i * C_STRIDE + j
             a_at, b_at = i * ROW_STRIDE, j * DEPTH
-            _fetch(ahead, share, shares)
             tile(work.tile_rows, depth, height, vectors, work.a, a_at, work.b, b_at, work.c, at, C_STRIDE, not first)
             i += height
-            share += 1
 
 
 @part
-def multiply_steps(work, i0, i1, columns, depth, first, ahead):
+def multiply_steps(work, i0, i1, columns, depth, first):
     """G[i - i0] (+)= A·B for the rows i0 <= i < i1 of A in steps, i0 a multiple of `TILE_ROWS`."""
     width = 2 * lanes(work.r)
-    panels = (columns + width - 1) // width
-    shares = (i1 - i0 + TILE_ROWS - 1) // TILE_ROWS * panels
-    share = 0
     for i in range(i0, i1, TILE_ROWS):
         height = min(TILE_ROWS, i1 - i)
         for j in range(0, columns, width):
             vectors = 1 if 2 * (columns - j) <= width else 2
             at = (i - i0) * C_STRIDE + j
             a_at, b_at = i * DEPTH, j * DEPTH
-            _fetch(ahead, share, shares)
             tile(work.tile_steps, depth, height, vectors, work.l, a_at, work.r, b_at, work.g, at, C_STRIDE, not first)
-            share += 1
 
 
 @part
-def along_rows(work, first, L, n0, n1, S, D, scaling, combined, q0, q1, k0, k1, ahead):
-    """C[n, q] (+)= Σ_p L[n, p] M[p, q] for n0 <= n < n1, q0 <= q < q1, k0 <= p < k1, k1 - k0 <= `DEPTH`."""
-    pack_rows(work.a, L, L, scaling, False, n0, n1, k0, k1)
-    pack_columns(work.b, S, D, scaling, combined, k0, k1, q0, q1)
-    _multiply_rows(work, n1 - n0, q1 - q0, k1 - k0, first, ahead)
+def along_rows(work, first, L, n0, n1, S, D, scaling, combined, q0, q1, k0, k1):
+    """C[n, q] (+)= Σ_p L[n, p] M[p, q] for n0 <= n < n1, q0 <= q < q1, k0 <= p < k1."""
+    for k in range(k0, k1, DEPTH):
+        end = min(k + DEPTH, k1)
+        pack_rows(work.a, L, L, scaling, False, n0, n1, k, end)
+        pack_columns(work.b, S, D, scaling, combined, k, end, q0, q1)
+        _multiply_rows(work, n1 - n0, q1 - q0, end - k, first and k == k0)
 
 
 @part
-def across_rows(work, first, S, D, scaling, combined, p0, p1, R, n0, n1, k0, k1, ahead):
-    """C[p, n] (+)= Σ_q M[p, q] R[n, q] for p0 <= p < p1, n0 <= n < n1, k0 <= q < k1, k1 - k0 <= `DEPTH`."""
-    pack_rows(work.a, S, D, scaling, combined, p0, p1, k0, k1)
-    pack_columns_transposed(work.b, R, k0, k1, n0, n1)
-    _multiply_rows(work, p1 - p0, n1 - n0, k1 - k0, first, ahead)
-
-
-@part
-def matrix_along_rows(work, first, L, n0, n1, S, D, scaling, combined, q0, q1):
-    """C[n, q] (+)= Σ_p L[n, p] M[p, q] over every p, M fetched ahead."""
-    inner = S.shape[0]
-    for k in range(0, inner, DEPTH):
-        end = min(k + DEPTH, inner)
-        ahead = Ahead(S, D, end, min(end + DEPTH, inner), q0, q1)
-        along_rows(work, first and k == 0, L, n0, n1, S, D, scaling, combined, q0, q1, k, end, ahead)
-
-
-@part
-def matrix_across_rows(work, first, S, D, scaling, combined, p0, p1, R, n0, n1):
-    """C[p, n] (+)= Σ_q M[p, q] R[n, q] over every q, M fetched ahead."""
-    inner = S.shape[1]
-    for k in range(0, inner, DEPTH):
-        end = min(k + DEPTH, inner)
-        ahead = Ahead(S, D, p0, p1, end, min(end + DEPTH, inner))
-        across_rows(work, first and k == 0, S, D, scaling, combined, p0, p1, R, n0, n1, k, end, ahead)
+def across_rows(work, first, S, D, scaling, combined, p0, p1, R, n0, n1, k0, k1):
+    """C[p, n] (+)= Σ_q M[p, q] R[n, q] for p0 <= p < p1, n0 <= n < n1, k0 <= q < k1."""
+    for k in range(k0, k1, DEPTH):
+        end = min(k + DEPTH, k1)
+        pack_rows(work.a, S, D, scaling, combined, p0, p1, k, end)
+        pack_columns_transposed(work.b, R, k, end, n0, n1)
+        _multiply_rows(work, p1 - p0, n1 - n0, end - k, first and k == k0)
 
 
 @part
@@ -173,7 +115,7 @@ def factor_along_rows(work, first, L, n0, n1, F, q0, q1):
         end = min(k + DEPTH, F.shape[1])
         pack_rows(work.a, L, L, work.a.dtype.type(0), False, n0, n1, k, end)
         pack_columns_transposed(work.b, F, k, end, q0, q1)
-        _multiply_rows(work, n1 - n0, q1 - q0, end - k, first and k == 0, nothing_ahead(F))
+        _multiply_rows(work, n1 - n0, q1 - q0, end - k, first and k == 0)
 
 
 @part
@@ -183,7 +125,7 @@ def factor_across_rows(work, first, F, p0, p1, R, n0, n1):
         end = min(k + DEPTH, F.shape[0])
         pack_rows_transposed(work.a, F, p0, p1, k, end)
         pack_columns_transposed(work.b, R, k, end, n0, n1)
-        _multiply_rows(work, p1 - p0, n1 - n0, end - k, first and k == 0, nothing_ahead(F))
+        _multiply_rows(work, p1 - p0, n1 - n0, end - k, first and k == 0)
 
 
 @part
@@ -194,7 +136,7 @@ def gradient(work, L, p0, p1, R, q0, q1):
         end = min(n + DEPTH, L.shape[0])
         pack_steps(work.l, L, p0, p1, n, end)
         pack_columns(work.r, R, R, work.r.dtype.type(0), False, n, end, q0, q1)
-        multiply_steps(work, 0, p1 - p0, q1 - q0, end - n, n == 0, nothing_ahead(L))
+        multiply_steps(work, 0, p1 - p0, q1 - q0, end - n, n == 0)
         n += DEPTH
 
 

@@ -22,13 +22,11 @@ from .microkernel import lanes
 from .packing import pack_columns, pack_steps
 from .products import (
     C_STRIDE,
-    Ahead,
     across_rows,
     along_rows,
     block_size,
     factor_along_rows,
     gradient,
-    matrix_across_rows,
     multiply_steps,
     scratch_work,
     store_block,
@@ -94,10 +92,10 @@ def _prepare_job(task, n0, n1, work):
                 gz[o] = gy[o] * activation_slope(z[o], task.activation)
     if task.has_low_rank:
         s = task.gz.dtype.type(task.s)
-        rank = task.B.shape[0]
+        rank, inner = task.B.shape
         for r in range(0, rank, BLOCK):
             end = min(r + BLOCK, rank)
-            matrix_across_rows(work, True, task.B, task.B, s, False, r, end, task.gz, n0, n1)
+            across_rows(work, True, task.B, task.B, s, False, r, end, task.gz, n0, n1, 0, inner)
             transpose_block(work.g, work.c, end - r, n1 - n0)
             store_block(task.t, n0, n1, r, end, work.g, s)
 
@@ -117,19 +115,20 @@ def _finish_input(task, n0, n1, i0, i1, prepared, work):
         store_block(task.gx, n0, n1, i0, i1, work.c, one)
     else:
         if low:
-            matrix_across_rows(work, not task.has_base, task.A, task.A, one, False, i0, i1, task.t, n0, n1)
+            rank = task.A.shape[1]
+            across_rows(work, not task.has_base, task.A, task.A, one, False, i0, i1, task.t, n0, n1, 0, rank)
         transpose_block(work.g, work.c, i1 - i0, n1 - n0)
         store_block(task.gx, n0, n1, i0, i1, work.g, one)
 
 
 @part
-def _input_product(task, n0, n1, i0, i1, k0, k1, ahead, work):
+def _input_product(task, n0, n1, i0, i1, k0, k1, work):
     """C (+)= gz Mᵀ over k0 <= k < k1 of the outputs; transposed, [in][n], for a Dense layer."""
     scaling = task.gx.dtype.type(task.c)
     if task.transposed:
-        along_rows(work, k0 == 0, task.gz, n0, n1, task.S, task.D, scaling, task.has_delta, i0, i1, k0, k1, ahead)
+        along_rows(work, k0 == 0, task.gz, n0, n1, task.S, task.D, scaling, task.has_delta, i0, i1, k0, k1)
     elif task.has_base:
-        across_rows(work, k0 == 0, task.S, task.D, scaling, task.has_delta, i0, i1, task.gz, n0, n1, k0, k1, ahead)
+        across_rows(work, k0 == 0, task.S, task.D, scaling, task.has_delta, i0, i1, task.gz, n0, n1, k0, k1)
 
 
 @part
@@ -162,11 +161,10 @@ def _apply_gradient(task, p0, p1, q0, q1, g):
 
 
 @part
-def _weight_gradient(task, p0, p1, q0, q1, new_rows, new_columns, i0, i1, j0, j1, work):
+def _weight_gradient(task, p0, p1, q0, q1, new_rows, new_columns, work):
     """Compute and use G for p0 <= p < p1, q0 <= q < q1, by strips of tiles that stay in the level-1 cache.
 
-    Operands that the call before has packed are not packed again. Rows i0 <= i < i1, columns j0 <= j < j1 of S and D
-    are fetched meanwhile. Beyond `DEPTH` samples the whole block accumulates.
+    Operands that the call before has packed are not packed again. Beyond `DEPTH` samples the whole block accumulates.
     """
     L, R = (task.gz, task.x) if task.transposed else (task.x, task.gz)
     N = L.shape[0]
@@ -178,38 +176,24 @@ def _weight_gradient(task, p0, p1, q0, q1, new_rows, new_columns, i0, i1, j0, j1
         pack_steps(work.l, L, p0, p1, 0, N)
     if new_columns:
         pack_columns(work.r, R, R, work.r.dtype.type(0), False, 0, N, q0, q1)
-    fetched = i0
     for p in range(p0, p1, TILE_ROWS):
         end = min(p + TILE_ROWS, p1)
-        until = i0 + (i1 - i0) * (end - p0) // (p1 - p0)
-        ahead = Ahead(task.S, task.D, fetched, until, j0, j1)
-        multiply_steps(work, p - p0, end - p0, q1 - q0, N, True, ahead)
+        multiply_steps(work, p - p0, end - p0, q1 - q0, N, True)
         _apply_gradient(task, p, end, q0, q1, work.g)
-        fetched = until
 
 
 @part
 def _cross_job(task, n0, n1, i0, i1, prepared, fused, work):
-    """A block of the input gradient; where `fused` also the rows or columns of V, D and W that belong to it.
-
-    The velocity is fetched while the input gradient is computed, the next block of S and D while the weight
-    gradient is.
-    """
+    """A block of the input gradient; where `fused` also the rows or columns of V, D and W that belong to it."""
     outputs = task.gz.shape[1]
-    V = task.V if task.has_delta and task.update else task.S
     wait_for(task.counters, PREPARED, prepared if task.activation != elementwise.IDENTITY else 0)
     for k0 in range(0, outputs, DEPTH):
         k1 = min(k0 + DEPTH, outputs)
-        k2 = min(k1 + DEPTH, outputs)
+        _input_product(task, n0, n1, i0, i1, k0, k1, work)
         if fused:
             p0, p1, q0, q1 = (k0, k1, i0, i1) if task.transposed else (i0, i1, k0, k1)
-            _input_product(task, n0, n1, i0, i1, k0, k1, Ahead(V, V, p0, p1, q0, q1), work)
-            p2, p3, q2, q3 = (k1, k2, i0, i1) if task.transposed else (i0, i1, k1, k2)
-            new_rows, new_columns = task.transposed or k0 == 0, not task.transposed or k0 == 0
-            _weight_gradient(task, p0, p1, q0, q1, new_rows, new_columns, p2, p3, q2, q3, work)
-        else:
-            p2, p3, q2, q3 = (k1, k2, i0, i1) if task.transposed else (i0, i1, k1, k2)
-            _input_product(task, n0, n1, i0, i1, k0, k1, Ahead(task.S, task.D, p2, p3, q2, q3), work)
+            first = k0 == 0
+            _weight_gradient(task, p0, p1, q0, q1, task.transposed or first, not task.transposed or first, work)
     _finish_input(task, n0, n1, i0, i1, prepared, work)
 
 
@@ -294,7 +278,7 @@ def sweep_worker(task, worker, workers):
         if task.update:
             wait_for(task.counters, CROSSED, crosses)
         p0, q0 = job // _count(Q, q_size) * p_size, job % _count(Q, q_size) * q_size
-        _weight_gradient(task, p0, min(P, p0 + p_size), q0, min(Q, q0 + q_size), True, True, 0, 0, 0, 0, work)
+        _weight_gradient(task, p0, min(P, p0 + p_size), q0, min(Q, q0 + q_size), True, True, work)
 
 
 _entry = entry(sweep_worker)
