@@ -289,6 +289,15 @@ class Layer(NamedParameters):
         """Return a deep copy that shares no memory with this object, its random state included."""
         return self._from_state(self._config(), {p.name: self._logical_copy(p) for p in self._parameters()})
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle what `save` would write, and the device's name: cached inputs and gradients stay behind.
+
+        So layers cross process boundaries (joblib, Dask) at the size of their parameters; where that device is
+        missing, unpickling is a DeviceUnavailableError.
+        """
+        tensors = {p.name: self._logical_copy(p) for p in self._parameters()}
+        return _restore_layer, (type(self), self._config(), tensors, self.device)
+
     def close(self) -> None:
         """Free what the object holds; every later call but this one raises RuntimeError."""
         self.__dict__.clear()
@@ -401,3 +410,9 @@ def read_layer(path: str | os.PathLike[str]) -> Layer:
 def layer_from_state(kind: str, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Layer:
     """Make a layer of the class called `kind`; KeyError for an unknown one."""
     return Layer.kinds[kind]._from_state(config, tensors)
+
+
+def _restore_layer(
+    cls: type[Layer], config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], device: str
+) -> Layer:
+    return cls._from_state(config, tensors).to(device)

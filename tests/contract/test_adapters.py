@@ -224,6 +224,14 @@ def test_disable_adapter_ends_with_an_error_and_nests(rng):
         np.testing.assert_array_equal(adapter.forward(x), adapter.base_layer.forward(x))
 
 
+def test_closing_inside_disable_adapter(rng):
+    adapter = make_adapter(rng)
+    with adapter.disable_adapter():
+        adapter.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        adapter.forward(np.zeros(7))
+
+
 @every_adapter
 @pytest.mark.parametrize("fused", [True, False])
 def test_training_while_disabled_leaves_the_factors(rng, kind, fused):
@@ -417,7 +425,13 @@ def test_an_adapter_on_a_model(rng, kind, frozen, fused):
     assert_close(adapter.get_parameter("lora_A"), oracle.update(own, expected, 0.1).A)
     with adapter.disable_adapter():
         np.testing.assert_array_equal(adapter.forward(x), base.forward(x))
-        adapter.backward(grad)
+        assert_close(adapter.backward(grad), base.backward(grad))
+        once = adapter.get_parameter_gradients()
+        adapter.backward(grad, accumulate=True)
+        assert_close(adapter.get_parameter_gradients(), 2 * once)
+        factors = adapter.get_parameter("lora_A")
+        adapter.backward_update(grad, 0.1)
+        np.testing.assert_array_equal(adapter.get_parameter("lora_A"), factors)
 
 
 # --- diagnostics -------------------------------------------------------------------------------------------------

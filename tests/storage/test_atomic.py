@@ -13,6 +13,7 @@ import nblora
 from nblora.storage.atomic import replace_whole
 from tests.helpers import make_adapter
 
+pytestmark = pytest.mark.small
 posix = pytest.mark.skipif(os.name != "posix", reason="permissions and signals of POSIX")
 
 

@@ -1,0 +1,132 @@
+"""The results file of a sweep: one JSON line a run, only ever appended to, whole again after any kill."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from nblora.errors import FormatError, NbloraError
+
+FORMAT = "nblora.sweep"
+FORMAT_VERSION = 1
+REPEATED = "failed"  # the status of runs that a later start tries again
+
+
+class ResultsFile:
+    """An open results file; the process that has it open is the only one that writes to it.
+
+    Parameters
+    ----------
+    path : path
+        Made if it is not there. What a kill left of a last line is cut off.
+
+    Attributes
+    ----------
+    records : dict of str to dict
+        The last record of each run, by the run's key.
+
+    Raises
+    ------
+    FormatError
+        For a file that holds something else.
+    NbloraError
+        While another sweep writes to the file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._file = open(self.path, "a+b")  # noqa: SIM115 - open as long as the object lives, closed by `close`
+        try:
+            _lock(self._file, self.path)
+            self._cut_torn_line()
+            self.records = {record["key"]: record for record in read_results(self.path)}
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _cut_torn_line(self) -> None:
+        self._file.seek(0)
+        content = self._file.read()
+        end = content.rfind(b"\n") + 1
+        if end == len(content):
+            return
+        try:
+            json.loads(content[end:])
+        except ValueError:
+            if not (b'{"format"'.startswith(content[end : end + 9]) or content[end : end + 9] == b'{"format"'):
+                raise FormatError(f"{self.path}: not a results file of `nblora sweep`; nothing was changed") from None
+            self._file.truncate(end)
+        else:  # only the line's end is missing
+            self._append(b"\n")
+
+    def is_finished(self, key: str) -> bool:
+        """Whether the run with this key need not be repeated."""
+        return key in self.records and self.records[key]["status"] != REPEATED
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Add one run's record and wait until it is on the disk."""
+        line = {"format": FORMAT, "version": FORMAT_VERSION, **record}
+        self._append(json.dumps(line, allow_nan=False).encode() + b"\n")
+        self.records[record["key"]] = line
+
+    def _append(self, data: bytes) -> None:
+        self._file.write(data)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Let others write to the file."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def read_results(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Return the records of a results file, in the order in which the runs ended; a torn last line is passed over.
+
+    Raises
+    ------
+    FormatError
+        For a file that holds something else, naming the line.
+    """
+    lines = Path(path).read_bytes().split(b"\n")
+    records = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            if number == len(lines):  # no line end: the writer was killed here
+                continue
+            raise FormatError(f"{os.fspath(path)}: line {number} is not JSON: {error}") from error
+        _check_record(record, f"{os.fspath(path)}: line {number}")
+        records.append(record)
+    return records
+
+
+def _check_record(record: Any, place: str) -> None:
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise FormatError(f"{place} is no result of `nblora sweep`")
+    if record.get("version") != FORMAT_VERSION:
+        raise FormatError(f"{place} has format version {record.get('version')!r}, this nblora reads {FORMAT_VERSION}")
+    for name, kind in {"key": str, "status": str, "settings": dict}.items():
+        if not isinstance(record.get(name), kind):
+            raise FormatError(f"{place}: {name!r} must be a {kind.__name__}, got {record.get(name)!r}")
+
+
+def _lock(file: Any, path: Path) -> None:
+    """Lock the open file until it is closed, where the system can; NbloraError where another process has it."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise NbloraError(f"{path}: another sweep is writing to this file; wait for its end or name another") from error
