@@ -186,6 +186,32 @@ def itemsize(number):
 
 
 @kernel
+def add_plain(start, rank, change, value):
+    """value = start + change, all (n,) of one float type; of rank 0 the start itself, whose -0.0 a sum would lose."""
+    if rank == 0:
+        value[:] = start
+        return
+    for j in range(value.shape[0]):
+        value[j] = start[j] + change[j]
+
+
+@kernel
+def add_scaled(start, row_scale, column_scale, first, change, scaled, value):
+    """value = row_scale · column_scale ∘ start + change; returns what float32 may lose in it, in units of 2⁻²⁴.
+
+    start, change, scaled (scratch), value (n,) of one float type; row_scale float64; column_scale float64 (columns,),
+    of which the n from `first` on, or empty.
+    """
+    for j in range(value.shape[0]):
+        scaled[j] = row_scale * column_scale[first + j] if column_scale.shape[0] else row_scale
+    for j in range(value.shape[0]):
+        scaled[j] *= start[j]
+    for j in range(value.shape[0]):
+        value[j] = scaled[j] + change[j]
+    return 2 * largest(scaled)
+
+
+@kernel
 def merge_block(
     source,
     source_number,
@@ -240,18 +266,9 @@ def merge_block(
             low_rank_segment(p, packed, d)
             scale = row_scale[i] if row_scale.shape[0] else 1.0
             if scaled:
-                for j in range(n):
-                    h[j] = scale * column_scale[first + j] if column_scale.shape[0] else scale
-                for j in range(n):
-                    h[j] *= x[j]
-                for j in range(n):
-                    v[j] = h[j] + d[j]
-                error += 2 * largest(h)
-            elif P.shape[1] == 0:
-                v[:] = x  # a sum with zero would turn -0.0 into 0.0
+                error += add_scaled(x, scale, column_scale, first, d, h, v)
             else:
-                for j in range(n):
-                    v[j] = x[j] + d[j]
+                add_plain(x, P.shape[1], d, v)
             if working.itemsize == 4 and (scaled or P.shape[1] > 0):
                 settle_ties(P, i, Q, x, scale, column_scale, first, target_number, error, far, flags, v)
             if scaled or not same:
