@@ -90,7 +90,7 @@ class _Scratch:
             return self._free[dtype, workers].pop()
         except (KeyError, IndexError):
             size = PARTS * PART
-            memory = np.empty(workers * size + 16, dtype)
+            memory = np.zeros(workers * size + 16, dtype)
             start = -memory.ctypes.data % 64 // dtype.itemsize
             return memory[start : start + workers * size].reshape(workers, size)
 
