@@ -129,15 +129,21 @@ def as_parameter(name: str, value: Any, shape: tuple[int | None, ...], dtype: np
 
 def as_samples(name: str, value: Any, features: int, dtype: np.dtype) -> np.ndarray:
     """`value` as an array of shape (..., features) and the given dtype, not copied where it is one."""
-    array = value if isinstance(value, np.ndarray) and value.dtype == dtype else as_real(name, value)
+    ready = isinstance(value, np.ndarray) or is_device_array(value)
+    array = value if ready and value.dtype == dtype else as_real(name, value)
     if array.ndim == 0 or array.shape[-1] != features:
         raise ValueError(f"{name} must have shape (..., {features}), got {_shape(array.shape)}")
     return array if array.dtype == dtype else array.astype(dtype)
 
 
+def is_device_array(value: Any) -> bool:
+    """Whether a value is in a GPU's memory: CuPy's, PyTorch's, Numba's arrays and nblora's own."""
+    return hasattr(value, "__cuda_array_interface__")
+
+
 def as_rows(array: np.ndarray) -> np.ndarray:
     """View (..., features) as (N, features), C-contiguous and aligned; copies only what is neither."""
-    rows = array.reshape(math.prod(array.shape[:-1]), array.shape[-1])
+    rows = array.reshape((math.prod(array.shape[:-1]), array.shape[-1]))
     if rows.flags.c_contiguous and rows.flags.aligned:
         return rows
     return np.require(rows, requirements=["C", "A"])
@@ -145,10 +151,10 @@ def as_rows(array: np.ndarray) -> np.ndarray:
 
 def check_writeable(name: str, array: np.ndarray) -> None:
     """ValueError for a read-only array about to be trained in place."""
-    flags = getattr(array, "flags", None)
-    if isinstance(array, np.ndarray) and flags is not None and not flags.writeable:
+    if not getattr(getattr(array, "flags", None), "writeable", True):
         raise ValueError(
-            f"{name} is read-only and cannot be trained in place: give the layer a copy of it, or freeze it"
+            f"{name} is read-only and cannot be trained in place: give the layer a copy of it, or freeze it "
+            "(a base held as bfloat16 is read-only: move it with precision='float32')"
         )
 
 

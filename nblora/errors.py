@@ -13,6 +13,10 @@ class DeviceUnavailableError(NbloraError, RuntimeError):
     """The device asked for cannot run here; the message says what is missing."""
 
 
+class DeviceMemoryError(NbloraError, MemoryError):
+    """A GPU's memory is full; the message says how much was wanted and how much is free."""
+
+
 class NonFiniteError(NbloraError, ArithmeticError):
     """Training met a NaN or an infinity; the message names the layer and the step."""
 

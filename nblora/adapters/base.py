@@ -26,6 +26,7 @@ class Adapter(Linear, abstract=True):
     """
 
     method: ClassVar[str]
+    _own_arrays: ClassVar[tuple[str, ...]] = ()
 
     def _wrap(self, base_layer: Any, lora_layer: LoRALayer, freeze: bool, lora_dropout: float, rng: Any) -> None:
         """Begin life around `base_layer`, all arguments checked but the base."""
@@ -38,6 +39,7 @@ class Adapter(Linear, abstract=True):
         self._rng = _saveable(np.random.default_rng(rng))
         self._enabled = True
         self._fused = isinstance(base_layer, Dense)
+        lora_layer._move(base_layer._backend)
         self._open(base_layer._backend)
 
     def _new_low_rank(
@@ -92,13 +94,13 @@ class Adapter(Linear, abstract=True):
     def forward(self, x: Any) -> np.ndarray:
         if self._fused:
             return super().forward(x)
-        samples = checks.as_samples("x", x, self.in_features, self.dtype)
+        samples, on_device = self._enter("x", x, self.in_features)
         y = self.base_layer.forward(samples)
         if self._enabled:
             self._backend.add(y, super().forward(samples))
         elif self._training:
             self._saved = None
-        return y
+        return self._leave(y, on_device)
 
     def backward(self, grad_output: Any, accumulate: bool = False) -> np.ndarray:
         if self._fused:
@@ -109,10 +111,11 @@ class Adapter(Linear, abstract=True):
             if self._gradients is None or not accumulate:
                 self._gradients = {p.name: self._backend.zeros_like(p.array) for p in self._own_trainable()}
             return grad_input
-        own = super().backward(grad_output, accumulate)
-        grad_input = self.base_layer.backward(grad_output, accumulate)
+        grad, on_device = self._enter("grad_output", grad_output, self.out_features)
+        own = super().backward(grad, accumulate)
+        grad_input = self.base_layer.backward(grad, accumulate)
         self._backend.add(grad_input, own)
-        return grad_input
+        return self._leave(grad_input, on_device)
 
     def backward_update(self, grad_output: Any, lr: float) -> np.ndarray:
         if self._enabled:
@@ -127,13 +130,14 @@ class Adapter(Linear, abstract=True):
         if self._fused:
             return super()._sweep(grad_output, lr, delta_lr)
         self._require_forward()
+        grad, on_device = self._enter("grad_output", grad_output, self.out_features)
         if self.is_base_layer_frozen:
-            grad_input = self.base_layer.backward(grad_output)
+            grad_input = self.base_layer.backward(grad)
             self.base_layer._forget_forward()
         else:
-            grad_input = self.base_layer._sweep(grad_output, lr, delta_lr)
-        self._backend.add(grad_input, super()._sweep(grad_output, lr, delta_lr))
-        return grad_input
+            grad_input = self.base_layer._sweep(grad, lr, delta_lr)
+        self._backend.add(grad_input, super()._sweep(grad, lr, delta_lr))
+        return self._leave(grad_input, on_device)
 
     def _require_forward(self) -> None:
         if self._fused or self._enabled:
@@ -224,10 +228,10 @@ class Adapter(Linear, abstract=True):
             self.base_layer.reset_state()
         super().reset_state()
 
-    def _move(self, backend: Any) -> None:
-        self.base_layer._move(backend)
-        self.lora_layer._move(backend)
-        super()._move(backend)
+    def _pieces(self, frozen: bool) -> Iterator[tuple[Layer, tuple[str, ...], tuple[str, ...]]]:
+        yield from self.base_layer._pieces(frozen or self.is_base_layer_frozen)
+        yield from self.lora_layer._pieces(frozen)
+        yield self, self._own_arrays, ()
 
     # --- merging, describing, keeping --------------------------------------------------------------------------
 

@@ -38,6 +38,7 @@ class DeltaLoRAAdapter(Adapter):
     """
 
     method = "delta"
+    _own_arrays = ("_delta", "_velocity")
 
     def __init__(
         self,
@@ -58,7 +59,7 @@ class DeltaLoRAAdapter(Adapter):
         self._wrap(base_layer, low_rank, freeze_base_layer, lora_dropout, rng)
         self._set_method(delta_scaling, momentum_factor)
         shape = self.base_layer.weight.shape if self._fused else (self.in_features, self.out_features)
-        self._delta, self._velocity = np.zeros(shape, self.dtype), np.zeros(shape, self.dtype)
+        self._delta, self._velocity = (self._backend.from_host(np.zeros(shape, self.dtype)) for _ in range(2))
 
     def _set_method(self, delta_scaling: Any, momentum_factor: Any) -> None:
         self.delta_scaling = checks.check_positive("delta_scaling", delta_scaling)
@@ -95,7 +96,7 @@ class DeltaLoRAAdapter(Adapter):
         return Delta(self._delta, self._velocity, self.delta_scaling, self.momentum_factor)
 
     def _stand_in_base(self) -> Base | None:
-        return Base(np.zeros((self.in_features, self.out_features), self.dtype), None, False)
+        return Base(self._backend.zeros_like(self._delta), None, False)
 
     def _own_parameters(self) -> Iterator[Parameter]:
         yield from super()._own_parameters()
@@ -115,5 +116,5 @@ class DeltaLoRAAdapter(Adapter):
         self._set_method(config["delta_scaling"], config["momentum_factor"])
         shape = self.in_features, self.out_features
         delta, velocity = (take_tensor(tensors, name, self.dtype, shape) for name in ("delta", "velocity"))
-        self._delta = np.ascontiguousarray(delta.T if self._transposed else delta)
-        self._velocity = np.ascontiguousarray(velocity.T if self._transposed else velocity)
+        stored = (np.ascontiguousarray(array.T if self._transposed else array) for array in (delta, velocity))
+        self._delta, self._velocity = map(self._backend.from_host, stored)

@@ -5,6 +5,8 @@ import os
 import re
 from typing import TYPE_CHECKING, Any
 
+from numba.core import config
+
 from nblora.errors import DeviceUnavailableError
 
 if TYPE_CHECKING:
@@ -14,8 +16,11 @@ _default_device: str | None = None
 
 
 def devices() -> list[str]:
-    """List the devices that can run here, by the names that `to` accepts."""
-    return ["cpu"]
+    """List the devices that can run here, by the names that `to` accepts.
+
+    Numba's CUDA simulator (`NUMBA_ENABLE_CUDASIM=1`) is among them as "cuda:0".
+    """
+    return ["cpu", *(f"cuda:{index}" for index in range(_cuda_count()))]
 
 
 def set_device(device: str) -> None:
@@ -40,17 +45,38 @@ def default_backend() -> "Backend":
     return resolve(_default_device or os.environ.get("NBLORA_DEVICE") or "cpu")
 
 
-def resolve(device: Any) -> "Backend":
-    """Return the backend for `"auto"`, `"cpu"`, `"cuda"` or `"cuda:N"`."""
+def resolve(device: Any, precision: str = "float32") -> "Backend":
+    """Return the backend for `"auto"`, `"cpu"`, `"cuda"` or `"cuda:N"`; the precision is a GPU's."""
     if not isinstance(device, str):
         raise TypeError(f"device must be a string such as 'cpu' or 'cuda:0', got {device!r}")
-    if device in ("cpu", "auto"):
+    if device == "auto":
+        simulated = getattr(config, "ENABLE_CUDASIM", False)
+        device = "cuda" if not simulated and _cuda_count() else "cpu"
+    if device == "cpu":
         return _cpu()
-    if re.fullmatch(r"cuda(:\d+)?", device):
-        raise DeviceUnavailableError(
-            f"device {device!r} is not available: this version of nblora has no CUDA backend; use device='cpu'"
+    if not re.fullmatch(r"cuda(:\d+)?", device):
+        raise ValueError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {device!r}")
+    return _cuda(int(device.partition(":")[2] or 0), precision)
+
+
+def cuda_problem() -> str | None:
+    """What keeps CUDA from running here, in words; None where a GPU, or the simulator, is there."""
+    try:
+        from .device import missing
+
+        return missing()
+    except Exception as error:  # a broken toolkit fails at import, with errors of any kind
+        return (
+            f"the CUDA packages fail at import ({type(error).__name__}: {error}): reinstall nblora[cuda12] or [cuda13]"
         )
-    raise ValueError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {device!r}")
+
+
+def _cuda_count() -> int:
+    if cuda_problem() is not None:
+        return 0
+    from .device import device_count
+
+    return device_count()
 
 
 @functools.cache
@@ -58,3 +84,13 @@ def _cpu() -> "Backend":
     from .cpu import CPUBackend
 
     return CPUBackend()
+
+
+@functools.cache
+def _cuda(index: int, precision: str) -> "Backend":
+    problem = cuda_problem()
+    if problem is not None:
+        raise DeviceUnavailableError(f"device 'cuda:{index}' is not available: {problem}; or use device='cpu'")
+    from .cuda import open_backend
+
+    return open_backend(index, precision)

@@ -107,6 +107,7 @@ class CPUBackend:
     """The operations of `protocol.Backend` on NumPy arrays."""
 
     device = "cpu"
+    precision = "float32"
 
     def __init__(self) -> None:
         self._pool = _Pool()
@@ -121,13 +122,24 @@ class CPUBackend:
             found = self._tile_functions[dtype] = tile_functions(self._stand_ins[dtype][1])
         return found
 
+    def adopt(self, value: Any) -> Array | None:
+        """The array itself where it is on a GPU: never."""
+        return None
+
     def from_host(self, array: np.ndarray) -> Array:
         """Bring a NumPy array to the device: the same array."""
+        return array
+
+    def base_from_host(self, array: np.ndarray) -> Array:
+        """Bring the weight of a frozen base to the device: the same array."""
         return array
 
     def to_host(self, array: Array) -> np.ndarray:
         """Bring an array to NumPy: the same array."""
         return array
+
+    def release(self) -> None:
+        """Free memory that nothing refers to: Python does."""
 
     def zeros_like(self, array: Array) -> Array:
         """A new array of zeros, same shape and dtype, C-contiguous."""

@@ -71,13 +71,26 @@ class Backend(Protocol):
     """Operations on arrays of one device. Nothing here checks its arguments."""
 
     device: str
+    precision: str
+
+    def adopt(self, value: Any) -> Array | None:
+        """The array itself, or a view of it, where `value` is on this backend's GPU; None for what is on the host."""
+        ...
 
     def from_host(self, array: np.ndarray) -> Array:
         """Bring a NumPy array to the device; the CPU hands the same array back."""
         ...
 
+    def base_from_host(self, array: np.ndarray) -> Array:
+        """Bring the weight of a frozen base to the device, in the precision asked for."""
+        ...
+
     def to_host(self, array: Array) -> np.ndarray:
         """Bring an array to NumPy; the CPU hands the same array back."""
+        ...
+
+    def release(self) -> None:
+        """Free memory that nothing refers to any more."""
         ...
 
     def zeros_like(self, array: Array) -> Array:

@@ -13,6 +13,8 @@ from nblora.storage.onnx_graph import OnnxGraph
 
 from .named_parameters import NamedParameters, Parameter
 
+PRECISIONS = ("float32", "tf32", "bf16-base")
+
 
 class Layer(NamedParameters):
     """Base of every layer, adapter and model.
@@ -35,10 +37,15 @@ class Layer(NamedParameters):
             Layer.kinds[cls.__name__] = cls
 
     def _open(self, backend: Any) -> None:
-        """Begin life: in training mode, on `backend`, without gradients."""
+        """Begin life: in training mode, on `backend`, whose arrays the layer's are, without gradients."""
         self._backend = backend
         self._training = True
         self._gradients: dict[str, Any] | None = None
+
+    def _open_from_host(self, backend: Any) -> None:
+        """Begin life with arrays that are on the host or wherever the layers within have theirs; end on `backend`."""
+        self._open(resolve("cpu"))
+        self._move(backend)
 
     # --- computing ---------------------------------------------------------------------------------------------
 
@@ -267,7 +274,9 @@ class Layer(NamedParameters):
         device : str
             `"auto"`, `"cpu"`, `"cuda"` or `"cuda:N"`.
         precision : str
-            How a GPU multiplies; the CPU always computes in the layer's dtype.
+            How a GPU multiplies float32: "float32"; "tf32" (tensor cores, inputs rounded to 10 bits of mantissa);
+            "bf16-base" (float32, with the weights of frozen bases held as bfloat16, which rounds them for good). The
+            CPU, and float64 layers, always compute in the layer's dtype.
 
         Raises
         ------
@@ -277,17 +286,57 @@ class Layer(NamedParameters):
             For a device that cannot run here.
         """
         self._require_open()
-        checks.check_choice("precision", precision, ("float32", "tf32", "bf16-base"))
-        self._move(resolve(device))
+        checks.check_choice("precision", precision, PRECISIONS)
+        self._move(resolve(device, precision))
         return self
 
     def _move(self, backend: Any) -> None:
-        """Take the parameters to `backend`; with the CPU alone there is nowhere to go."""
-        self._backend = backend
+        """Take all arrays to `backend`: every one of them, or where one fails, none."""
+        moved = []
+        for layer, names, frozen in self._pieces(False):
+            if layer._backend is not backend:
+                arrays = {name: layer._moved(name, backend.from_host) for name in names}
+                arrays |= {name: layer._moved(name, backend.base_from_host) for name in frozen}
+                moved.append((layer, arrays))
+        for layer, arrays in moved:
+            held = layer._gradients
+            if held is not None:
+                held = {name: backend.from_host(layer._backend.to_host(array)) for name, array in held.items()}
+            layer.__dict__.update(arrays, _backend=backend, _gradients=held)
+        if moved:
+            self._forget_forward()
+
+    def _moved(self, name: str, take: Any) -> Any:
+        array = getattr(self, name)
+        return None if array is None else take(self._backend.to_host(array))
+
+    def _pieces(self, frozen: bool) -> Iterator[tuple["Layer", tuple[str, ...], tuple[str, ...]]]:
+        """Every layer that moves with this one, itself included, with the names of its arrays and of frozen weights.
+
+        `frozen` says that an adapter around this layer does not train it.
+        """
+        raise NotImplementedError
+
+    def _samples(self, name: str, value: Any, features: int) -> tuple[Any, bool]:
+        """`value` checked as (..., features), and whether it is on the backend's device."""
+        adopted = self._backend.adopt(value)
+        samples = checks.as_samples(name, value if adopted is None else adopted, features, self.dtype)
+        return samples, adopted is not None
+
+    def _enter(self, name: str, value: Any, features: int) -> tuple[Any, bool]:
+        """Like `_samples`, brought to the device."""
+        samples, on_device = self._samples(name, value, features)
+        return self._backend.from_host(samples), on_device
+
+    def _leave(self, array: Any, on_device: bool) -> Any:
+        """An array of the backend as the caller wants it: on the device, or as NumPy."""
+        return array if on_device else self._backend.to_host(array)
 
     def clone(self) -> Self:
-        """Return a deep copy that shares no memory with this object, its random state included."""
-        return self._from_state(self._config(), {p.name: self._logical_copy(p) for p in self._parameters()})
+        """Return a deep copy that shares no memory with this object, its random state included; on the same device."""
+        twin = self._from_state(self._config(), {p.name: self._logical_copy(p) for p in self._parameters()})
+        twin._move(self._backend)
+        return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle what `save` would write, and the device's name: cached inputs and gradients stay behind.
@@ -300,8 +349,11 @@ class Layer(NamedParameters):
 
     def close(self) -> None:
         """Free what the object holds; every later call but this one raises RuntimeError."""
+        backend = self.__dict__.get("_backend")
         self.__dict__.clear()
         self._closed = True
+        if backend is not None:
+            backend.release()
 
     if not TYPE_CHECKING:  # or every misspelt attribute would pass the type checker
 

@@ -11,6 +11,7 @@ from nblora.backends.protocol import Base, Gradients, Operands
 from nblora.storage.checkpoint import take_tensor
 
 from .activations import ACTIVATIONS, activation_code
+from .base import Layer
 from .diagnostics import describe_linear
 from .linear import Linear
 from .named_parameters import Parameter
@@ -48,7 +49,7 @@ class Dense(Linear):
         if bias is not None:
             self.bias = checks.as_parameter("bias", bias, (self.out_features,), self.dtype)
         self._activation = activation_code(activation)
-        self._open(default_backend())
+        self._open_from_host(default_backend())
 
     @classmethod
     def random(
@@ -83,6 +84,12 @@ class Dense(Linear):
 
     def _operands(self) -> Operands:
         return Operands(self.as_operand(), None, None, self._activation, self.trainable)
+
+    def _pieces(self, frozen: bool) -> Iterator[tuple[Layer, tuple[str, ...], tuple[str, ...]]]:
+        if frozen or not self.trainable:
+            yield self, ("bias",), ("weight",)
+        else:
+            yield self, ("weight", "bias"), ()
 
     def _parameters(self) -> Iterator[Parameter]:
         yield Parameter("weight", self.weight, self._transposed, self.trainable, swept=True)

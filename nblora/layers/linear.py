@@ -30,21 +30,21 @@ class Linear(Layer, abstract=True):
         return None
 
     def forward(self, x: Any) -> np.ndarray:
-        samples = checks.as_samples("x", x, self.in_features, self.dtype)
+        samples, on_device = self._samples("x", x, self.in_features)
         rows = self._backend.from_host(checks.as_rows(samples))
         keep = self._training
         operands = self._operands()
         y, saved = self._backend.forward(rows, operands, self._dropout_mask(rows) if keep else None, keep)
         if saved is not None:
             self._saved = saved, samples.shape, operands
-        return self._backend.to_host(y).reshape((*samples.shape[:-1], self.out_features))
+        return self._leave(y, on_device).reshape((*samples.shape[:-1], self.out_features))
 
     def backward(self, grad_output: Any, accumulate: bool = False) -> np.ndarray:
         checks.check_flag("accumulate", accumulate)
-        grad, saved, shape, operands = self._checked_gradient(grad_output)
+        grad, on_device, saved, shape, operands = self._checked_gradient(grad_output)
         gradients = self._backend.backward(grad, saved, operands)
         self._store_gradients(dict(self._named_gradients(gradients)), accumulate)
-        return self._backend.to_host(gradients.x).reshape(shape)
+        return self._leave(gradients.x, on_device).reshape(shape)
 
     def _onnx_operands(self) -> Operands:
         """The operands of the exported graph."""
@@ -73,11 +73,11 @@ class Linear(Layer, abstract=True):
         return graph.activation(z, ACTIVATIONS[code])
 
     def _sweep(self, grad_output: Any, lr: float, delta_lr: float) -> np.ndarray:
-        grad, saved, shape, operands = self._checked_gradient(grad_output)
+        grad, on_device, saved, shape, operands = self._checked_gradient(grad_output)
         gradients = self._backend.backward_update(grad, saved, operands, lr, delta_lr)
         self._store_gradients(dict(self._named_gradients(gradients)), accumulate=False)
         self._saved = None
-        return self._backend.to_host(gradients.x).reshape(shape)
+        return self._leave(gradients.x, on_device).reshape(shape)
 
     def _forget_forward(self) -> None:
         self._saved = None
@@ -91,14 +91,14 @@ class Linear(Layer, abstract=True):
             raise RuntimeError(_why_no_forward(self._training))
         return self._saved
 
-    def _checked_gradient(self, grad_output: Any) -> tuple[Any, Saved, tuple[int, ...], Operands]:
+    def _checked_gradient(self, grad_output: Any) -> tuple[Any, bool, Saved, tuple[int, ...], Operands]:
         saved, shape, operands = self._last_forward()
-        grad = checks.as_samples("grad_output", grad_output, self.out_features, self.dtype)
+        grad, on_device = self._samples("grad_output", grad_output, self.out_features)
         if grad.shape[:-1] != shape[:-1]:
             raise ValueError(
                 f"grad_output must have the output's shape {(*shape[:-1], self.out_features)}, got {grad.shape}"
             )
-        return self._backend.from_host(checks.as_rows(grad)), saved, shape, operands
+        return self._backend.from_host(checks.as_rows(grad)), on_device, saved, shape, operands
 
 
 def _why_no_forward(training: bool) -> str:

@@ -11,6 +11,7 @@ from nblora.backends import default_backend
 from nblora.backends.protocol import Gradients, LowRank, Operands
 from nblora.storage.checkpoint import take_tensor
 
+from .base import Layer
 from .diagnostics import describe_linear
 from .linear import Linear
 from .named_parameters import Parameter
@@ -71,7 +72,7 @@ class LoRALayer(Linear):
             A = rng.normal(0.0, 1 / rank, (self.in_features, rank))
         self.A = A.astype(self.dtype)
         self.B = np.zeros((rank, self.out_features), self.dtype)
-        self._open(default_backend())
+        self._open_from_host(default_backend())
 
     @classmethod
     def from_factors(cls, A: Any, B: Any, alpha: float = -1.0, *, use_rslora: bool = False) -> Self:
@@ -85,7 +86,7 @@ class LoRALayer(Linear):
         layer.B = checks.as_parameter("B", B, (layer.A.shape[1], None), layer.dtype)
         layer.in_features, layer.out_features = layer.A.shape[0], layer.B.shape[1]
         layer._scale(layer.A.shape[1], alpha, use_rslora)
-        layer._open(default_backend())
+        layer._open_from_host(default_backend())
         return layer
 
     def _scale(self, rank: int, alpha: float, use_rslora: bool) -> None:
@@ -100,6 +101,9 @@ class LoRALayer(Linear):
 
     def _operands(self) -> Operands:
         return Operands(None, self.as_operand(), None, 0, False)
+
+    def _pieces(self, frozen: bool) -> Iterator[tuple[Layer, tuple[str, ...], tuple[str, ...]]]:
+        yield self, ("A", "B"), ()
 
     def _parameters(self) -> Iterator[Parameter]:
         yield Parameter("lora_A", self.A, trainable=self.trainable)

@@ -41,7 +41,7 @@ class Sequential(Layer):
         self._layers = named
         first, last = next(iter(named.values())), next(reversed(named.values()))
         self.in_features, self.out_features, self.dtype = first.in_features, last.out_features, first.dtype
-        self._open(first._backend)
+        self._open_from_host(first._backend)
 
     # --- the layers --------------------------------------------------------------------------------------------
 
@@ -73,28 +73,32 @@ class Sequential(Layer):
     # --- computing ---------------------------------------------------------------------------------------------
 
     def forward(self, x: Any) -> np.ndarray:
+        x, on_device = self._enter("x", x, self.in_features)
         for layer in self:
             x = layer.forward(x)
-        return x
+        return self._leave(x, on_device)
 
     def backward(self, grad_output: Any, accumulate: bool = False) -> np.ndarray:
         self._require_forward()
+        grad, on_device = self._enter("grad_output", grad_output, self.out_features)
         for layer in reversed(self._layers.values()):
-            grad_output = layer.backward(grad_output, accumulate)
-        return grad_output
+            grad = layer.backward(grad, accumulate)
+        return self._leave(grad, on_device)
 
     def _sweep(self, grad_output: Any, lr: float, delta_lr: float) -> np.ndarray:
+        grad, on_device = self._enter("grad_output", grad_output, self.out_features)
         for layer in reversed(self._layers.values()):
-            grad_output = layer._sweep(grad_output, lr, delta_lr)
-        return grad_output
+            grad = layer._sweep(grad, lr, delta_lr)
+        return self._leave(grad, on_device)
 
     def backward_update(self, grad_output: Any, lr: float) -> np.ndarray:
         checks.check_not_negative("lr", lr)
         self._check_trainable_memory()
         self._require_forward()
+        grad, on_device = self._enter("grad_output", grad_output, self.out_features)
         for layer in reversed(self._layers.values()):
-            grad_output = layer.backward_update(grad_output, lr)
-        return grad_output
+            grad = layer.backward_update(grad, lr)
+        return self._leave(grad, on_device)
 
     def _add_to_onnx(self, graph: OnnxGraph, x: str) -> str:
         for layer in self:
@@ -167,10 +171,10 @@ class Sequential(Layer):
         for layer in self:
             layer.reset_state()
 
-    def _move(self, backend: Any) -> None:
+    def _pieces(self, frozen: bool) -> Iterator[tuple[Layer, tuple[str, ...], tuple[str, ...]]]:
         for layer in self:
-            layer._move(backend)
-        super()._move(backend)
+            yield from layer._pieces(frozen)
+        yield self, (), ()
 
     # --- adapters ----------------------------------------------------------------------------------------------
 

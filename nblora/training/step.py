@@ -102,7 +102,8 @@ class Step:
             That names the layer and the step; the model may then be half updated.
         """
         lr, delta_lr = factor * self.optimizer.lr, factor * self.delta_lr
-        output = self.model.forward(x)
+        # On a GPU the batch is brought there once: output and gradients stay, the host sees the loss.
+        output = self.model.forward(self.model._enter("x", x, self.model.in_features)[0])
         value, grad = self.loss.value_and_gradient(output, y, self.model._backend)
         self.count += 1
         if not math.isfinite(value):
@@ -112,7 +113,7 @@ class Step:
         norm = self._clip()
         for stage in self.stages:
             self._update(stage, lr, delta_lr)
-        return StepResult(value, output, norm)
+        return StepResult(value, self.model._backend.to_host(output) if self.loss.metrics else output, norm)
 
     def _clip(self) -> float | None:
         """Scale all gradients so that their global norm is at most `clip_norm`; return the norm before."""

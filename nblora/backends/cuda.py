@@ -1,0 +1,518 @@
+"""The CUDA backend: which kernel, on which tile, on which grid. Arrays stay on the device from one call to the next."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from nblora.errors import DeviceUnavailableError
+from nblora.kernels.cuda import forward as forward_kernels
+from nblora.kernels.cuda import gradients, vectors
+from nblora.kernels.cuda.forward import FACTOR, HAS_BASE, HAS_LOW, KEEP, LOW, OUT, WEIGHT, X
+from nblora.kernels.cuda.losses import losses
+from nblora.kernels.cuda.tiles import Tile
+from nblora.kernels.cuda.update import elementwise, sum_of_squares
+
+from .device import Device, DeviceArray, open_device
+from .protocol import Array, Gradients, Operands, Saved
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Tiles and block sizes for one dtype: `wide` products, few rows (`flat`), few columns (`narrow`), and the rest.
+
+    `split` is the number of inner elements that a split keeps at least: below it adding the splits up costs what they
+    save.
+    """
+
+    wide: Tile
+    flat: Tile
+    narrow: Tile
+    threads: int
+    split: int = 256
+
+
+PLAIN = {
+    "float32": Shapes(Tile(128, 128, 8), Tile(32, 128, 8), Tile(64, 32, 8), 256),
+    "float64": Shapes(Tile(64, 64, 8, "float64"), Tile(16, 64, 8, "float64"), Tile(64, 32, 8, "float64"), 256),
+}
+TENSOR = PLAIN | {
+    "float32": Shapes(Tile(128, 64, 16, tensor=True), Tile(32, 128, 16, tensor=True), Tile(64, 32, 8), 256)
+}
+# Numba's simulator makes a Python thread of each thread: blocks of 32, few of them.
+_TINY, _TINY_64 = Tile(32, 64, 8), Tile(16, 32, 4, "float64")
+SIMULATED = {
+    "float32": Shapes(_TINY, _TINY, _TINY, 32),
+    "float64": Shapes(_TINY_64, _TINY_64, _TINY_64, 32),
+}
+
+
+class CUDABackend:
+    """The operations of `protocol.Backend` on one GPU.
+
+    Everything runs on the default stream, in the order of the calls: a kernel that changes D comes after those that
+    read it. Where a product has too few tiles to fill the device, its inner dimension is split and the splits are
+    added up in order.
+    """
+
+    def __init__(self, device: Device, precision: str = "float32") -> None:
+        self.device, self.precision = device.name, precision
+        self._device = device
+        self._plain = SIMULATED if device.simulated else PLAIN
+        self._shapes = TENSOR if precision == "tf32" else self._plain
+        self._zero_biases: dict[Any, DeviceArray] = {}
+
+    # --- memory ------------------------------------------------------------------------------------------------
+
+    def adopt(self, value: Any) -> DeviceArray | None:
+        """The array itself, or a view of it, where it is on a GPU; None for what is on the host."""
+        return self._device.adopt(value)
+
+    def from_host(self, array: Any) -> Array:
+        """Bring a NumPy array to the device; what is there already stays."""
+        return array if isinstance(array, DeviceArray) else self._device.upload(array)
+
+    def base_from_host(self, array: Any) -> Array:
+        """Bring the weight of a frozen base to the device: as bfloat16 with that precision."""
+        if self.precision != "bf16-base" or array.dtype != np.float32:
+            return self.from_host(array)
+        return self._device.upload(np.asarray(array), bfloat16=True)
+
+    def to_host(self, array: Array) -> np.ndarray:
+        """Bring an array to NumPy."""
+        return array.copy_to_host() if isinstance(array, DeviceArray) else array
+
+    def release(self) -> None:
+        """Free memory that nothing refers to any more."""
+        self._device.release()
+
+    def zeros_like(self, array: Array) -> Array:
+        """A new array of zeros, same shape and dtype."""
+        new = self._device.empty(array.shape, array.dtype)
+        self._stride(elementwise(new.dtype.name, self._threads(new)).fill, new, new.dtype.type(0), 1)
+        return new
+
+    def _threads(self, array: Array) -> int:
+        return self._shapes[array.dtype.name].threads
+
+    def _blocks(self, work: int, threads: int) -> int:
+        """Blocks for a kernel whose grid strides over `work`."""
+        return max(1, min(-(-work // threads), 8 * self._device.multiprocessors))
+
+    def _stride(self, kernel: Any, first: Array, *arguments: Any) -> None:
+        """Launch an element-wise kernel over the vectors of `first`."""
+        if first.size:
+            threads = self._threads(first)
+            self._device.launch(kernel, self._blocks(first.size // 4 + 1, threads), threads, first, *arguments)
+
+    def _zero_bias(self, outputs: int, dtype: np.dtype) -> DeviceArray:
+        key = outputs, dtype
+        if key not in self._zero_biases:
+            self._zero_biases[key] = self._device.upload(np.zeros(outputs, dtype))
+        return self._zero_biases[key]
+
+    # --- products ----------------------------------------------------------------------------------------------
+
+    def _tile(self, rows: int, dtype: np.dtype) -> Tile:
+        shapes = self._shapes[dtype.name]
+        return shapes.flat if rows <= shapes.flat.rows else shapes.wide
+
+    def _splits(self, tile: Tile, rows: int, columns: int, inner: int) -> tuple[tuple[int, int, int], int]:
+        """Grid and the share of `inner` of each split."""
+        least = self._shapes[tile.dtype].split
+        across, down = -(-columns // tile.columns), -(-rows // tile.rows)
+        wanted = -(-2 * self._device.multiprocessors // (across * down))
+        splits = max(1, min(wanted, inner // least, 64))
+        chunk = -(-max(inner, 1) // (splits * tile.depth)) * tile.depth
+        return (across, down, max(1, -(-inner // chunk))), chunk
+
+    def _product(
+        self, tile: Tile, p: Array, p_inner: bool, q: Array, q_inner: bool, factor: float, mask: Array | None = None
+    ) -> Array:
+        """factor · (mask∘P) Q; P is (rows, inner) where `p_inner`, Q (columns, inner) where `q_inner`."""
+        rows, inner = p.shape if p_inner else p.shape[::-1]
+        columns = q.shape[0 if q_inner else 1]
+        grid, chunk = self._splits(tile, rows, columns, inner)
+        sums = self._device.empty((grid[2] * rows, columns), p.dtype)
+        flags = _aligned(X, p, tile) | _aligned(WEIGHT, q, tile) | _aligned(OUT, sums, tile)
+        kernel = gradients.product(tile, p_inner, q_inner, mask is not None)
+        shared = p if mask is None else mask
+        self._device.launch(kernel, grid, tile.threads, p, shared, q, p.dtype.type(factor), flags, chunk, sums)
+        return sums if grid[2] == 1 else self._finish(sums, rows)
+
+    def _project(self, x: Array, matrix: Array, along: bool, factor: float, mask: Array | None = None) -> Array:
+        """factor · (mask∘x) M for few columns; M is (columns, inner) where `along`."""
+        if x.shape[0] > 1:
+            return self._product(self._shapes[x.dtype.name].narrow, x, True, matrix, along, factor, mask)
+        if mask is not None:
+            x = self._masked(x, mask)
+        return self._finish(self._vector_sums(x, matrix, along, None), 1, factor)
+
+    def _masked(self, x: Array, mask: Array) -> Array:
+        out = self._device.empty(x.shape, x.dtype)
+        if out.size:
+            threads = self._threads(x)
+            kernel = elementwise(x.dtype.name, threads).masked
+            self._device.launch(kernel, self._blocks(out.size // 4 + 1, threads), threads, x, mask, out, 1)
+        return out
+
+    def _vector_sums(self, x: Array, matrix: Array, along: bool, delta: Any) -> Array:
+        """Sums of the products of one vector and a matrix, (splits, columns), to be finished."""
+        shapes, dtype = self._shapes[x.dtype.name], x.dtype
+        changed, factor = (delta.delta, dtype.type(delta.scaling)) if delta else (matrix, dtype.type(0))
+        lanes = shapes.wide.lanes
+        vector = x.reshape(x.size)
+        aligned = int(matrix.shape[1] % lanes == 0 and _base_aligned(matrix, x, changed))
+        if along:
+            rows = matrix.shape[0]
+            sums = self._device.empty((1, rows), dtype)
+            kernel = vectors.along_rows(dtype.name, shapes.threads, delta is not None)
+            grid = -(-rows // (shapes.threads // vectors.GROUP))
+            self._device.launch(kernel, grid, shapes.threads, vector, matrix, changed, factor, aligned, sums)
+            return sums
+        return self._column_sums(vector, matrix, changed, factor, aligned, delta is not None, False)
+
+    def _column_sums(
+        self, x: Array, matrix: Array, changed: Array, factor: Any, aligned: int, delta: bool, ones: bool
+    ) -> Array:
+        shapes = self._shapes[matrix.dtype.name]
+        rows, columns = matrix.shape
+        across = -(-columns // (shapes.threads * shapes.wide.lanes))
+        splits = max(1, min(-(-4 * self._device.multiprocessors // across), rows // 32))
+        chunk = -(-rows // splits)
+        splits = -(-rows // chunk)
+        sums = self._device.empty((splits, columns), matrix.dtype)
+        kernel = vectors.down_columns(matrix.dtype.name, shapes.threads, delta, ones)
+        self._device.launch(kernel, (across, splits), shapes.threads, x, matrix, changed, factor, aligned, chunk, sums)
+        return sums
+
+    def _finish(
+        self,
+        sums: Array,
+        rows: int,
+        factor: float = 1.0,
+        *,
+        low: Array | None = None,
+        matrix: Array | None = None,
+        strided: bool = False,
+        mask: Array | None = None,
+        bias: Array | None = None,
+        code: int = 0,
+        z: Array | None = None,
+    ) -> Array:
+        """Add the splits of `sums` up, and what else there is; z is written where it is given."""
+        flags = (
+            vectors.FINISH_LOW * (low is not None)
+            | vectors.FINISH_MASK * (mask is not None)
+            | vectors.FINISH_BIAS * (bias is not None)
+            | vectors.FINISH_KEEP * (z is not None)
+        )
+        y = self._device.empty((rows, sums.shape[1]), sums.dtype)
+        threads = self._threads(sums)
+        self._device.launch(
+            vectors.finish(sums.dtype.name, threads),
+            -(-y.size // threads),
+            threads,
+            sums,
+            sums.dtype.type(factor),
+            sums if low is None else low,
+            sums if matrix is None else matrix,
+            int(strided),
+            sums if mask is None else mask,
+            self._zero_bias(1, sums.dtype) if bias is None else bias,
+            code,
+            flags,
+            y if z is None else z,
+            y,
+        )
+        return y
+
+    # --- the operations ----------------------------------------------------------------------------------------
+
+    def forward(self, x: Array, operands: Operands, mask: Array | None, keep: bool) -> tuple[Array, Saved | None]:
+        """y = act(x (W + c D) + s (mask∘x) A B + b), and what backward needs where `keep`."""
+        base, low_rank, _, code, _ = operands
+        N = x.shape[0]
+        outputs = low_rank.B.shape[1] if low_rank else base.weight.shape[0 if base.transposed else 1]  # type: ignore[union-attr]  # one of the two is there
+        low = self._device.empty((N, low_rank.A.shape[1]), x.dtype) if low_rank else None
+        z = self._device.empty((N, outputs), x.dtype) if keep and code else None
+        if N == 0:
+            y = self._device.empty((0, outputs), x.dtype)
+        else:
+            if low_rank:
+                low = self._project(x, low_rank.A, False, low_rank.scaling, mask)
+            y = self._forward(x, operands, low, outputs, z)
+        return y, Saved(x, low, z, mask) if keep else None
+
+    def _forward(self, x: Array, operands: Operands, low: Array | None, outputs: int, z: Array | None) -> Array:
+        base, low_rank, delta, code, _ = operands
+        bias = base.bias if base else None
+        B = low_rank.B if low_rank else None
+        if x.shape[0] == 1 and base:
+            sums = self._vector_sums(x, base.weight, base.transposed, delta)
+            return self._finish(sums, 1, low=low, matrix=B, bias=bias, code=code, z=z)
+        tile = self._tile(x.shape[0], x.dtype)
+        weight = base.weight if base else x
+        grid, chunk = self._splits(tile, x.shape[0], outputs, x.shape[1] if base else 0)
+        y = self._device.empty((grid[2] * x.shape[0], outputs), x.dtype)
+        flags = _aligned(X, x, tile) | _aligned(WEIGHT, weight, tile, delta.delta if delta else weight)
+        flags |= _aligned(OUT, y, tile) | (HAS_BASE if base else 0) | (KEEP if z is not None else 0)
+        if low is not None:
+            flags |= HAS_LOW | _aligned(LOW, low, tile) | _aligned(FACTOR, B, tile)
+        self._device.launch(
+            forward_kernels.forward(tile, base.transposed if base else False, delta is not None),
+            grid,
+            tile.threads,
+            x,
+            weight,
+            delta.delta if delta else weight,
+            x.dtype.type(delta.scaling if delta else 0),
+            x if low is None else low,
+            x if B is None else B,
+            self._zero_bias(outputs, x.dtype) if bias is None else bias,
+            code,
+            flags,
+            chunk,
+            y if z is None else z,
+            y,
+        )
+        return y if grid[2] == 1 else self._finish(y, x.shape[0], bias=bias, code=code, z=z)
+
+    def backward(self, grad_output: Array, saved: Saved, operands: Operands) -> Gradients:
+        """Every gradient, from the values as they are; `delta` and `weight` stored."""
+        gz, gradients_ = self._skinny(grad_output, saved, operands)
+        base, _, delta, _, train = operands
+        dD = dW = None
+        if base and (delta or train):
+            p, q = (gz, saved.x) if base.transposed else (saved.x, gz)
+            tile = self._shapes[gz.dtype.name].wide
+            dW = self._dense_gradient(tile, p, q, 1.0) if train else None
+            dD = self._dense_gradient(tile, p, q, delta.scaling) if delta else None
+        return gradients_._replace(delta=dD, weight=dW)
+
+    def _dense_gradient(self, tile: Tile, p: Array, q: Array, factor: float) -> Array:
+        if not p.shape[0]:
+            return self.zeros_like(self._device.empty((p.shape[1], q.shape[1]), p.dtype))
+        return self._product(tile, p, False, q, False, factor)
+
+    def backward_update(
+        self, grad_output: Array, saved: Saved, operands: Operands, lr: float, delta_lr: float
+    ) -> Gradients:
+        """Backward in one sweep that never holds dD or dW: V = m V + (1-m) dD, D -= delta_lr V, W -= lr dW."""
+        gz, gradients_ = self._skinny(grad_output, saved, operands)
+        base, _, delta, _, train = operands
+        if base and (delta or train):
+            dtype = gz.dtype.type
+            p, q = (gz, saved.x) if base.transposed else (saved.x, gz)
+            tile = self._shapes[gz.dtype.name].wide
+            V, D = (delta.velocity, delta.delta) if delta else (base.weight, base.weight)
+            momentum, c = (delta.momentum, delta.scaling) if delta else (0.0, 0.0)
+            flags = _aligned(X, p, tile) | _aligned(WEIGHT, q, tile) | _aligned(OUT, D, tile, V, base.weight)
+            self._device.launch(
+                gradients.dense_update(tile, delta is not None, bool(train)),
+                (-(-q.shape[1] // tile.columns), -(-p.shape[1] // tile.rows)),
+                tile.threads,
+                p,
+                q,
+                dtype(momentum),
+                dtype((1 - momentum) * c),
+                dtype(delta_lr),
+                dtype(lr),
+                flags,
+                D,
+                V,
+                base.weight if train else D,
+            )
+        return gradients_
+
+    def _skinny(self, grad_output: Array, saved: Saved, operands: Operands) -> tuple[Array, Gradients]:
+        """gz, and every gradient but the dense ones: none of this changes a parameter."""
+        base, low_rank, _, code, train = operands
+        gz = grad_output if saved.z is None else self._through_activation(grad_output, saved.z, code)
+        N, samples = gz.shape[0], saved.x
+        t = dA = dB = db = None
+        if low_rank and N:
+            narrow = self._shapes[gz.dtype.name].narrow
+            t = self._project(gz, low_rank.B, True, low_rank.scaling)
+            dA = self._product(narrow, samples, False, t, False, 1.0, saved.mask)
+            dB = self._product(narrow, saved.low, False, gz, False, 1.0)
+        elif low_rank:
+            dA, dB = self.zeros_like(low_rank.A), self.zeros_like(low_rank.B)
+        if base and train and base.bias is not None:
+            db = self._bias_gradient(gz) if N else self.zeros_like(base.bias)
+        gx = self._input_gradient(gz, t, operands, saved) if N else self._device.empty(samples.shape, gz.dtype)
+        return gz, Gradients(gx, dA, dB, None, None, db)
+
+    def _through_activation(self, grad_output: Array, z: Array, code: int) -> Array:
+        gz = self._device.empty(z.shape, z.dtype)
+        if gz.size:
+            threads = self._threads(z)
+            kernel = elementwise(z.dtype.name, threads).activation_gradient
+            self._device.launch(kernel, self._blocks(z.size, threads), threads, grad_output, z, code, gz)
+        return gz
+
+    def _bias_gradient(self, gz: Array) -> Array:
+        aligned = int(gz.shape[1] % self._shapes[gz.dtype.name].wide.lanes == 0 and _base_aligned(gz))
+        sums = self._column_sums(gz.reshape(gz.size), gz, gz, gz.dtype.type(0), aligned, False, True)
+        return self._finish(sums, 1).reshape(gz.shape[1])
+
+    def _input_gradient(self, gz: Array, t: Array | None, operands: Operands, saved: Saved) -> Array:
+        base, low_rank, delta, _, _ = operands
+        N, inputs = saved.x.shape
+        A = low_rank.A if low_rank else None
+        mask = saved.mask if low_rank else None
+        if N == 1 and base:
+            sums = self._vector_sums(gz, base.weight, not base.transposed, delta)
+            return self._finish(sums, 1, low=t, matrix=A, strided=True, mask=mask)
+        tile = self._tile(N, gz.dtype)
+        weight = base.weight if base else gz
+        grid, chunk = self._splits(tile, N, inputs, gz.shape[1] if base else 0)
+        gx = self._device.empty((grid[2] * N, inputs), gz.dtype)
+        flags = _aligned(X, gz, tile) | _aligned(WEIGHT, weight, tile, delta.delta if delta else weight)
+        flags |= _aligned(OUT, gx, tile, gx if mask is None else mask) | (HAS_BASE if base else 0)
+        if t is not None:
+            flags |= HAS_LOW | _aligned(LOW, t, tile) | _aligned(FACTOR, A, tile)
+        self._device.launch(
+            gradients.input_gradient(tile, base.transposed if base else False, delta is not None, mask is not None),
+            grid,
+            tile.threads,
+            gz,
+            weight,
+            delta.delta if delta else weight,
+            gz.dtype.type(delta.scaling if delta else 0),
+            gz if t is None else t,
+            gz if A is None else A,
+            gz if mask is None else mask,
+            flags,
+            chunk,
+            gx,
+        )
+        return gx if grid[2] == 1 else self._finish(gx, N)
+
+    def merge(self, operands: Operands) -> Array:
+        """W + s A B + c D as a new stored array."""
+        base, low_rank, delta, _, _ = operands
+        weight, dtype = base.weight, base.weight.dtype  # type: ignore[union-attr]  # only what has a base is merged
+        transposed = base.transposed  # type: ignore[union-attr]
+        p, q = (low_rank.A, low_rank.B) if low_rank else (weight, weight)
+        if transposed:
+            p, q = q, p
+        out = self._device.empty(weight.shape, dtype)
+        # Plain arithmetic whatever the precision: a merged weight is kept.
+        tile = self._plain[dtype.name].wide
+        flags = _aligned(WEIGHT, out, tile, weight, delta.delta if delta else out)
+        if low_rank:
+            flags |= HAS_LOW | _aligned(LOW, p, tile) | _aligned(FACTOR, q, tile)
+        rows, columns = weight.shape
+        self._device.launch(
+            gradients.merge(tile, transposed, delta is not None),
+            (-(-columns // tile.columns), -(-rows // tile.rows)),
+            tile.threads,
+            p,
+            q,
+            dtype.type(low_rank.scaling if low_rank else 0),
+            weight,
+            delta.delta if delta else weight,
+            dtype.type(delta.scaling if delta else 0),
+            flags,
+            out,
+        )
+        return out
+
+    def sgd_update(self, parameter: Array, gradient: Array, lr: float) -> None:
+        """parameter -= lr gradient, in place."""
+        dtype = parameter.dtype
+        aligned = int(_base_aligned(parameter, gradient))
+        kernel = elementwise(dtype.name, self._threads(parameter)).sgd
+        self._stride(kernel, parameter, gradient, dtype.type(lr), aligned)
+
+    def momentum_update(self, delta: Array, velocity: Array, gradient: Array, momentum: float, lr: float) -> None:
+        """V = m V + (1-m) gradient; D -= lr V, in place."""
+        number = delta.dtype.type
+        aligned = int(_base_aligned(delta, velocity, gradient))
+        kernel = elementwise(delta.dtype.name, self._threads(delta)).momentum
+        scalars = number(momentum), number(1 - momentum), number(lr)
+        self._stride(kernel, delta, velocity, gradient, *scalars, aligned)
+
+    def adamw_update(
+        self,
+        parameter: Array,
+        gradient: Array,
+        first: Array,
+        second: Array,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        step: int,
+    ) -> None:
+        """AdamW with decoupled decay, `step` counted from 1, in place."""
+        b1, b2 = betas
+        scalars = (1 - lr * weight_decay, lr / (1 - b1**step), b1, 1 - b1, b2, 1 - b2, 1 - b2**step, eps)
+        kernel = elementwise(parameter.dtype.name, self._threads(parameter)).adamw
+        self._stride(kernel, parameter, gradient, first, second, *map(parameter.dtype.type, scalars))
+
+    def add(self, target: Array, source: Array) -> None:
+        """target += source, in place."""
+        kernel = elementwise(target.dtype.name, self._threads(target)).add
+        self._stride(kernel, target, source, int(_base_aligned(target, source)))
+
+    def scale(self, target: Array, factor: float) -> None:
+        """target *= factor, in place."""
+        kernel = elementwise(target.dtype.name, self._threads(target)).times
+        self._stride(kernel, target, target.dtype.type(factor), int(_base_aligned(target)))
+
+    def sum_of_squares(self, array: Array) -> float:
+        """Σ a², accumulated in float64."""
+        if not array.size:
+            return 0.0
+        threads = self._threads(array)
+        partial = self._device.empty((self._blocks(array.size, threads),), np.float64)
+        self._device.launch(sum_of_squares(threads), partial.size, threads, array, partial)
+        return float(partial.copy_to_host().sum())
+
+    def mean_squared_error(self, output: Array, target: Array) -> tuple[float, Array]:
+        """Mean squared error and its gradient."""
+        return self._loss("mean_squared_error", output, target)
+
+    def binary_cross_entropy(self, logits: Array, target: Array) -> tuple[float, Array]:
+        """Binary cross-entropy with logits and its gradient."""
+        return self._loss("binary_cross_entropy", logits, target)
+
+    def softmax_cross_entropy(self, logits: Array, labels: Array) -> tuple[float, Array]:
+        """Softmax cross-entropy with integer labels and its gradient."""
+        return self._loss("softmax_cross_entropy", logits, labels)
+
+    def _loss(self, name: str, output: Array, target: Array) -> tuple[float, Array]:
+        """The loss, and its gradient where `output` is: on the device, or on the host."""
+        on_device = self.adopt(output)
+        values = self.from_host(output) if on_device is None else on_device
+        targets = self.from_host(target) if self.adopt(target) is None else self.adopt(target)
+        threads = self._threads(values)
+        blocks = len(values) if name == "softmax_cross_entropy" else self._blocks(values.size, threads)
+        gradient = self._device.empty(values.shape, values.dtype)
+        partial = self._device.empty((blocks,), np.float64)
+        self._device.launch(getattr(losses(threads), name), blocks, threads, values, targets, gradient, partial)
+        total = float(partial.copy_to_host().sum())
+        return total, self.to_host(gradient) if on_device is None else gradient
+
+
+def _base_aligned(*arrays: Array) -> bool:
+    """Whether every array begins at a multiple of 16 bytes."""
+    return all(array.address % 16 == 0 for array in arrays)
+
+
+def _aligned(flag: int, array: Array, tile: Tile, *others: Array) -> int:
+    """`flag` where rows of the arrays, which have one width, begin at multiples of a vector."""
+    return flag if array.shape[-1] % tile.lanes == 0 and _base_aligned(array, *others) else 0
+
+
+def open_backend(index: int, precision: str) -> CUDABackend:
+    """The backend of one GPU and precision; DeviceUnavailableError that says what is missing."""
+    device = open_device(index)
+    if precision == "tf32" and device.compute_capability < (8, 0):
+        what = "Numba's simulator has none" if device.simulated else "this GPU is older"
+        raise DeviceUnavailableError(
+            f"precision 'tf32' needs tensor cores of compute capability 8.0 or newer, and {what}; use 'float32'"
+        )
+    return CUDABackend(device, precision)

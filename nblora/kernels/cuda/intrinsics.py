@@ -1,0 +1,276 @@
+"""Building blocks below the level of Python: vectors, register tiles kept in tuples, tensor cores.
+
+A tuple of values is what LLVM keeps in registers on every architecture; a local array is not (on compute capability
+8.0 and 9.0 an 8 x 8 one goes to memory). Without a compiler the same names are the plain functions of `simulated`.
+Arrays are taken as memory: C-contiguous, whatever their number of dimensions, `offset` counting elements.
+uint16 arrays hold bfloat16 values and are read as float32.
+"""
+
+from .target import COMPILED
+
+if not COMPILED:
+    from .simulated import (
+        add_scaled,
+        load,
+        load_shared,
+        mma_tf32,
+        multiply,
+        outer_accumulate,
+        part,
+        scale,
+        store,
+        store_shared,
+        to_tf32,
+        with_part,
+        zeros,
+    )
+else:
+    from llvmlite import ir
+    from numba.cuda import types
+    from numba.cuda.extending import intrinsic
+
+    I16, I32, I64, F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+
+    def _llvm(dtype):
+        return F32 if dtype == types.float32 else ir.DoubleType()
+
+    def _element(array):
+        return types.float32 if array.dtype == types.uint16 else array.dtype
+
+    def _pointer(context, builder, array_type, array, offset_type, offset):
+        data = context.make_array(array_type)(context, builder, array).data
+        if offset_type.bitwidth < 64:
+            offset = builder.sext(offset, I64)
+        return builder.gep(data, [offset])
+
+    def _unpack(builder, values, count):
+        return [builder.extract_value(values, lane) for lane in range(count)]
+
+    def _widen(builder, array_type, value):
+        """A loaded scalar or vector as what kernels compute with."""
+        if array_type.dtype != types.uint16:
+            return value
+        vector = isinstance(value.type, ir.VectorType)
+        wide, real = (ir.VectorType(t, value.type.count) if vector else t for t in (I32, F32))
+        sixteen = ir.Constant(wide, [16] * value.type.count if vector else 16)
+        return builder.bitcast(builder.shl(builder.zext(value, wide), sixteen), real)
+
+    def _load_vector(builder, array_type, pointer, lanes):
+        vector = ir.VectorType(pointer.type.pointee, lanes)
+        size = array_type.dtype.bitwidth // 8 * lanes
+        whole = builder.load(builder.bitcast(pointer, vector.as_pointer()), align=size)
+        whole = _widen(builder, array_type, whole)
+        return [builder.extract_element(whole, I32(lane)) for lane in range(lanes)]
+
+    def _store_vector(builder, pointer, values, size):
+        vector = ir.VectorType(values[0].type, len(values))
+        whole = ir.Constant(vector, ir.Undefined)
+        for lane, value in enumerate(values):
+            whole = builder.insert_element(whole, value, I32(lane))
+        builder.store(whole, builder.bitcast(pointer, vector.as_pointer()), align=size)
+
+    def _whole(builder, valid, aligned, lanes):
+        """Whether one aligned vector will do."""
+        flag = builder.icmp_signed("!=", aligned, aligned.type(0))
+        return builder.and_(flag, builder.icmp_signed(">=", valid, valid.type(lanes)))
+
+    @intrinsic
+    def load(typingctx, array, offset, valid, aligned, lanes):
+        """`lanes` elements from `offset`, those from `valid` on replaced by zero; one vector where `aligned`."""
+        if not isinstance(lanes, types.IntegerLiteral):
+            return None
+        count = lanes.literal_value
+        result = types.UniTuple(_element(array), count)
+
+        def generate(context, builder, signature, args):
+            kind = signature.args[0]
+            pointer = _pointer(context, builder, kind, args[0], signature.args[1], args[1])
+            valid, aligned = args[2], args[3]
+            zero = ir.Constant(_llvm(_element(kind)), 0.0)
+            with builder.if_else(_whole(builder, valid, aligned, count)) as (fast, slow):
+                with fast:
+                    vector = _load_vector(builder, kind, pointer, count)
+                    fast_end = builder.block
+                with slow:
+                    scalars = []
+                    for lane in range(count):
+                        before = builder.block
+                        with builder.if_then(builder.icmp_signed(">", valid, valid.type(lane))):
+                            value = _widen(builder, kind, builder.load(builder.gep(pointer, [I64(lane)])))
+                            inside = builder.block
+                        merged = builder.phi(zero.type)
+                        merged.add_incoming(zero, before)
+                        merged.add_incoming(value, inside)
+                        scalars.append(merged)
+                    slow_end = builder.block
+            lanes_out = []
+            for one, other in zip(vector, scalars, strict=True):
+                merged = builder.phi(zero.type)
+                merged.add_incoming(one, fast_end)
+                merged.add_incoming(other, slow_end)
+                lanes_out.append(merged)
+            return context.make_tuple(builder, result, lanes_out)
+
+        return result(array, offset, valid, aligned, lanes), generate
+
+    @intrinsic
+    def store(typingctx, array, offset, valid, aligned, values):
+        """Store those of `values` before `valid`; one vector where `aligned`."""
+
+        def generate(context, builder, signature, args):
+            kind = signature.args[0]
+            pointer = _pointer(context, builder, kind, args[0], signature.args[1], args[1])
+            valid, aligned = args[2], args[3]
+            lanes = _unpack(builder, args[4], signature.args[4].count)
+            with builder.if_else(_whole(builder, valid, aligned, len(lanes))) as (fast, slow):
+                with fast:
+                    _store_vector(builder, pointer, lanes, kind.dtype.bitwidth // 8 * len(lanes))
+                with slow:
+                    for lane, value in enumerate(lanes):
+                        with builder.if_then(builder.icmp_signed(">", valid, valid.type(lane))):
+                            builder.store(value, builder.gep(pointer, [I64(lane)]))
+            return context.get_dummy_value()
+
+        return types.void(array, offset, valid, aligned, values), generate
+
+    @intrinsic
+    def load_shared(typingctx, array, offset, lanes):
+        """`lanes` elements of shared memory as one vector."""
+        if not isinstance(lanes, types.IntegerLiteral):
+            return None
+        result = types.UniTuple(array.dtype, lanes.literal_value)
+
+        def generate(context, builder, signature, args):
+            pointer = _pointer(context, builder, signature.args[0], args[0], signature.args[1], args[1])
+            values = _load_vector(builder, signature.args[0], pointer, result.count)
+            return context.make_tuple(builder, result, values)
+
+        return result(array, offset, lanes), generate
+
+    @intrinsic
+    def store_shared(typingctx, array, offset, values):
+        """One vector into shared memory."""
+
+        def generate(context, builder, signature, args):
+            pointer = _pointer(context, builder, signature.args[0], args[0], signature.args[1], args[1])
+            count = signature.args[2].count
+            size = signature.args[0].dtype.bitwidth // 8 * count
+            _store_vector(builder, pointer, _unpack(builder, args[2], count), size)
+            return context.get_dummy_value()
+
+        return types.void(array, offset, values), generate
+
+    @intrinsic
+    def zeros(typingctx, count, zero):
+        """A tuple of `count` times `zero`."""
+        if not isinstance(count, types.IntegerLiteral):
+            return None
+        result = types.UniTuple(zero, count.literal_value)
+
+        def generate(context, builder, signature, args):
+            return context.make_tuple(builder, result, [args[1]] * result.count)
+
+        return result(count, zero), generate
+
+    @intrinsic
+    def outer_accumulate(typingctx, sums, x, y):
+        """sums[i, j] + x[i] y[j], the tuple `sums` being row-major."""
+
+        def generate(context, builder, signature, args):
+            rows, columns = _unpack(builder, args[1], x.count), _unpack(builder, args[2], y.count)
+            held = _unpack(builder, args[0], sums.count)
+            pairs = [(a, b) for a in rows for b in columns]
+            out = [builder.fma(a, b, c) for (a, b), c in zip(pairs, held, strict=True)]
+            return context.make_tuple(builder, sums, out)
+
+        return sums(sums, x, y), generate
+
+    def _lanewise(rule, values, *others):
+        """Signature and generator of a rule applied lane by lane; `others` are tuples or scalars."""
+
+        def generate(context, builder, signature, args):
+            columns = []
+            for kind, arg in zip(signature.args, args, strict=True):
+                whole = isinstance(kind, types.BaseTuple)
+                columns.append(_unpack(builder, arg, values.count) if whole else [arg] * values.count)
+            out = [rule(builder, *lane) for lane in zip(*columns, strict=True)]
+            return context.make_tuple(builder, values, out)
+
+        return values(values, *others), generate
+
+    @intrinsic
+    def add_scaled(typingctx, values, others, factor):
+        """values + factor others, lane by lane."""
+        return _lanewise(lambda builder, v, o, f: builder.fma(f, o, v), values, others, values.dtype)
+
+    @intrinsic
+    def multiply(typingctx, values, others):
+        """Values times others, lane by lane."""
+        return _lanewise(lambda builder, v, o: builder.fmul(v, o), values, others)
+
+    @intrinsic
+    def scale(typingctx, values, factor):
+        """Values times a scalar."""
+        return _lanewise(lambda builder, v, f: builder.fmul(v, f), values, values.dtype)
+
+    @intrinsic
+    def part(typingctx, values, index, lanes):
+        """The `index`-th group of `lanes` elements of a tuple, chosen by selects: no address, so no memory."""
+        if not isinstance(lanes, types.IntegerLiteral):
+            return None
+        result = types.UniTuple(values.dtype, lanes.literal_value)
+
+        def generate(context, builder, signature, args):
+            held, width = _unpack(builder, args[0], values.count), result.count
+            out = held[:width]
+            for group in range(1, values.count // width):
+                chosen = builder.icmp_signed("==", args[1], args[1].type(group))
+                out = [builder.select(chosen, held[group * width + lane], out[lane]) for lane in range(width)]
+            return context.make_tuple(builder, result, out)
+
+        return result(values, index, lanes), generate
+
+    @intrinsic
+    def with_part(typingctx, values, index, group):
+        """`values` with its `index`-th group replaced."""
+
+        def generate(context, builder, signature, args):
+            held, new = _unpack(builder, args[0], values.count), _unpack(builder, args[2], group.count)
+            out = []
+            for place, value in enumerate(held):
+                chosen = builder.icmp_signed("==", args[1], args[1].type(place // group.count))
+                out.append(builder.select(chosen, new[place % group.count], value))
+            return context.make_tuple(builder, values, out)
+
+        return values(values, index, group), generate
+
+    def _assembly(builder, result, args, text, constraints, side_effect=False):
+        kind = ir.FunctionType(result, [arg.type for arg in args])
+        return builder.call(ir.InlineAsm(kind, text, constraints, side_effect=side_effect), args)
+
+    @intrinsic
+    def to_tf32(typingctx, x):
+        """float32 rounded to what tensor cores take, kept as int32 bits (compute capability 8.0)."""
+
+        def generate(context, builder, signature, args):
+            return _assembly(builder, I32, list(args), "cvt.rna.tf32.f32 $0, $1;", "=r,f")
+
+        return types.int32(types.float32), generate
+
+    @intrinsic
+    def mma_tf32(typingctx, a0, a1, a2, a3, b0, b1, c):
+        """(16, 8) = (16, 8) x (8, 8) + c by one warp on tensor cores: PTX `mma.sync.m16n8k8`, its fragments."""
+        result = types.UniTuple(types.float32, 4)
+
+        def generate(context, builder, signature, args):
+            text = (
+                "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+                "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
+            )
+            kind = ir.LiteralStructType([F32] * 4)
+            operands = [*args[:6], *_unpack(builder, args[6], 4)]
+            constraints = ",".join(["=f"] * 4 + ["r"] * 6 + ["f"] * 4)
+            out = _assembly(builder, kind, operands, text, constraints, side_effect=True)
+            return context.make_tuple(builder, result, _unpack(builder, out, 4))
+
+        return result(*[types.int32] * 6, result), generate

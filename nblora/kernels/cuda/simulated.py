@@ -1,0 +1,118 @@
+"""The building blocks of `intrinsics` in plain Python, for Numba's simulator and for the tests' emulator.
+
+Guards are stricter than on a device: an access outside an array, or a misaligned vector, raises.
+"""
+
+import numpy as np
+
+
+def flat(array):
+    """The memory of a C-contiguous array as one vector (a view), whatever a simulator wrapped it in."""
+    array = getattr(array, "_item", array)
+    array = getattr(array, "_ary", array)
+    return array.reshape(-1)
+
+
+def to_bfloat16(values):
+    """float32 rounded to nearest even, as the upper 16 bits."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
+
+
+def from_bfloat16(values):
+    """Upper 16 bits of a float32, as float32."""
+    return (np.asarray(values, np.uint16).astype(np.uint32) << 16).view(np.float32)
+
+
+def check_access(size, offset, count, lanes, vector):
+    """IndexError outside of an array of `size`, and for a vector that does not begin at a multiple of its lanes."""
+    if count and not 0 <= offset <= size - count:
+        raise IndexError(f"{count} elements at {offset} of an array of {size}")
+    if vector and offset % lanes:
+        raise IndexError(f"a vector of {lanes} at {offset} is misaligned")
+
+
+def load(array, offset, valid, aligned, lanes):
+    """`lanes` elements from `offset`, those from `valid` on replaced by zero; one vector where `aligned`."""
+    memory = flat(array)
+    count = max(0, min(int(valid), lanes))
+    check_access(memory.size, offset, count, lanes, bool(aligned) and count == lanes)
+    values = memory[offset : offset + count]
+    if values.dtype == np.uint16:
+        values = from_bfloat16(values)
+    return (*values, *(values.dtype.type(0),) * (lanes - count))
+
+
+def store(array, offset, valid, aligned, values):
+    """Store those of `values` before `valid`; one vector where `aligned`."""
+    memory = flat(array)
+    count = max(0, min(int(valid), len(values)))
+    check_access(memory.size, offset, count, len(values), bool(aligned) and count == len(values))
+    memory[offset : offset + count] = values[:count]
+
+
+def load_shared(array, offset, lanes):
+    """`lanes` elements of shared memory as one vector."""
+    check_access(array.size, offset, lanes, lanes, True)
+    return tuple(array[offset : offset + lanes])
+
+
+def store_shared(array, offset, values):
+    """One vector into shared memory."""
+    check_access(array.size, offset, len(values), len(values), True)
+    array[offset : offset + len(values)] = values
+
+
+def zeros(count, zero):
+    """A tuple of `count` times `zero`."""
+    return (zero,) * count
+
+
+def outer_accumulate(sums, x, y):
+    """sums[i, j] + x[i] y[j], the tuple `sums` being row-major."""
+    x, y = np.asarray(x), np.asarray(y)
+    with np.errstate(all="ignore"):
+        return tuple((np.asarray(sums, x.dtype).reshape(x.size, y.size) + np.multiply.outer(x, y)).ravel())
+
+
+def add_scaled(values, others, factor):
+    """values + factor others, lane by lane."""
+    with np.errstate(all="ignore"):
+        return tuple(np.asarray(values) + factor * np.asarray(others))
+
+
+def multiply(values, others):
+    """Values times others, lane by lane."""
+    with np.errstate(all="ignore"):
+        return tuple(np.asarray(values) * np.asarray(others))
+
+
+def scale(values, factor):
+    """Values times a scalar."""
+    with np.errstate(all="ignore"):
+        return tuple(np.asarray(values) * factor)
+
+
+def part(values, index, lanes):
+    """The `index`-th group of `lanes` elements of a tuple."""
+    return tuple(values[index * lanes : (index + 1) * lanes])
+
+
+def with_part(values, index, group):
+    """`values` with its `index`-th group replaced."""
+    start = index * len(group)
+    return (*values[:start], *group, *values[start + len(group) :])
+
+
+def to_tf32(x):
+    """float32 rounded to the ten bits of mantissa that tensor cores take, ties away from zero."""
+    bits = np.float32(x).view(np.uint32)
+    if np.isfinite(x):
+        bits = np.uint32((int(bits) + 0x1000) & 0xFFFFE000)
+    return bits.view(np.int32)
+
+
+def mma_tf32(a0, a1, a2, a3, b0, b1, c):
+    """Not here: one thread alone cannot; the tests' emulator gathers the warp."""
+    raise NotImplementedError("tensor cores are not simulated: use precision='float32' under NUMBA_ENABLE_CUDASIM=1")

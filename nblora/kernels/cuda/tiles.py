@@ -1,0 +1,288 @@
+"""Tiles of matrix products: read from global memory, kept in shared memory, summed in registers.
+
+A block computes a tile of C = P Q with P (rows, inner) and Q (inner, columns). It walks along `inner` in steps of
+`depth`: the next step's elements are on their way into registers while the current one, in shared memory, is
+multiplied. Shared memory holds two steps of each operand, every step as [inner][rows] and [inner][columns], so one
+barrier a step is enough. Sums are accumulated in the dtype of the tile.
+
+Either operand may lie in memory with the inner dimension contiguous (`inner` layout) or with the other one. An operand
+may be changed on its way into shared memory: `combine="delta"` makes it W + c D, `combine="mask"` x ∘ mask.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numba.core import types
+
+from .intrinsics import (
+    add_scaled,
+    load,
+    load_shared,
+    mma_tf32,
+    multiply,
+    outer_accumulate,
+    part,
+    store_shared,
+    to_tf32,
+    with_part,
+    zeros,
+)
+from .target import cuda, device_function
+
+int32, int64 = types.int32, types.int64
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Sizes of a tile. Every thread sums 2 x 2 squares of `lanes` x `lanes`; on tensor cores every warp 32 x 32."""
+
+    rows: int
+    columns: int
+    depth: int
+    dtype: str = "float32"
+    tensor: bool = False
+
+    @property
+    def lanes(self) -> int:
+        """Elements of a 128-bit vector."""
+        return 16 // np.dtype(self.dtype).itemsize
+
+    @property
+    def threads(self) -> int:
+        """Threads a block."""
+        if self.tensor:
+            return self.rows * self.columns // 32
+        return self.rows * self.columns // (2 * self.lanes) ** 2
+
+    @property
+    def padding(self) -> int:
+        """Elements after every row of shared memory, so that transposing stores and tensor loads meet few conflicts."""
+        return 8 if self.tensor else self.lanes
+
+    @property
+    def sums(self) -> int:
+        """Sums a thread holds."""
+        return 32 if self.tensor else (2 * self.lanes) ** 2
+
+    @property
+    def part_lanes(self) -> int:
+        """Neighbouring elements of a row that a thread holds together."""
+        return 2 if self.tensor else self.lanes
+
+    @property
+    def shared_elements(self) -> int:
+        """Elements of shared memory."""
+        return 2 * self.depth * (self.rows + self.columns + 2 * self.padding)
+
+    @property
+    def type(self) -> Any:
+        """Numba's type of an element."""
+        return getattr(types, self.dtype)
+
+
+def vectors_per_thread(tile: Tile, extent: int) -> int:
+    """How many vectors of an operand with `extent` rows or columns every thread carries in one step."""
+    count, rest = divmod(extent * tile.depth, tile.lanes * tile.threads)
+    if rest or count == 0 or tile.depth % tile.lanes:
+        raise ValueError(f"{tile} does not split {extent} x {tile.depth} elements evenly among {tile.threads} threads")
+    return count
+
+
+def carrier(tile: Tile, extent: int, inner: bool, combine: str | None) -> tuple[Callable, Callable]:
+    """Two device functions for one operand: `fetch` its elements of one step into registers, `put` them into shared.
+
+    `extent` is the operand's share of the tile, `inner` its layout in memory.
+    """
+    LANES, THREADS, STRIDE = tile.lanes, tile.threads, extent + tile.padding
+    COUNT = vectors_per_thread(tile, extent)
+    TOTAL = COUNT * LANES
+    ACROSS = (tile.depth if inner else extent) // LANES  # vectors in a contiguous run
+    ZERO = tile.type(0)
+
+    @device_function
+    def place(vector):
+        """(inner, outer) within the tile of a vector's first element."""
+        along, across = vector // ACROSS, vector % ACROSS * LANES
+        if inner:
+            return across, along
+        return along, across
+
+    @device_function
+    def fetch(array, other, factor, aligned, outer0, outer_end, k0, k_end, stride, t):
+        held = zeros(TOTAL, ZERO)
+        for i in range(COUNT):
+            k, o = place(t + i * THREADS)
+            k += k0
+            o += outer0
+            if inner:
+                offset = int64(o) * stride + k
+                valid = k_end - k if o < outer_end else int32(0)
+            else:
+                offset = int64(k) * stride + o
+                valid = outer_end - o if k < k_end else int32(0)
+            values = load(array, offset, valid, aligned, LANES)
+            if combine == "delta":
+                values = add_scaled(values, load(other, offset, valid, aligned, LANES), factor)
+            if combine == "mask":
+                values = multiply(values, load(other, offset, valid, aligned, LANES))
+            held = with_part(held, int32(i), values)
+        return held
+
+    @device_function
+    def put(shared, start, held, t):
+        for i in range(COUNT):
+            k, o = place(t + i * THREADS)
+            values = part(held, int32(i), LANES)
+            if inner:
+                for lane in range(LANES):
+                    shared[start + (k + lane) * STRIDE + o] = part(values, int32(lane), 1)[0]
+            else:
+                store_shared(shared, start + k * STRIDE + o, values)
+
+    return fetch, put
+
+
+@functools.cache
+def geometry(tile: Tile) -> tuple[Callable, Callable]:
+    """Two device functions: `step` multiplies one step in shared memory, `where` locates the parts of a thread's sums.
+
+    `where(part, thread)` is (row, column) within the tile of the first of `part_lanes` neighbours.
+    """
+    return _tensor_geometry(tile) if tile.tensor else _plain_geometry(tile)
+
+
+def _plain_geometry(tile: Tile) -> tuple[Callable, Callable]:
+    LANES, DEPTH = tile.lanes, tile.depth
+    P_STRIDE, Q_STRIDE = tile.rows + tile.padding, tile.columns + tile.padding
+    HALF_ROWS, HALF_COLUMNS = tile.rows // 2, tile.columns // 2
+    ACROSS = tile.columns // (2 * LANES)  # threads along a row of the tile
+
+    @device_function
+    def step(sums, shared, p, q, t):
+        p += t // ACROSS * LANES
+        q += t % ACROSS * LANES
+        for _ in range(DEPTH):
+            x = load_shared(shared, p, LANES) + load_shared(shared, p + HALF_ROWS, LANES)
+            y = load_shared(shared, q, LANES) + load_shared(shared, q + HALF_COLUMNS, LANES)
+            sums = outer_accumulate(sums, x, y)
+            p += P_STRIDE
+            q += Q_STRIDE
+        return sums
+
+    @device_function
+    def where(index, t):
+        i = index // 2
+        row = t // ACROSS * LANES + i % LANES + i // LANES * HALF_ROWS
+        return row, t % ACROSS * LANES + index % 2 * HALF_COLUMNS
+
+    return step, where
+
+
+def _tensor_geometry(tile: Tile) -> tuple[Callable, Callable]:
+    """A warp sums 32 x 32: two by four products of 16 x 8; fragments as PTX lays them out for m16n8k8."""
+    DEPTH, WARPS_ACROSS = tile.depth, tile.columns // 32
+    P_STRIDE, Q_STRIDE = tile.rows + tile.padding, tile.columns + tile.padding
+
+    @device_function
+    def rows_fragment(shared, p):
+        """(16, 8) of P from shared memory, where rows are contiguous."""
+        return (
+            to_tf32(shared[p]),
+            to_tf32(shared[p + 8]),
+            to_tf32(shared[p + 4 * P_STRIDE]),
+            to_tf32(shared[p + 4 * P_STRIDE + 8]),
+        )
+
+    @device_function
+    def multiply_column(upper, lower, a, b, shared, q):
+        """Both 16 x 8 products of one fragment of Q, (8, 8)."""
+        b0, b1 = to_tf32(shared[q]), to_tf32(shared[q + 4 * Q_STRIDE])
+        return (
+            mma_tf32(a[0], a[1], a[2], a[3], b0, b1, upper),
+            mma_tf32(b[0], b[1], b[2], b[3], b0, b1, lower),
+        )
+
+    @device_function
+    def step(sums, shared, p, q, t):
+        warp, lane = t // 32, t % 32
+        group, member = lane // 4, lane % 4
+        p += warp // WARPS_ACROSS * 32 + group + member * P_STRIDE
+        q += warp % WARPS_ACROSS * 32 + group + member * Q_STRIDE
+        for _ in range(0, DEPTH, 8):
+            a, b = rows_fragment(shared, p), rows_fragment(shared, p + 16)
+            u0, l0 = multiply_column(sums[0:4], sums[16:20], a, b, shared, q)
+            u1, l1 = multiply_column(sums[4:8], sums[20:24], a, b, shared, q + 8)
+            u2, l2 = multiply_column(sums[8:12], sums[24:28], a, b, shared, q + 16)
+            u3, l3 = multiply_column(sums[12:16], sums[28:32], a, b, shared, q + 24)
+            sums = u0 + u1 + u2 + u3 + l0 + l1 + l2 + l3
+            p += 8 * P_STRIDE
+            q += 8 * Q_STRIDE
+        return sums
+
+    @device_function
+    def where(index, t):
+        warp, lane = t // 32, t % 32
+        row = warp // WARPS_ACROSS * 32 + index // 8 * 16 + index % 2 * 8 + lane // 4
+        return row, warp % WARPS_ACROSS * 32 + index // 2 % 4 * 8 + lane % 4 * 2
+
+    return step, where
+
+
+@functools.cache
+def accumulator(
+    tile: Tile, p_inner: bool, q_inner: bool, p_combine: str | None = None, q_combine: str | None = None
+) -> Callable:
+    """A device function that adds P Q over `begin <= inner < end` to a thread's sums.
+
+    Arguments: sums; shared memory; P, what it is combined with, whether vectors of it are aligned; likewise Q; the
+    factor c of a combination; rows, columns and inner dimension of the whole product; begin and end; the tile's first
+    row and column. It begins with a barrier, so products may follow one another in the same shared memory.
+    """
+    DEPTH = tile.depth
+    fetch_p, put_p = carrier(tile, tile.rows, p_inner, p_combine)
+    fetch_q, put_q = carrier(tile, tile.columns, q_inner, q_combine)
+    step, _ = geometry(tile)
+    P_SIZE, Q_SIZE = DEPTH * (tile.rows + tile.padding), DEPTH * (tile.columns + tile.padding)
+
+    @device_function
+    def accumulate(
+        sums,
+        shared,
+        p,
+        p_other,
+        p_aligned,
+        q,
+        q_other,
+        q_aligned,
+        factor,
+        rows,
+        columns,
+        inner,
+        begin,
+        end,
+        row,
+        column,
+    ):
+        t = int32(cuda.threadIdx.x)
+        p_stride = inner if p_inner else rows
+        q_stride = inner if q_inner else columns
+        next_p = fetch_p(p, p_other, factor, p_aligned, row, rows, begin, end, p_stride, t)
+        next_q = fetch_q(q, q_other, factor, q_aligned, column, columns, begin, end, q_stride, t)
+        buffer = int32(0)
+        cuda.syncthreads()  # what was in shared memory has been read
+        for k in range(begin, end, DEPTH):
+            p_start, q_start = buffer * P_SIZE, 2 * P_SIZE + buffer * Q_SIZE
+            put_p(shared, p_start, next_p, t)
+            put_q(shared, q_start, next_q, t)
+            cuda.syncthreads()  # the step is whole; the step before it has been read
+            after = int32(k + DEPTH)
+            next_p = fetch_p(p, p_other, factor, p_aligned, row, rows, after, end, p_stride, t)
+            next_q = fetch_q(q, q_other, factor, q_aligned, column, columns, after, end, q_stride, t)
+            sums = step(sums, shared, p_start, q_start, t)
+            buffer = 1 - buffer
+        return sums
+
+    return accumulate

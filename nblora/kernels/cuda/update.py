@@ -1,0 +1,162 @@
+"""Element-wise kernels: updates of parameters, small arithmetic, act'(z), and the sum of squares.
+
+Grids stride: any number of blocks covers any array, so a launch may be as small as the device is. Arrays of any shape
+are taken as memory.
+"""
+
+import functools
+import math
+from types import SimpleNamespace
+
+import numpy as np
+from numba.core import types
+
+from .intrinsics import add_scaled, load, multiply, scale, store, zeros
+from .rules import rules
+from .target import cuda, device_function, kernel
+
+int64 = types.int64
+
+
+@functools.cache
+def elementwise(dtype: str, threads: int):
+    """The element-wise kernels of one dtype. All arrays have the same size; `aligned` says that vectors may be used."""
+    LANES, TYPE = 16 // np.dtype(dtype).itemsize, getattr(types, dtype)
+    ONE = TYPE(1)
+    momentum_step, descend = rules(dtype).momentum_lanes[LANES], rules(dtype).descend_lanes[LANES]
+    slope = rules(dtype).slope
+
+    @device_function
+    def count(array):
+        return (array.size + LANES - 1) // LANES
+
+    @kernel(threads)
+    def fill(array, value, aligned):
+        """Every element = value."""
+        for vector in range(cuda.grid(1), count(array), cuda.gridsize(1)):
+            offset = int64(vector) * LANES
+            store(array, offset, array.size - offset, aligned, zeros(LANES, value))
+
+    @kernel(threads)
+    def add(target, source, aligned):
+        """Target += source."""
+        for vector in range(cuda.grid(1), count(target), cuda.gridsize(1)):
+            offset = int64(vector) * LANES
+            valid = target.size - offset
+            held = load(target, offset, valid, aligned, LANES)
+            store(target, offset, valid, aligned, add_scaled(held, load(source, offset, valid, aligned, LANES), ONE))
+
+    @kernel(threads)
+    def times(target, factor, aligned):
+        """Target *= factor."""
+        for vector in range(cuda.grid(1), count(target), cuda.gridsize(1)):
+            offset = int64(vector) * LANES
+            valid = target.size - offset
+            store(target, offset, valid, aligned, scale(load(target, offset, valid, aligned, LANES), factor))
+
+    @kernel(threads)
+    def masked(x, mask, out, aligned):
+        """Out = x ∘ mask."""
+        for vector in range(cuda.grid(1), count(out), cuda.gridsize(1)):
+            offset = int64(vector) * LANES
+            valid = out.size - offset
+            kept = load(mask, offset, valid, aligned, LANES)
+            store(out, offset, valid, aligned, multiply(load(x, offset, valid, aligned, LANES), kept))
+
+    @kernel(threads)
+    def sgd(parameter, gradient, lr, aligned):
+        """Parameter -= lr gradient."""
+        for vector in range(cuda.grid(1), count(parameter), cuda.gridsize(1)):
+            offset = int64(vector) * LANES
+            valid = parameter.size - offset
+            held = load(parameter, offset, valid, aligned, LANES)
+            gradients = load(gradient, offset, valid, aligned, LANES)
+            store(parameter, offset, valid, aligned, descend(held, gradients, lr))
+
+    @kernel(threads)
+    def momentum(delta, velocity, gradient, momentum, gain, lr, aligned):
+        """V = m V + gain gradient; D -= lr V."""
+        for vector in range(cuda.grid(1), count(delta), cuda.gridsize(1)):
+            offset = int64(vector) * LANES
+            valid = delta.size - offset
+            gradients = load(gradient, offset, valid, aligned, LANES)
+            v = momentum_step(load(velocity, offset, valid, aligned, LANES), gradients, momentum, gain)
+            store(velocity, offset, valid, aligned, v)
+            store(delta, offset, valid, aligned, descend(load(delta, offset, valid, aligned, LANES), v, lr))
+
+    @kernel(threads)
+    def adamw(parameter, gradient, first, second, keep, rate, b1, a1, b2, a2, bias2, eps):
+        """v1 = b1 v1 + a1 g; v2 = b2 v2 + a2 g²; p = keep p - rate v1 / (√(v2 / bias2) + eps).
+
+        keep = 1 - lr·decay, a = 1 - b, rate = lr / (1 - b1^step), bias2 = 1 - b2^step.
+        """
+        for place in range(cuda.grid(1), parameter.size, cuda.gridsize(1)):
+            i = int64(place)
+            g = load(gradient, i, 1, 0, 1)[0]
+            v1 = b1 * load(first, i, 1, 0, 1)[0] + a1 * g
+            v2 = b2 * load(second, i, 1, 0, 1)[0] + a2 * g * g
+            p = keep * load(parameter, i, 1, 0, 1)[0] - rate * v1 / (math.sqrt(v2 / bias2) + eps)
+            store(first, i, 1, 0, (v1,))
+            store(second, i, 1, 0, (v2,))
+            store(parameter, i, 1, 0, (p,))
+
+    @kernel(threads)
+    def activation_gradient(grad_output, z, code, gz):
+        """gz = grad_output · act'(z)."""
+        for place in range(cuda.grid(1), gz.size, cuda.gridsize(1)):
+            i = int64(place)
+            store(gz, i, 1, 0, (load(grad_output, i, 1, 0, 1)[0] * slope(load(z, i, 1, 0, 1)[0], code),))
+
+    return SimpleNamespace(
+        fill=fill,
+        add=add,
+        times=times,
+        masked=masked,
+        sgd=sgd,
+        momentum=momentum,
+        adamw=adamw,
+        activation_gradient=activation_gradient,
+    )
+
+
+@functools.cache
+def block_sum(threads: int):
+    """A device function: the sum of one float64 a thread, in a tree, the same for every thread of the block.
+
+    Once a kernel: nothing holds back a thread that would write to the same shared memory again.
+    """
+    HALF = threads // 2
+
+    @device_function
+    def block_sum(shared, t, value):
+        shared[t] = value
+        cuda.syncthreads()  # every value is there
+        width = HALF
+        while width > 0:
+            if t < width:
+                shared[t] += shared[t + width]
+            cuda.syncthreads()  # this level of the tree is there
+            width //= 2
+        return shared[0]
+
+    return block_sum
+
+
+@functools.cache
+def sum_of_squares(threads: int):
+    """Kernel: partial[block] = Σ a² over the block's share, in float64. Grid (any,); partial (blocks,)."""
+    SIZE = threads
+    total = block_sum(threads)
+
+    @kernel(threads)
+    def sum_of_squares(array, partial):
+        shared = cuda.shared.array(SIZE, types.float64)
+        value = types.float64(0)
+        for place in range(cuda.grid(1), array.size, cuda.gridsize(1)):
+            element = types.float64(load(array, int64(place), 1, 0, 1)[0])
+            value += element * element
+        value = total(shared, cuda.threadIdx.x, value)
+        if cuda.threadIdx.x == 0:
+            partial[cuda.blockIdx.x] = value
+
+    return sum_of_squares

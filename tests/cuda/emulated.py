@@ -1,0 +1,86 @@
+"""The CUDA backend on the emulator: the host code as it is, its device replaced by NumPy memory and greenlets."""
+
+import contextlib
+from collections import Counter
+
+import numpy as np
+
+from nblora.backends.cuda import CUDABackend, Shapes
+from nblora.backends.device import Device, DeviceArray
+from nblora.kernels.cuda.tiles import Tile
+from tests.cuda.emulator import emulate
+
+# Small tiles: a few threads each, so that small arrays have many blocks with edges on every side.
+SMALL = {
+    "float32": Shapes(Tile(16, 16, 4), Tile(8, 16, 4), Tile(16, 8, 4), 64, 16),
+    "float64": Shapes(Tile(8, 8, 2, "float64"), Tile(4, 8, 2, "float64"), Tile(8, 4, 2, "float64"), 32, 16),
+}
+TENSOR = {"float32": Shapes(Tile(32, 32, 8, tensor=True), Tile(32, 32, 8, tensor=True), Tile(16, 8, 4), 32, 16)}
+
+
+class EmulatedDevice(Device):
+    """A device of two multiprocessors whose memory is NumPy's; new memory is NaN.
+
+    With `aligned=False` no array begins at a multiple of 16 bytes, so no vector may be used.
+    """
+
+    simulated = False
+
+    def __init__(self, order="forward", aligned=True):
+        self.index, self.name, self.order, self.aligned = 0, "cuda:0", order, aligned
+        self.multiprocessors, self.compute_capability = 2, (8, 0)
+        self._gpu = contextlib.nullcontext()
+        self.traffic, self.launches = Counter(), []
+
+    def _allocate(self, shape, dtype):
+        size, dtype = int(np.prod(shape)), np.dtype(dtype)
+        lanes = 16 // dtype.itemsize
+        memory = np.empty(size + 2 * lanes, dtype)
+        start = -memory.ctypes.data % 16 // dtype.itemsize + (0 if self.aligned else 1)
+        array = memory[start : start + size].reshape(shape)
+        array.fill(np.nan if dtype.kind == "f" else 0xAB)
+        return array
+
+    def address(self, memory):
+        return memory.ctypes.data
+
+    def upload(self, host, bfloat16=False):
+        from nblora.kernels.cuda.simulated import to_bfloat16
+
+        values = to_bfloat16(host) if bfloat16 else np.asarray(host)
+        memory = self._allocate(values.shape, values.dtype)
+        memory[...] = values
+        return DeviceArray(memory, self, bfloat16)
+
+    def download(self, array):
+        from nblora.kernels.cuda.simulated import from_bfloat16
+
+        host = np.array(array.memory)
+        return from_bfloat16(host) if array.bfloat16 else host
+
+    def duplicate(self, array):
+        memory = self._allocate(array.shape, array.memory.dtype)
+        memory[...] = array.memory
+        return DeviceArray(memory, self, array.bfloat16)
+
+    def assign(self, target, value):
+        target.memory[...] = value.memory if isinstance(value, DeviceArray) else value
+
+    def adopt(self, value):
+        return value if isinstance(value, DeviceArray) else None
+
+    def launch(self, kernel, grid, threads, *arguments):
+        given = [a.memory if isinstance(a, DeviceArray) else a for a in arguments]
+        self.launches.append((kernel, grid, threads, given))
+        emulate(kernel, grid, threads, given, order=self.order, traffic=self.traffic)
+
+    def release(self):
+        pass
+
+
+def make_backend(order="forward", aligned=True, precision="float32", shapes=None):
+    """A CUDA backend that runs emulated, on small tiles."""
+    backend = CUDABackend(EmulatedDevice(order, aligned), precision)
+    backend._plain = SMALL
+    backend._shapes = shapes or (SMALL | TENSOR if precision == "tf32" else SMALL)
+    return backend

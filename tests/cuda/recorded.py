@@ -1,0 +1,52 @@
+"""Which kernels the backend launches, with the types of their arguments, without running any."""
+
+import numpy as np
+
+from nblora.backends.cuda import PLAIN, TENSOR
+from nblora.backends.device import as_argument
+from nblora.backends.protocol import Base, Delta, LowRank, Operands
+from tests.cuda.emulated import EmulatedDevice, make_backend
+
+
+class RecordingDevice(EmulatedDevice):
+    """Launches nothing."""
+
+    def launch(self, kernel, grid, threads, *arguments):
+        self.launches.append((kernel, grid, threads, [as_argument(a) for a in arguments]))
+
+
+def recording_backend(precision="float32"):
+    """The backend with the tiles of a real device."""
+    backend = make_backend(precision=precision, shapes=TENSOR if precision == "tf32" else PLAIN)
+    backend._device, backend._plain = RecordingDevice(), PLAIN
+    return backend
+
+
+def record(backend, dtype, transposed, samples=200, delta=True, train=False, masked=False, low_rank=True, code=2):
+    """Name -> (kernel, threads, Numba types of the arguments) of one forward, backward, sweep and merge."""
+    import numba
+
+    inputs, outputs, rank = 24, 40, 8
+    stored = (outputs, inputs) if transposed else (inputs, outputs)
+
+    def new(*shape):
+        return backend.from_host(np.zeros(shape, dtype))
+
+    weight = backend.base_from_host(np.zeros(stored, dtype))
+    operands = Operands(
+        Base(weight, new(outputs), transposed),
+        LowRank(new(inputs, rank), new(rank, outputs), 2.0) if low_rank else None,
+        Delta(new(*stored), new(*stored), 0.1, 0.9) if delta else None,
+        code,
+        train,
+    )
+    mask = new(samples, inputs) if masked else None
+    y, saved = backend.forward(new(samples, inputs), operands, mask, True)
+    backend.backward(y, saved, operands)
+    backend.backward_update(y, saved, operands, 0.1, 0.1)
+    backend.merge(operands)
+    found = {}
+    for kernel, _, threads, arguments in backend._device.launches:
+        types = tuple(numba.typeof(argument) for argument in arguments)
+        found.setdefault((kernel, types), (kernel.py_func.__name__, kernel, threads, types))
+    return list(found.values())

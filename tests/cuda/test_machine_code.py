@@ -1,0 +1,104 @@
+"""Machine code of every kernel the backend launches, for every architecture, from both of the compiler's outputs.
+
+What a GPU would run is looked at where there is none: no stack, no local memory, registers and shared memory for two
+blocks an SM, 128-bit loads, and inner loops that mostly multiply.
+"""
+
+import pytest
+
+pytest.importorskip("greenlet", reason="the emulator needs greenlet (extra test)")
+
+from nblora.kernels.cuda.target import COMPILED
+from tests.cuda import machine_code
+from tests.cuda.machine_code import ARCHITECTURES, OUTPUTS, compile_kernel
+from tests.cuda.recorded import record, recording_backend
+
+needs_compiler = pytest.mark.skipif(
+    not COMPILED or machine_code.disassembler() is None,
+    reason="needs numba-cuda and nvdisasm: pip install 'nblora[cuda12]' nvidia-cuda-nvdisasm",
+)
+pytestmark = needs_compiler
+
+MAIN = ("forward", "input_gradient", "dense_update")
+# precision, dtype, transposed, settings of `record`
+VARIANTS = [
+    ("float32", "float32", False, {}),
+    ("float32", "float32", True, {"masked": True, "train": True}),
+    ("float32", "float32", False, {"delta": False, "samples": 20, "train": True}),
+    ("float32", "float32", True, {"samples": 1}),
+    ("float32", "float64", False, {"masked": True, "train": True}),
+    ("float32", "float64", True, {"samples": 1}),
+    ("tf32", "float32", False, {"masked": True, "train": True}),
+    ("tf32", "float32", True, {"samples": 20}),
+    ("bf16-base", "float32", False, {}),
+    ("bf16-base", "float32", True, {"samples": 1}),
+]
+
+
+def kernels(variant):
+    precision, dtype, transposed, settings = variant
+    return record(recording_backend(precision), dtype, transposed, **settings)
+
+
+def assert_fits(code, threads, wanted):
+    """No stack, no local memory, and room for `wanted` blocks an SM."""
+    assert code.stack == 0
+    assert code.spills == 0
+    assert code.count("LDL") == code.count("STL") == 0
+    assert code.registers * threads * wanted <= 65536
+    assert code.shared <= 48 * 1024
+    assert code.shared * wanted <= 64 * 1024  # what sm_75 has
+
+
+# Least share of multiplications in the inner loop. The whole step of a float64 product is one loop, its global loads
+# included, and compute capability 12.0 spends three times the instructions on it.
+LEAST = {"float32": 0.6, "float64": 0.4, "float64 on sm_120": 0.15}
+
+
+def assert_tiled(code, dtype, tensor):
+    """The loop that multiplies is one of multiplications, and what feeds it comes in 128-bit vectors."""
+    assert code.count("LDG.E.128") > 0
+    loops = code.main_loops("HMMA" if tensor else "FFMA" if dtype == "float32" else "DFMA")
+    assert loops
+    if tensor:
+        assert all(count >= 16 for count, _ in loops)
+    else:
+        assert code.shared_vectors > 0
+        least = LEAST["float64 on sm_120" if dtype == "float64" and code.architecture == (12, 0) else dtype]
+        assert all(count / length >= least for count, length in loops), loops
+
+
+@pytest.mark.parametrize("architecture", [(8, 0), (9, 0)], ids=str)
+def test_main_kernels(architecture):
+    for name, kernel, threads, types in kernels(VARIANTS[0]):
+        if name in MAIN:
+            code = compile_kernel(kernel, types, architecture, "ltoir", threads)
+            assert threads >= 8 * 32
+            assert_fits(code, threads, 2)
+            assert_tiled(code, "float32", False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_every_kernel(variant, architecture, output):
+    precision, dtype, _, _ = variant
+    if precision == "tf32" and architecture < (8, 0):
+        pytest.skip("tensor cores take float32 from compute capability 8.0 on")
+    for name, kernel, threads, types in kernels(variant):
+        code = compile_kernel(kernel, types, architecture, output, threads)
+        assert_fits(code, threads, 2)
+        if name in MAIN:
+            tensor = precision == "tf32"
+            assert_tiled(code, dtype, tensor)
+            if dtype == "float32":
+                assert not [op for op in code.opcodes if op in ("DFMA", "DADD", "DMUL")], name
+
+
+def test_rules_keep_float32():
+    """Constants of the shared rules do not take a float32 kernel to double arithmetic."""
+    for name, kernel, threads, types in kernels(VARIANTS[3]):
+        if name in ("finish", "activation_gradient"):
+            code = compile_kernel(kernel, types, (8, 0), "ltoir", threads)
+            assert not [op for op in code.opcodes if op in ("DFMA", "DADD", "DMUL")], name
