@@ -23,7 +23,7 @@ ROOMS = {
     "training": 7,
     "weights": 7,
 }
-DOORS = {"nblora", "cli", "demo", "estimators", "sweep", "plots", "bench", "info"}
+DOORS = {"nblora", "cli", "demo", "estimators", "sweep", "plots", "bench", "info", "compare", "results"}
 LEAVES = {"errors", "checks", "storage", "_version"}
 HEAVY = {"scipy", "click", "tqdm", "matplotlib", "sklearn", "torch", "onnx", "safetensors.torch", "dask", "pandas"}
 

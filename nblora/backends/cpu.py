@@ -6,7 +6,7 @@ that each kernel has one specialisation a dtype. Scratch is kept between calls, 
 
 import os
 import threading
-from typing import Any
+from typing import Any, cast
 
 import numba
 import numpy as np
@@ -18,7 +18,7 @@ from ..kernels.cpu import sweep as sweep_kernel
 from ..kernels.cpu import update as update_kernel
 from ..kernels.cpu.microkernel import tile_functions
 from ..kernels.cpu.products import PART, PARTS
-from .protocol import Array, Gradients, Operands, Saved
+from .protocol import Array, Base, Gradients, Operands, Saved
 
 SERIAL_WORK = 1 << 17
 """Multiply-adds below which a call runs in the calling thread: waking another costs 5 to 10 µs, 2^17 take 3 µs."""
@@ -27,13 +27,13 @@ SERIAL_WORK = 1 << 17
 class _Writable:
     """The memory of a read-only array, for `numpy.asarray`: Numba compiles every kernel anew for read-only types."""
 
-    def __init__(self, array):
+    def __init__(self, array: np.ndarray) -> None:
         address, _ = array.__array_interface__["data"]
         self.__array_interface__ = {**array.__array_interface__, "data": (address, False)}
         self.owner = array
 
 
-def _plain(array):
+def _plain(array: np.ndarray) -> np.ndarray:
     """The array itself, or a writable view of a read-only one's memory, for kernels that only read it."""
     return array if array.flags.writeable else np.asarray(_Writable(array))
 
@@ -41,7 +41,7 @@ def _plain(array):
 class _Pool:
     """Numba's threads: how many a call may use, and the locks that concurrent callers need."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._concurrent = False
         self._started = False
@@ -49,16 +49,16 @@ class _Pool:
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._after_fork)
 
-    def _after_fork(self):
+    def _after_fork(self) -> None:
         # The threads stayed with the parent, and GNU OpenMP aborts a child that asks for them.
         self._lock = threading.Lock()
         self._forked = parallel._is_initialized  # whoever started them
 
-    def workers(self, work):
+    def workers(self, work: int) -> int:
         """Threads for a call of `work` multiply-adds."""
-        return 1 if self._forked or work < SERIAL_WORK else numba.get_num_threads()
+        return 1 if self._forked or work < SERIAL_WORK else int(numba.get_num_threads())
 
-    def run(self, kernel, *arguments):
+    def run(self, kernel: Any, *arguments: Any) -> None:
         """Call a kernel whose last argument is the number of workers."""
         if arguments[-1] == 1 or self._concurrent:
             kernel(*arguments)
@@ -71,9 +71,9 @@ class _Pool:
                 self._concurrent = self._layer() != "workqueue"
 
     @staticmethod
-    def _layer():
+    def _layer() -> str:
         try:
-            return numba.threading_layer()
+            return str(numba.threading_layer())
         except ValueError:  # without machine code nothing was launched
             return "none"
 
@@ -81,20 +81,20 @@ class _Pool:
 class _Scratch:
     """Sets of scratch memory, lent to one call at a time and kept for the next."""
 
-    def __init__(self):
-        self._free = {}
+    def __init__(self) -> None:
+        self._free: dict[tuple[np.dtype, int], list[np.ndarray]] = {}
 
-    def take(self, dtype, workers):
+    def take(self, dtype: np.dtype, workers: int) -> np.ndarray:
         """Scratch of (workers, PARTS·PART) elements, aligned to 64 bytes."""
         try:
             return self._free[dtype, workers].pop()
         except (KeyError, IndexError):
             size = PARTS * PART
-            memory = np.empty(workers * size + 16, dtype)
+            memory = np.zeros(workers * size + 16, dtype)
             start = -memory.ctypes.data % 64 // dtype.itemsize
             return memory[start : start + workers * size].reshape(workers, size)
 
-    def give(self, scratch):
+    def give(self, scratch: np.ndarray) -> None:
         """Hand scratch back; sets of a number of workers that is no longer used are dropped."""
         key = scratch.dtype, len(scratch)
         stale = [other for other in self._free if other[0] == key[0] and other[1] not in (1, key[1]) and key[1] > 1]
@@ -109,13 +109,13 @@ class CPUBackend:
     device = "cpu"
     precision = "float32"
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._pool = _Pool()
         self._scratch = _Scratch()
-        self._tile_functions = {}
+        self._tile_functions: dict[np.dtype, tuple[int, int]] = {}
         self._stand_ins = {np.dtype(t): (np.zeros((1, 1), t), np.zeros(1, t)) for t in ("float32", "float64")}
 
-    def _tiles(self, dtype):
+    def _tiles(self, dtype: np.dtype) -> tuple[int, int]:
         """Addresses of the register tiles of a dtype."""
         found = self._tile_functions.get(dtype)
         if found is None:
@@ -207,7 +207,9 @@ class CPUBackend:
         """Backward and the update of velocity, delta and a trained weight in one sweep, in place."""
         return self._sweep(grad_output, saved, operands, True, lr, delta_lr)
 
-    def _sweep(self, grad_output, saved, operands, update, lr, delta_lr):
+    def _sweep(
+        self, grad_output: Array, saved: Saved, operands: Operands, update: bool, lr: float, delta_lr: float
+    ) -> Gradients:
         base, low_rank, delta, activation, train = operands
         x, u, z, mask = saved
         dtype = x.dtype
@@ -279,10 +281,10 @@ class CPUBackend:
         self._pool.run(sweep_kernel.sweep, task, workers)
         self._scratch.give(scratch)
         if masked:
-            update_kernel.add_masked_low_rank(gx, _plain(mask), t, A)
+            update_kernel.add_masked_low_rank(gx, _plain(cast(np.ndarray, mask)), t, A)
         return Gradients(gx, dA, dB, dD, dW, db)
 
-    def _masked(self, x, mask):
+    def _masked(self, x: Array, mask: Array) -> Array:
         """mask∘x."""
         out = x.copy()
         self._update(update_kernel.MULTIPLY, out, mask, out, out)
@@ -290,7 +292,7 @@ class CPUBackend:
 
     def merge(self, operands: Operands) -> Array:
         """W + s A B + c D as a new stored array."""
-        base, low_rank, delta, _, _ = operands
+        base, low_rank, delta = cast(Base, operands.base), operands.low_rank, operands.delta
         weight = _plain(base.weight)
         out = np.empty(weight.shape, weight.dtype)
         left, right, s = np.empty((len(weight), 0), weight.dtype), np.empty((0, weight.shape[1]), weight.dtype), 0.0
@@ -304,10 +306,10 @@ class CPUBackend:
         self._pool.run(update_kernel.merge, *arguments)
         return out
 
-    def _update(self, code, p, g, first, second, *scalars):
-        scalars = (*map(float, scalars), 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)[:6]
+    def _update(self, code: int, p: Array, g: Array, first: Array, second: Array, *scalars: float) -> None:
+        padded = (*map(float, scalars), 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)[:6]
         flat = (_plain(a).reshape(-1) for a in (p, g, first, second))
-        self._pool.run(update_kernel.update, code, *flat, scalars, self._pool.workers(p.size))
+        self._pool.run(update_kernel.update, code, *flat, padded, self._pool.workers(p.size))
 
     def sgd_update(self, parameter: Array, gradient: Array, lr: float) -> None:
         """parameter -= lr gradient, in place."""

@@ -142,15 +142,16 @@ def _module(
         raise fault(f"lora_A has shape {A.shape} and lora_B {B.shape}; their ranks differ")
     if rank != config.module_rank(name):
         raise fault(f"its tensors have rank {rank}, but {config.path.name} says {config.module_rank(name)}")
-    _check_switch(fault, "lora_bias", config.lora_bias, "lora_B.bias", bias, B.shape[0], kind)
-    _check_switch(fault, "use_dora", config.use_dora, "lora_magnitude_vector", magnitude, B.shape[0], kind)
+    if config.lora_bias and bias is None and kind != "embedding":
+        raise fault("lora_bias is set, but lora_B.bias is missing")
+    if config.use_dora and magnitude is None:
+        raise fault("use_dora is set, but lora_magnitude_vector is missing")
+    for switch, is_on, part, info in (
+        ("lora_bias", config.lora_bias, "lora_B.bias", bias),
+        ("use_dora", config.use_dora, "lora_magnitude_vector", magnitude),
+    ):
+        if info is not None and not is_on:
+            raise fault(f"{part} is there, but {switch} is not set")
+        if info is not None and (info.size != B.shape[0] or max(info.shape) != B.shape[0]):
+            raise fault(f"{part} has shape {info.shape}; expected {B.shape[0]} numbers")
     return LoraModule(name, kind, A, B, bias, magnitude, rank, config.module_alpha(name), config.scaling(name), groups)
-
-
-def _check_switch(fault, switch, is_on, name, info, outputs, kind) -> None:  # type: ignore[no-untyped-def]
-    if is_on and info is None and not (switch == "lora_bias" and kind == "embedding"):
-        raise fault(f"{switch} is set, but {name} is missing")
-    if info is not None and not is_on:
-        raise fault(f"{name} is there, but {switch} is not set")
-    if info is not None and (info.size != outputs or max(info.shape) != outputs):
-        raise fault(f"{name} has shape {info.shape}; expected {outputs} numbers")

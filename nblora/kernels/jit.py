@@ -176,8 +176,8 @@ def part(function=None, **options):
     """Decorate a function that only kernels call: without entry points, a cache and reference counts of its own.
 
     Compiling a step took three times as long when its inner functions were kernels themselves, and counting references
-    to array slices took a tenth of a step at 64 x 768 x 768. A part may hand arrays to parts and, being uncounted,
-    return them to parts, but never to a kernel. Called from Python it is the plain function.
+    to array slices took a tenth of a step at 64 x 768 x 768. Being uncounted, arrays may be handed to a part but not be
+    returned by it to a kernel. Called from Python it is the plain function.
     """
     options = {"_nrt": False, **options}
     if function is None:

@@ -127,6 +127,7 @@ def make_plan(model: ModelFiles, adapters: Sequence[WeightedAdapter], maps: Iter
             planner.replace(each.weighted, name, info)
     for each in targets:
         planner.add_modules(each)
+    planner.warn_of_ties()
     return planner.plan
 
 
@@ -246,6 +247,14 @@ class _Planner:
             assert module.bias
             term = Term(label, 1, module.scaling * weight, None, Factor(file, module.bias, False))
             self._append(label, *self.stored(label, name), term)
+
+    def warn_of_ties(self) -> None:
+        """Say where one change reaches two names: with the adapter unmerged the two would differ."""
+        ties = self.plan.ties
+        pairs = [(name, twins) for name, twins in ties.stored.items() if not self.plan.recipes[name].replacement]
+        pairs += [(name, [alias]) for alias, name in ties.absent.items() if name in self.plan.recipes]
+        for name, others in pairs:
+            self.plan.warnings.append(f"{name} is tied to {', '.join(others)}: all of them get the same change")
 
     def _append(self, label: str, stored: str, info: TensorInfo, term: Term) -> None:
         rows, columns = _matrix(info)

@@ -8,7 +8,10 @@ from nblora.weights import merge
 from tests.weights.support import FIXTURES, read_file, read_model, spacing
 
 FOLDERS = sorted(path.name for path in FIXTURES.iterdir() if path.is_dir())
-MERGEABLE = [name for name in FOLDERS if name != "conv2d_grouped"]
+SMALL = {"linear_r4_dora", "made_gpt2_dora", "mlp_bf16_all", "made_bias_all_lora_bias", "made_embedding_dora"}
+MERGEABLE = [
+    pytest.param(name, marks=pytest.mark.small if name in SMALL else ()) for name in FOLDERS if name != "conv2d_grouped"
+]
 TIED = {"made_model_gpt2_mixed": "transformer.wte.weight", "made_model_llama_tied": "model.embed_tokens.weight"}
 
 

@@ -46,11 +46,12 @@ def test_kept_originals_bring_the_base_back_byte_by_byte(name, options, tmp_path
     assert verify(tmp_path / "merged", FIXTURES / name).verdict is Verdict.YES
 
 
+@pytest.mark.small
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
 def test_subtraction_says_how_far_off_it_is(dtype, tmp_path, rng):
-    W = rng.standard_normal((60, 70)).astype(DTYPES[dtype])
+    W = rng.standard_normal((31, 33)).astype(DTYPES[dtype])
     base = write_file(tmp_path / "base.safetensors", {"lin.weight": W, "x": np.arange(3)})
-    adapter = write_adapter(tmp_path / "a", linear_factors(rng, "lin", 60, 70))
+    adapter = write_adapter(tmp_path / "a", linear_factors(rng, "lin", 31, 33))
     merge(base, (adapter, 0.5), tmp_path / "merged.safetensors")
     report = unmerge(tmp_path / "merged.safetensors", tmp_path / "back.safetensors", (adapter, 0.5))
     error = abs(read_file(tmp_path / "back.safetensors")["lin.weight"].astype(np.float64) - W.astype(np.float64))
@@ -96,30 +97,32 @@ def test_originals_of_another_merge_or_maker_are_refused(tmp_path, rng):
 @pytest.fixture
 def trio(tmp_path, rng):
     """A base, an adapter, and its merge."""
-    W = rng.standard_normal((40, 50)).astype(np.float32)
+    W = rng.standard_normal((30, 32)).astype(np.float32)
     base = write_file(tmp_path / "base.safetensors", {"lin.weight": W, "other.weight": W[:3]})
-    adapter = write_adapter(tmp_path / "a", linear_factors(rng, "lin", 40, 50))
+    adapter = write_adapter(tmp_path / "a", linear_factors(rng, "lin", 30, 32))
     merge(base, adapter, tmp_path / "merged.safetensors")
     return base, adapter, tmp_path / "merged.safetensors"
 
 
+@pytest.mark.small
 def test_verify_tells_merged_from_unmerged_and_from_another(trio, tmp_path, rng):
     base, adapter, merged = trio
     report = verify(merged, adapter, base)
     assert (report.verdict, report.exit_code, report.tensors[0].finding) == (Verdict.YES, 0, "exact")
     report = verify(base, adapter, base)
     assert (report.exit_code, report.tensors[0].finding, report.tensors[0].contained) == (1, "absent", 0.0)
-    other = write_adapter(tmp_path / "b", linear_factors(rng, "lin", 40, 50))
+    other = write_adapter(tmp_path / "b", linear_factors(rng, "lin", 30, 32))
     report = verify(merged, other, base)
     assert (report.exit_code, report.tensors[0].finding) == (1, "different")
     assert verify(merged, (adapter, 2.0), base).exit_code == 1
     assert verify(merged, [adapter, (adapter, 0.0)], base).exit_code == 0
 
 
+@pytest.mark.small
 def test_verify_sees_a_single_flipped_bit(trio):
     base, adapter, merged = trio
     data = bytearray(merged.read_bytes())
-    data[-(3 * 50 * 4) - 8] ^= 1
+    data[-(3 * 32 * 4) - 8] ^= 1
     merged.write_bytes(data)
     report = verify(merged, adapter, base)
     assert (report.exit_code, report.tensors[0].finding, report.tensors[0].differing) == (3, "near", 1)
@@ -129,7 +132,7 @@ def test_verify_sees_a_single_flipped_bit(trio):
 def test_verify_is_inconclusive_without_a_base_or_a_change(trio, tmp_path, rng):
     base, adapter, merged = trio
     assert verify(merged, adapter).exit_code == 3
-    tensors = {name: array * 1e-12 for name, array in linear_factors(rng, "lin", 40, 50).items()}
+    tensors = {name: array * 1e-12 for name, array in linear_factors(rng, "lin", 30, 32).items()}
     lost = write_adapter(tmp_path / "lost", tensors)
     report = verify(base, lost, base)
     assert (report.exit_code, report.tensors[0].finding) == (3, "same")
@@ -162,7 +165,7 @@ def test_verify_says_no_to_missing_and_misshapen_tensors(trio, tmp_path):
 
 def test_a_combination_verifies_as_its_parts(trio, tmp_path, rng):
     base, adapter, _ = trio
-    other = write_adapter(tmp_path / "b", linear_factors(rng, "lin", 40, 50, rank=3), r=3)
+    other = write_adapter(tmp_path / "b", linear_factors(rng, "lin", 30, 32, rank=3), r=3)
     combine([(adapter, 0.5), (other, -0.25)], tmp_path / "sum", dtype="float64")
     merge(base, tmp_path / "sum", tmp_path / "one.safetensors")
     report = verify(tmp_path / "one.safetensors", [(adapter, 0.5), (other, -0.25)], base)

@@ -13,10 +13,12 @@ from .machine import BLOCK, TILE_ROWS
 from .microkernel import lanes
 from .products import (
     C_STRIDE,
+    across_rows,
+    along_rows,
+    block_at,
     block_size,
     factor_across_rows,
-    matrix_across_rows,
-    matrix_along_rows,
+    sample_blocks,
     scratch_work,
     store_block,
     transpose_block,
@@ -55,24 +57,25 @@ class ForwardTask(NamedTuple):
 
 @part
 def _geometry(task, workers):
-    """Sizes of the blocks: samples of u, samples of z, outputs of z."""
+    """Sizes: samples of a job of u, samples of a job of z, samples of a block, outputs of a job of z."""
     N, out = task.y.shape
     width = 2 * lanes(task.y)
+    few, quantum = (width, TILE_ROWS) if task.transposed else (TILE_ROWS, width)
     low = block_size(N, TILE_ROWS, 2 * workers, BLOCK)
-    samples = block_size(N, width if task.transposed else TILE_ROWS, 1, BLOCK)
+    size, samples = sample_blocks(N, few, task.y)
     pieces = 4 * workers * samples // N
-    outputs = block_size(out, TILE_ROWS if task.transposed else width, min(pieces, out // 96), BLOCK)
-    return low, samples, outputs
+    outputs = block_size(out, quantum, min(pieces, out // 96), BLOCK)
+    return low, samples, size, outputs
 
 
 @part
 def _low_job(task, n0, n1, work):
     """u[n0:n1] = s·x_low[n0:n1]·A."""
-    rank = task.A.shape[1]
+    inner, rank = task.A.shape
     s = task.y.dtype.type(task.s)
     for r in range(0, rank, BLOCK):
         end = min(r + BLOCK, rank)
-        matrix_along_rows(work, True, task.x_low, n0, n1, task.A, task.A, s, False, r, end)
+        along_rows(work, True, task.x_low, n0, n1, n1 - n0, task.A, task.A, s, False, r, end, 0, inner)
         store_block(task.u, n0, n1, r, end, work.c, s)
 
 
@@ -98,25 +101,31 @@ def _activate_block(task, n0, n1, o0, o1, c):
 
 
 @part
-def _dense_job(task, n0, n1, o0, o1, low_blocks, work):
-    scaling = task.y.dtype.type(task.c)
+def _dense_job(task, n0, n1, size, o0, o1, low_blocks, work):
+    c = task.y.dtype.type(task.c)
     if task.has_base:
-        matrix_along_rows(work, True, task.x, n0, n1, task.S, task.D, scaling, task.has_delta, o0, o1)
+        inner = task.S.shape[0]
+        along_rows(work, True, task.x, n0, n1, size, task.S, task.D, c, task.has_delta, o0, o1, 0, inner)
     if task.has_low_rank:
         wait_for(task.counters, 1, low_blocks)
-        matrix_along_rows(work, not task.has_base, task.u, n0, n1, task.B, task.B, scaling, False, o0, o1)
-    _activate_block(task, n0, n1, o0, o1, work.c)
+        rank = task.B.shape[0]
+        along_rows(work, not task.has_base, task.u, n0, n1, size, task.B, task.B, c, False, o0, o1, 0, rank)
+    for n in range(n0, n1, size):
+        _activate_block(task, n, min(n + size, n1), o0, o1, work.c[block_at(n0, n, size) :])
 
 
 @part
-def _fully_connected_job(task, n0, n1, o0, o1, low_blocks, work):
-    scaling = task.y.dtype.type(task.c)
-    matrix_across_rows(work, True, task.S, task.D, scaling, task.has_delta, o0, o1, task.x, n0, n1)
+def _fully_connected_job(task, n0, n1, size, o0, o1, low_blocks, work):
+    c = task.y.dtype.type(task.c)
+    inner = task.S.shape[1]
+    across_rows(work, True, task.S, task.D, c, task.has_delta, o0, o1, task.x, n0, n1, size, 0, inner)
     if task.has_low_rank:
         wait_for(task.counters, 1, low_blocks)
-        factor_across_rows(work, False, task.B, o0, o1, task.u, n0, n1)
-    transpose_block(work.g, work.c, o1 - o0, n1 - n0)
-    _activate_block(task, n0, n1, o0, o1, work.g)
+        factor_across_rows(work, False, task.B, o0, o1, task.u, n0, n1, size)
+    for n in range(n0, n1, size):
+        end = min(n + size, n1)
+        transpose_block(work.g, work.c[block_at(n0, n, size) :], o1 - o0, end - n)
+        _activate_block(task, n, end, o0, o1, work.g)
 
 
 @part
@@ -124,7 +133,7 @@ def forward_worker(task, worker, workers):
     """Draw jobs until none is left."""
     work = scratch_work(task.scratch[worker], task.tile_rows, task.tile_steps)
     N, out = task.y.shape
-    low, samples, outputs = _geometry(task, workers)
+    low, samples, size, outputs = _geometry(task, workers)
     low_blocks = (N + low - 1) // low if task.has_low_rank else 0
     rows, columns = (N + samples - 1) // samples, (out + outputs - 1) // outputs
     while True:
@@ -139,9 +148,9 @@ def forward_worker(task, worker, workers):
         n0, o0 = job // columns * samples, job % columns * outputs
         n1, o1 = min(N, n0 + samples), min(out, o0 + outputs)
         if task.transposed:
-            _fully_connected_job(task, n0, n1, o0, o1, low_blocks, work)
+            _fully_connected_job(task, n0, n1, size, o0, o1, low_blocks, work)
         else:
-            _dense_job(task, n0, n1, o0, o1, low_blocks, work)
+            _dense_job(task, n0, n1, size, o0, o1, low_blocks, work)
 
 
 _entry = entry(forward_worker)

@@ -1,7 +1,7 @@
 """Packing: tiles of a matrix copied into the formats of the register tile, combined with the delta on the way.
 
 M = S + c·D where `combined`, else S. "Rows" and "steps" are the A formats and "columns" the B format of `microkernel`;
-a panel of B or of steps has `DEPTH` rows. Columns beyond the matrix are zeros: they meet no real element.
+a panel of B or of steps has `DEPTH` rows. Lanes beyond the matrix keep what scratch held: they meet no real element.
 """
 
 from ..jit import part
@@ -77,8 +77,6 @@ def pack_columns(b, S, D, scaling, combined, k0, k1, j0, j1):
         if tail:
             for j in range(tail):
                 b[to + j] = weight[at + j] + scaling * delta[at + j] if combined else weight[at + j]
-            for j in range(tail, width):
-                b[to + j] = 0
 
 
 @part
@@ -97,8 +95,6 @@ def pack_columns_transposed(b, S, k0, k1, j0, j1):
             _pack_corner(b, start, S, k0, whole, k1, j0 + j, j0 + j + length)
         else:
             _pack_corner(b, start, S, k0, 0, k1, j0 + j, j1)
-    if (j1 - j0) % width:
-        _clear_columns(b, (j1 - j0) // width * DEPTH * width, k1 - k0, (j1 - j0) % width)
 
 
 @part
@@ -108,11 +104,3 @@ def _pack_corner(b, start, S, k0, done, k1, j0, j1):
         row = S[j0 + j, k0:k1]
         for k in range(done, row.shape[0]):
             b[start + k * width + j] = row[k]
-
-
-@part
-def _clear_columns(b, start, depth, used):
-    width = 2 * lanes(b)
-    for k in range(depth):
-        for j in range(used, width):
-            b[start + k * width + j] = 0

@@ -16,11 +16,14 @@ from ..jit import part
 from .machine import BLOCK, DEPTH, ROW_STRIDE, TILE_ROWS, VECTOR_BITS
 from .microkernel import lanes, tile
 from .packing import pack_columns, pack_columns_transposed, pack_rows, pack_rows_transposed, pack_steps
-from .vectors import prefetch, transpose_square
+from .vectors import transpose_square
 
 C_STRIDE = BLOCK + VECTOR_BITS // 16
 PART = C_STRIDE * (BLOCK + VECTOR_BITS // 16)
-PARTS = 6
+LONG = 4 if VECTOR_BITS == 512 else 1
+"""Blocks of C that a job may hold, in float32, so that an operand is packed once for all of them: half of a level-2
+cache of 2 MB. At 2048 samples packing the weight for each 256 took a tenth of the time."""
+PARTS = 5 + LONG
 
 
 class Work(NamedTuple):
@@ -28,8 +31,8 @@ class Work(NamedTuple):
 
     a: object  # A in rows
     b: object  # B
-    c: object  # a block of C
-    g: object  # a block of a gradient, or of a transposed C
+    c: object  # blocks of C, (LONG·PART,)
+    g: object  # a strip of a gradient, or a transposed block of C
     l: object  # A in steps
     r: object  # B of a gradient
     tile_rows: int
@@ -42,13 +45,19 @@ def scratch_work(scratch, tile_rows, tile_steps):
     return Work(
         scratch[:PART],
         scratch[PART : 2 * PART],
+        scratch[5 * PART :],
         scratch[2 * PART : 3 * PART],
         scratch[3 * PART : 4 * PART],
         scratch[4 * PART : 5 * PART],
-        scratch[5 * PART : 6 * PART],
         tile_rows,
         tile_steps,
     )
+
+
+@part
+def block_at(start, here, size):
+    """Where in C the block of the samples or columns from `here` on lies, `start` being the first block's."""
+    return (here - start) // size * PART
 
 
 @part
@@ -59,46 +68,26 @@ def block_size(total, quantum, pieces, largest):
     return max(1, (size + quantum - 1) // quantum) * quantum
 
 
-class Ahead(NamedTuple):
-    """What will be needed next, fetched while tiles are computed: rows i0 <= i < i1, columns j0 <= j < j1 of S and D.
-
-    Packing from the level-3 cache takes 0.32 ns an element of W + c D, from the level-2 cache 0.13 ns.
-    """
-
-    S: object
-    D: object
-    i0: int
-    i1: int
-    j0: int
-    j1: int
+@part
+def long_blocks(array):
+    """Blocks of C that a job may hold in the dtype of the array."""
+    return max(1, LONG * 4 // array.itemsize)
 
 
 @part
-def nothing_ahead(matrix):
-    """An empty `Ahead`."""
-    return Ahead(matrix, matrix, 0, 0, 0, 0)
+def sample_blocks(samples, quantum, array):
+    """How many samples make a block of C, a multiple of `quantum`, and how many a job, a multiple of that."""
+    size = block_size(samples, quantum, 1, BLOCK)
+    blocks = (samples + size - 1) // size
+    jobs = max(1, (blocks + long_blocks(array) - 1) // long_blocks(array))
+    return size, max(1, (blocks + jobs - 1) // jobs) * size
 
 
 @part
-def _fetch(ahead, share, shares):
-    """Prefetch one of so many shares of what is ahead."""
-    line = 64 // ahead.S.itemsize
-    first, second = ahead.S.reshape(-1), ahead.D.reshape(-1)
-    rows = ahead.i1 - ahead.i0
-    for i in range(ahead.i0 + rows * share // shares, ahead.i0 + rows * (share + 1) // shares):
-        start = i * ahead.S.shape[1]
-        for at in range(start + ahead.j0, start + ahead.j1, line):
-            prefetch(first, at)
-            prefetch(second, at)
-
-
-@part
-def _multiply_rows(work, rows, columns, depth, first, ahead):
+def _multiply_rows(work, rows, columns, depth, c, first):
     """C (+)= A·B, A in rows."""
     width = 2 * lanes(work.b)
     tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
-    shares = tiles * ((columns + width - 1) // width)
-    share = 0
     for j in range(0, columns, width):
         vectors = 1 if 2 * (columns - j) <= width else 2
         i = 0
@@ -106,95 +95,82 @@ def _multiply_rows(work, rows, columns, depth, first, ahead):
             height = (rows - i + tiles - t - 1) // (tiles - t)
             at = i * C_STRIDE + j
             a_at, b_at = i * ROW_STRIDE, j * DEPTH
-            _fetch(ahead, share, shares)
-            tile(work.tile_rows, depth, height, vectors, work.a, a_at, work.b, b_at, work.c, at, C_STRIDE, not first)
+            tile(work.tile_rows, depth, height, vectors, work.a, a_at, work.b, b_at, c, at, C_STRIDE, not first)
             i += height
-            share += 1
 
 
 @part
-def multiply_steps(work, i0, i1, columns, depth, first, ahead):
+def multiply_steps(work, i0, i1, columns, depth, g, first):
     """G[i - i0] (+)= A·B for the rows i0 <= i < i1 of A in steps, i0 a multiple of `TILE_ROWS`."""
     width = 2 * lanes(work.r)
-    panels = (columns + width - 1) // width
-    shares = (i1 - i0 + TILE_ROWS - 1) // TILE_ROWS * panels
-    share = 0
     for i in range(i0, i1, TILE_ROWS):
         height = min(TILE_ROWS, i1 - i)
         for j in range(0, columns, width):
             vectors = 1 if 2 * (columns - j) <= width else 2
             at = (i - i0) * C_STRIDE + j
             a_at, b_at = i * DEPTH, j * DEPTH
-            _fetch(ahead, share, shares)
-            tile(work.tile_steps, depth, height, vectors, work.l, a_at, work.r, b_at, work.g, at, C_STRIDE, not first)
-            share += 1
+            tile(work.tile_steps, depth, height, vectors, work.l, a_at, work.r, b_at, g, at, C_STRIDE, not first)
 
 
 @part
-def along_rows(work, first, L, n0, n1, S, D, scaling, combined, q0, q1, k0, k1, ahead):
-    """C[n, q] (+)= Σ_p L[n, p] M[p, q] for n0 <= n < n1, q0 <= q < q1, k0 <= p < k1, k1 - k0 <= `DEPTH`."""
-    pack_rows(work.a, L, L, scaling, False, n0, n1, k0, k1)
-    pack_columns(work.b, S, D, scaling, combined, k0, k1, q0, q1)
-    _multiply_rows(work, n1 - n0, q1 - q0, k1 - k0, first, ahead)
+def along_rows(work, first, L, n0, n1, size, S, D, scaling, combined, q0, q1, k0, k1):
+    """C[n, q] (+)= Σ_p L[n, p] M[p, q] for n0 <= n < n1 in blocks of `size`, q0 <= q < q1, k0 <= p < k1."""
+    for k in range(k0, k1, DEPTH):
+        end = min(k + DEPTH, k1)
+        pack_columns(work.b, S, D, scaling, combined, k, end, q0, q1)
+        for n in range(n0, n1, size):
+            last = min(n + size, n1)
+            pack_rows(work.a, L, L, scaling, False, n, last, k, end)
+            _multiply_rows(work, last - n, q1 - q0, end - k, work.c[block_at(n0, n, size) :], first and k == k0)
 
 
 @part
-def across_rows(work, first, S, D, scaling, combined, p0, p1, R, n0, n1, k0, k1, ahead):
-    """C[p, n] (+)= Σ_q M[p, q] R[n, q] for p0 <= p < p1, n0 <= n < n1, k0 <= q < k1, k1 - k0 <= `DEPTH`."""
-    pack_rows(work.a, S, D, scaling, combined, p0, p1, k0, k1)
-    pack_columns_transposed(work.b, R, k0, k1, n0, n1)
-    _multiply_rows(work, p1 - p0, n1 - n0, k1 - k0, first, ahead)
+def across_rows(work, first, S, D, scaling, combined, p0, p1, R, n0, n1, size, k0, k1):
+    """C[p, n] (+)= Σ_q M[p, q] R[n, q] for p0 <= p < p1, n0 <= n < n1 in blocks of `size`, k0 <= q < k1."""
+    for k in range(k0, k1, DEPTH):
+        end = min(k + DEPTH, k1)
+        pack_rows(work.a, S, D, scaling, combined, p0, p1, k, end)
+        for n in range(n0, n1, size):
+            last = min(n + size, n1)
+            pack_columns_transposed(work.b, R, k, end, n, last)
+            _multiply_rows(work, p1 - p0, last - n, end - k, work.c[block_at(n0, n, size) :], first and k == k0)
 
 
 @part
-def matrix_along_rows(work, first, L, n0, n1, S, D, scaling, combined, q0, q1):
-    """C[n, q] (+)= Σ_p L[n, p] M[p, q] over every p, M fetched ahead."""
-    inner = S.shape[0]
-    for k in range(0, inner, DEPTH):
-        end = min(k + DEPTH, inner)
-        ahead = Ahead(S, D, end, min(end + DEPTH, inner), q0, q1)
-        along_rows(work, first and k == 0, L, n0, n1, S, D, scaling, combined, q0, q1, k, end, ahead)
-
-
-@part
-def matrix_across_rows(work, first, S, D, scaling, combined, p0, p1, R, n0, n1):
-    """C[p, n] (+)= Σ_q M[p, q] R[n, q] over every q, M fetched ahead."""
-    inner = S.shape[1]
-    for k in range(0, inner, DEPTH):
-        end = min(k + DEPTH, inner)
-        ahead = Ahead(S, D, p0, p1, end, min(end + DEPTH, inner))
-        across_rows(work, first and k == 0, S, D, scaling, combined, p0, p1, R, n0, n1, k, end, ahead)
-
-
-@part
-def factor_along_rows(work, first, L, n0, n1, F, q0, q1):
+def factor_along_rows(work, first, L, n0, n1, size, F, q0, q1):
     """C[n, q] (+)= Σ_r L[n, r] F[q, r]: the low-rank term of the input gradient, F = A."""
     for k in range(0, F.shape[1], DEPTH):
         end = min(k + DEPTH, F.shape[1])
-        pack_rows(work.a, L, L, work.a.dtype.type(0), False, n0, n1, k, end)
         pack_columns_transposed(work.b, F, k, end, q0, q1)
-        _multiply_rows(work, n1 - n0, q1 - q0, end - k, first and k == 0, nothing_ahead(F))
+        for n in range(n0, n1, size):
+            last = min(n + size, n1)
+            pack_rows(work.a, L, L, work.a.dtype.type(0), False, n, last, k, end)
+            _multiply_rows(work, last - n, q1 - q0, end - k, work.c[block_at(n0, n, size) :], first and k == 0)
 
 
 @part
-def factor_across_rows(work, first, F, p0, p1, R, n0, n1):
+def factor_across_rows(work, first, F, p0, p1, R, n0, n1, size):
     """C[p, n] (+)= Σ_r F[r, p] R[n, r]: the low-rank term of the transposed forward, F = B."""
     for k in range(0, F.shape[0], DEPTH):
         end = min(k + DEPTH, F.shape[0])
         pack_rows_transposed(work.a, F, p0, p1, k, end)
-        pack_columns_transposed(work.b, R, k, end, n0, n1)
-        _multiply_rows(work, p1 - p0, n1 - n0, end - k, first and k == 0, nothing_ahead(F))
+        for n in range(n0, n1, size):
+            last = min(n + size, n1)
+            pack_columns_transposed(work.b, R, k, end, n, last)
+            _multiply_rows(work, p1 - p0, last - n, end - k, work.c[block_at(n0, n, size) :], first and k == 0)
 
 
 @part
-def gradient(work, L, p0, p1, R, q0, q1):
-    """G[p, q] = Σ_n L[n, p] R[n, q] for p0 <= p < p1, q0 <= q < q1, over every sample."""
+def gradient(work, L, p0, p1, R, q0, q1, size):
+    """C[p, q] = Σ_n L[n, p] R[n, q] for p0 <= p < p1, q0 <= q < q1 in blocks of `size`, over every sample."""
     n = 0
     while n == 0 or n < L.shape[0]:
         end = min(n + DEPTH, L.shape[0])
         pack_steps(work.l, L, p0, p1, n, end)
-        pack_columns(work.r, R, R, work.r.dtype.type(0), False, n, end, q0, q1)
-        multiply_steps(work, 0, p1 - p0, q1 - q0, end - n, n == 0, nothing_ahead(L))
+        for q in range(q0, q1, size):
+            last = min(q + size, q1)
+            pack_columns(work.r, R, R, work.r.dtype.type(0), False, n, end, q, last)
+            multiply_steps(work, 0, p1 - p0, last - q, end - n, work.c[block_at(q0, q, size) :], n == 0)
         n += DEPTH
 
 

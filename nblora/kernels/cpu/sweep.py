@@ -22,14 +22,15 @@ from .microkernel import lanes
 from .packing import pack_columns, pack_steps
 from .products import (
     C_STRIDE,
-    Ahead,
     across_rows,
     along_rows,
+    block_at,
     block_size,
     factor_along_rows,
     gradient,
-    matrix_across_rows,
+    long_blocks,
     multiply_steps,
+    sample_blocks,
     scratch_work,
     store_block,
     transpose_block,
@@ -94,42 +95,45 @@ def _prepare_job(task, n0, n1, work):
                 gz[o] = gy[o] * activation_slope(z[o], task.activation)
     if task.has_low_rank:
         s = task.gz.dtype.type(task.s)
-        rank = task.B.shape[0]
+        rank, inner = task.B.shape
         for r in range(0, rank, BLOCK):
             end = min(r + BLOCK, rank)
-            matrix_across_rows(work, True, task.B, task.B, s, False, r, end, task.gz, n0, n1)
+            across_rows(work, True, task.B, task.B, s, False, r, end, task.gz, n0, n1, n1 - n0, 0, inner)
             transpose_block(work.g, work.c, end - r, n1 - n0)
             store_block(task.t, n0, n1, r, end, work.g, s)
 
 
 @part
-def _finish_input(task, n0, n1, i0, i1, prepared, work):
-    """Add t Aᵀ to the block of the input gradient in C, and store it; C is transposed for a Dense layer."""
+def _finish_input(task, n0, n1, size, i0, i1, prepared, work):
+    """Add t Aᵀ to the blocks of the input gradient in C, and store them; C is transposed for a Dense layer."""
     low = task.has_low_rank and not task.masked
+    one = task.gx.dtype.type(1)
     if low:
         wait_for(task.counters, PREPARED, prepared)
-    if not (low or task.has_base):
+        if task.transposed:
+            factor_along_rows(work, False, task.t, n0, n1, size, task.A, i0, i1)
+        else:
+            A, rank = task.A, task.A.shape[1]
+            across_rows(work, not task.has_base, A, A, one, False, i0, i1, task.t, n0, n1, size, 0, rank)
+    elif not task.has_base:
         work.c[:] = 0
-    one = task.gx.dtype.type(1)
-    if task.transposed:
-        if low:
-            factor_along_rows(work, False, task.t, n0, n1, task.A, i0, i1)
-        store_block(task.gx, n0, n1, i0, i1, work.c, one)
-    else:
-        if low:
-            matrix_across_rows(work, not task.has_base, task.A, task.A, one, False, i0, i1, task.t, n0, n1)
-        transpose_block(work.g, work.c, i1 - i0, n1 - n0)
-        store_block(task.gx, n0, n1, i0, i1, work.g, one)
+    for n in range(n0, n1, size):
+        end = min(n + size, n1)
+        block = work.c[block_at(n0, n, size) :]
+        if not task.transposed:
+            transpose_block(work.g, block, i1 - i0, end - n)
+            block = work.g
+        store_block(task.gx, n, end, i0, i1, block, one)
 
 
 @part
-def _input_product(task, n0, n1, i0, i1, k0, k1, ahead, work):
+def _input_product(task, n0, n1, size, i0, i1, k0, k1, work):
     """C (+)= gz Mᵀ over k0 <= k < k1 of the outputs; transposed, [in][n], for a Dense layer."""
-    scaling = task.gx.dtype.type(task.c)
+    S, D, c, combined = task.S, task.D, task.gx.dtype.type(task.c), task.has_delta
     if task.transposed:
-        along_rows(work, k0 == 0, task.gz, n0, n1, task.S, task.D, scaling, task.has_delta, i0, i1, k0, k1, ahead)
+        along_rows(work, k0 == 0, task.gz, n0, n1, size, S, D, c, combined, i0, i1, k0, k1)
     elif task.has_base:
-        across_rows(work, k0 == 0, task.S, task.D, scaling, task.has_delta, i0, i1, task.gz, n0, n1, k0, k1, ahead)
+        across_rows(work, k0 == 0, S, D, c, combined, i0, i1, task.gz, n0, n1, size, k0, k1)
 
 
 @part
@@ -162,62 +166,49 @@ def _apply_gradient(task, p0, p1, q0, q1, g):
 
 
 @part
-def _weight_gradient(task, p0, p1, q0, q1, new_rows, new_columns, i0, i1, j0, j1, work):
+def _weight_gradient(task, p0, p1, q0, q1, new_rows, new_columns, work):
     """Compute and use G for p0 <= p < p1, q0 <= q < q1, by strips of tiles that stay in the level-1 cache.
 
-    Operands that the call before has packed are not packed again. Rows i0 <= i < i1, columns j0 <= j < j1 of S and D are
-    fetched meanwhile. Beyond `DEPTH` samples the whole block accumulates.
+    Operands that the call before has packed are not packed again. Beyond `DEPTH` samples whole blocks accumulate.
     """
     L, R = (task.gz, task.x) if task.transposed else (task.x, task.gz)
     N = L.shape[0]
     if N > DEPTH:
-        gradient(work, L, p0, p1, R, q0, q1)
-        _apply_gradient(task, p0, p1, q0, q1, work.g)
+        gradient(work, L, p0, p1, R, q0, q1, BLOCK)
+        for q in range(q0, q1, BLOCK):
+            _apply_gradient(task, p0, p1, q, min(q + BLOCK, q1), work.c[block_at(q0, q, BLOCK) :])
         return
     if new_rows:
         pack_steps(work.l, L, p0, p1, 0, N)
     if new_columns:
         pack_columns(work.r, R, R, work.r.dtype.type(0), False, 0, N, q0, q1)
-    fetched = i0
     for p in range(p0, p1, TILE_ROWS):
         end = min(p + TILE_ROWS, p1)
-        until = i0 + (i1 - i0) * (end - p0) // (p1 - p0)
-        ahead = Ahead(task.S, task.D, fetched, until, j0, j1)
-        multiply_steps(work, p - p0, end - p0, q1 - q0, N, True, ahead)
+        multiply_steps(work, p - p0, end - p0, q1 - q0, N, work.g, True)
         _apply_gradient(task, p, end, q0, q1, work.g)
-        fetched = until
 
 
 @part
-def _cross_job(task, n0, n1, i0, i1, prepared, fused, work):
-    """A block of the input gradient; where `fused` also the rows or columns of V, D and W that belong to it.
-
-    The velocity is fetched while the input gradient is computed, the next block of S and D while the weight gradient is.
-    """
+def _cross_job(task, n0, n1, size, i0, i1, prepared, fused, work):
+    """A block of the input gradient; where `fused` also the rows or columns of V, D and W that belong to it."""
     outputs = task.gz.shape[1]
-    V = task.V if task.has_delta and task.update else task.S
     wait_for(task.counters, PREPARED, prepared if task.activation != elementwise.IDENTITY else 0)
     for k0 in range(0, outputs, DEPTH):
         k1 = min(k0 + DEPTH, outputs)
-        k2 = min(k1 + DEPTH, outputs)
+        _input_product(task, n0, n1, size, i0, i1, k0, k1, work)
         if fused:
             p0, p1, q0, q1 = (k0, k1, i0, i1) if task.transposed else (i0, i1, k0, k1)
-            _input_product(task, n0, n1, i0, i1, k0, k1, Ahead(V, V, p0, p1, q0, q1), work)
-            p2, p3, q2, q3 = (k1, k2, i0, i1) if task.transposed else (i0, i1, k1, k2)
-            new_rows, new_columns = task.transposed or k0 == 0, not task.transposed or k0 == 0
-            _weight_gradient(task, p0, p1, q0, q1, new_rows, new_columns, p2, p3, q2, q3, work)
-        else:
-            p2, p3, q2, q3 = (k1, k2, i0, i1) if task.transposed else (i0, i1, k1, k2)
-            _input_product(task, n0, n1, i0, i1, k0, k1, Ahead(task.S, task.D, p2, p3, q2, q3), work)
-    _finish_input(task, n0, n1, i0, i1, prepared, work)
+            first = k0 == 0
+            _weight_gradient(task, p0, p1, q0, q1, task.transposed or first, not task.transposed or first, work)
+    _finish_input(task, n0, n1, size, i0, i1, prepared, work)
 
 
 @part
 def _factor_job(out, L, R, p0, q0, work):
     """A block of dA or dB: out[p, q] = Σ_n L[n, p] R[n, q]."""
     p1, q1 = min(p0 + BLOCK, out.shape[0]), min(q0 + BLOCK, out.shape[1])
-    gradient(work, L, p0, p1, R, q0, q1)
-    store_block(out, p0, p1, q0, q1, work.g, out.dtype.type(1))
+    gradient(work, L, p0, p1, R, q0, q1, BLOCK)
+    store_block(out, p0, p1, q0, q1, work.c, out.dtype.type(1))
 
 
 @part
@@ -249,7 +240,8 @@ def sweep_worker(task, worker, workers):
     fused = has_gradient and N <= BLOCK
     few = block_size(N, lanes(task.gz), 2 * workers, BLOCK)
     prepares = _count(N, few) if task.has_low_rank or task.activation != elementwise.IDENTITY else 0
-    samples = block_size(N, TILE_ROWS if task.transposed else width, 1, BLOCK)
+    quantum = TILE_ROWS if task.transposed else width
+    size, samples = sample_blocks(N, quantum, task.gz)
     pieces = 4 * workers * samples // max(N, 1)
     features = block_size(inputs, width if task.transposed else TILE_ROWS, min(pieces, inputs // 96), BLOCK)
     across = _count(inputs, features)
@@ -257,7 +249,8 @@ def sweep_worker(task, worker, workers):
     dA = _count(inputs, BLOCK) * _count(rank, BLOCK) if task.has_low_rank else 0
     dB = _count(outputs, BLOCK) * _count(rank, BLOCK) if task.has_low_rank else 0
     biases = _count(outputs, BLOCK) if task.train and task.has_bias else 0
-    p_size, q_size = block_size(P, TILE_ROWS, 4, BLOCK), block_size(Q, width, 4, BLOCK)
+    p_size = block_size(P, TILE_ROWS, 1, BLOCK)
+    q_size = block_size(Q, BLOCK, 4 * workers // _count(P, p_size), long_blocks(task.gz) * BLOCK)
     gradients = _count(P, p_size) * _count(Q, q_size) if has_gradient and not fused else 0
 
     while True:
@@ -269,7 +262,7 @@ def sweep_worker(task, worker, workers):
         job -= prepares
         if job < crosses:
             n0, i0 = job // across * samples, job % across * features
-            _cross_job(task, n0, min(N, n0 + samples), i0, min(inputs, i0 + features), prepares, fused, work)
+            _cross_job(task, n0, min(N, n0 + samples), size, i0, min(inputs, i0 + features), prepares, fused, work)
             fetch_add(task.counters, CROSSED, 1)
             continue
         job -= crosses
@@ -293,7 +286,7 @@ def sweep_worker(task, worker, workers):
         if task.update:
             wait_for(task.counters, CROSSED, crosses)
         p0, q0 = job // _count(Q, q_size) * p_size, job % _count(Q, q_size) * q_size
-        _weight_gradient(task, p0, min(P, p0 + p_size), q0, min(Q, q0 + q_size), True, True, 0, 0, 0, 0, work)
+        _weight_gradient(task, p0, min(P, p0 + p_size), q0, min(Q, q0 + q_size), True, True, work)
 
 
 _entry = entry(sweep_worker)
