@@ -167,7 +167,7 @@ def _demo(result: ResultFile, metric: str | None) -> tuple[list[Panel], str]:
         for row in content["methods"]
     }
     points = {row["method"]: (row["trainable_parameters"], row["test_accuracy"]) for row in content["methods"]}
-    label = "accuracy on shifted digits (fraction of images)"
+    label = "accuracy (fraction of images)"
     panels: list[Panel] = [
         lambda ax: learning_curves(curves, y_label=label, title="Validation split", ax=ax),
         lambda ax: accuracy_against_parameters(points, y_label=label, title="Test split", ax=ax),
