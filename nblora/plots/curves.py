@@ -97,7 +97,8 @@ def accuracy_against_parameters(
         ax.margins(x=0.15, y=0.15)
         # Below the axis' label: matplotlib finds a free place among the points, but not among their bars.
         title_of_legend = "mean ± 1 s.d. over seeds" if several else None
-        ax.legend(title=title_of_legend, loc="upper left", bbox_to_anchor=(0, 0), borderaxespad=4.5, ncols=4)
+        columns = 4 if sum(map(len, points)) <= 40 else 2  # a wider legend would take its width from the axes
+        ax.legend(title=title_of_legend, loc="upper left", bbox_to_anchor=(0, 0), borderaxespad=4.5, ncols=columns)
     label_axes(ax, title, x_label, y_label)
     return ax
 
