@@ -140,10 +140,15 @@ def main() -> None:
         "--peer", help="a Python with torch, transformers and peft; left out, only nblora and the copy run"
     )
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--generate", action="store_true", help="only generate the base and the adapter")
     arguments = parser.parse_args()
     folder = arguments.work
-    if not (folder / "base/config.json").exists():
+    if arguments.generate:
         generate(folder)
+        return
+    if not (folder / "base/config.json").exists():
+        # In a process of its own: a process starts with its parent's size, and that is what its maximum would be.
+        subprocess.run([sys.executable, __file__, "--generate", "--work", str(folder)], check=True)
     source, out = folder / "base/model.safetensors", folder / "out"
     commands = {
         "copy + fsync": [sys.executable, "-S", "-c", COPY_RUN, str(source), str(out)],
