@@ -177,9 +177,10 @@ def part(function=None, **options):
 
     Compiling a step took three times as long when its inner functions were kernels themselves, and counting references
     to array slices took a tenth of a step at 64 x 768 x 768. Being uncounted, arrays may be handed to a part but not be
-    returned by it to a kernel. Called from Python it is the plain function.
+    returned by it to a kernel. Division by zero gives infinity: the check for it would keep loops from being
+    vectorised. Called from Python it is the plain function.
     """
-    options = {"_nrt": False, **options}
+    options = {"_nrt": False, "error_model": "numpy", **options}
     if function is None:
         return numba.extending.register_jitable(**options)
     return numba.extending.register_jitable(**options)(function)

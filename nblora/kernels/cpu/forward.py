@@ -9,6 +9,7 @@ from typing import NamedTuple
 from .. import elementwise
 from ..jit import kernel, part
 from .atomics import fetch_add, wait_for
+from .functions import activate_row
 from .machine import BLOCK, TILE_ROWS
 from .microkernel import lanes
 from .products import (
@@ -24,8 +25,6 @@ from .products import (
     transpose_block,
 )
 from .threads import call, entry, launch
-
-activate = part(elementwise.activate)
 
 
 class ForwardTask(NamedTuple):
@@ -92,12 +91,8 @@ def _activate_block(task, n0, n1, o0, o1, c):
         else:
             for o in range(z.shape[0]):
                 z[o] = block[o]
-        if task.activation == elementwise.RELU:
-            for o in range(z.shape[0]):
-                y[o] = activate(z[o], elementwise.RELU)
-        elif task.activation != elementwise.IDENTITY:
-            for o in range(z.shape[0]):
-                y[o] = activate(z[o], task.activation)
+        if task.activation != elementwise.IDENTITY:
+            activate_row(y, z, task.activation)
 
 
 @part

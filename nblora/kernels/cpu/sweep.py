@@ -17,6 +17,7 @@ from typing import NamedTuple
 from .. import elementwise
 from ..jit import kernel, part
 from .atomics import fetch_add, wait_for
+from .functions import slope_row
 from .machine import BLOCK, DEPTH, TILE_ROWS
 from .microkernel import lanes
 from .packing import pack_columns, pack_steps
@@ -37,7 +38,6 @@ from .products import (
 )
 from .threads import call, entry, launch
 
-activation_slope = part(elementwise.activation_slope)
 momentum_step = part(elementwise.momentum_step)
 descend = part(elementwise.descend)
 
@@ -90,9 +90,7 @@ def _prepare_job(task, n0, n1, work):
     """gz = gy·act'(z) and t = s gz Bᵀ for n0 <= n < n1."""
     if task.activation != elementwise.IDENTITY:
         for n in range(n0, n1):
-            gz, gy, z = task.gz[n], task.gy[n], task.z[n]
-            for o in range(gz.shape[0]):
-                gz[o] = gy[o] * activation_slope(z[o], task.activation)
+            slope_row(task.gz[n], task.gy[n], task.z[n], task.activation)
     if task.has_low_rank:
         s = task.gz.dtype.type(task.s)
         rank, inner = task.B.shape

@@ -1,0 +1,148 @@
+"""Activations and their slopes over rows, in arithmetic that the compiler vectorises.
+
+`math.exp` and `math.erf` are calls, one element at a time: with them GELU took 18 times as long as the two products of
+a step at 256 x 768 x 3072. Here everything is polynomials in float64, for either dtype, with errors of a few 1e-16. The
+rules are those of `elementwise`. NaN and infinity pass through.
+"""
+
+import numpy as np
+
+from .. import elementwise
+from ..jit import part
+
+_LOG2E = 1.4426950408889634
+_LN2_HIGH, _LN2_LOW = 0.693147180369123816490, 1.90821492927058770002e-10
+_ROUND = 6755399441055744.0  # 1.5·2⁵²: adding it leaves the rounded value in the low bits
+
+_SQRT_HALF = 0.7071067811865476
+_INV_SQRT_2PI = 0.3989422804014327
+
+
+@part(forceinline=True)
+def _exponential(x):
+    """(2ⁿ, exp(r) - 1) with x = n ln 2 + r, |r| <= ln 2 / 2, for |x| <= 700; beyond, those of ±700."""
+    x = 700.0 if x > 700.0 else x
+    x = -700.0 if x < -700.0 else x
+    shifted = x * _LOG2E + (_ROUND + 1023.0)
+    n = shifted - (_ROUND + 1023.0)
+    r = (x - n * _LN2_HIGH) - n * _LN2_LOW
+    scale = np.int64(np.float64(shifted).view(np.int64) << 52).view(np.float64)
+    p = 1 / 6227020800.0
+    p = p * r + 1 / 479001600.0
+    p = p * r + 1 / 39916800.0
+    p = p * r + 1 / 3628800.0
+    p = p * r + 1 / 362880.0
+    p = p * r + 1 / 40320.0
+    p = p * r + 1 / 5040.0
+    p = p * r + 1 / 720.0
+    p = p * r + 1 / 120.0
+    p = p * r + 1 / 24.0
+    p = p * r + 1 / 6.0
+    p = p * r + 0.5
+    return scale, p * r * r + r
+
+
+@part(forceinline=True)
+def _exp(x):
+    scale, rest = _exponential(x)
+    return 0.0 if x < -700.0 else scale + scale * rest
+
+
+@part(forceinline=True)
+def _normal_tail(z):
+    """P(Z > |z|) of a standard normal variable: erfc(x) / 2 with x = |z| / √2.
+
+    erfc(x) = t exp(-x² + P(2t - 1)), t = 2 / (2 + x), with the Chebyshev series of Press et al., Numerical Recipes, 3rd
+    edition, section 6.2.2, here in powers.
+    """
+    x = abs(z) * _SQRT_HALF
+    x = 40.0 if x > 40.0 else x
+    t = 2 / (2 + x)
+    y = 2 * t - 1
+    p = -1.879048192e-09
+    p = p * y + 4.060086272e-09
+    p = p * y + 1.1106516992e-08
+    p = p * y - 3.9166410752e-08
+    p = p * y + 1.610612736e-09
+    p = p * y + 1.53326977024e-07
+    p = p * y - 2.4981274624e-07
+    p = p * y - 1.68468414464e-07
+    p = p * y + 1.2502106112e-06
+    p = p * y - 1.272346443776e-06
+    p = p * y - 2.948059037696e-06
+    p = p * y + 8.562650611712e-06
+    p = p * y + 1.3772128256e-07
+    p = p * y - 3.018789900288e-05
+    p = p * y + 3.174520193024e-05
+    p = p * y + 7.1401019131904e-05
+    p = p * y - 0.000174302959455232
+    p = p * y - 9.3735032187904e-05
+    p = p * y + 0.00067367879913856
+    p = p * y - 0.00014624686329856
+    p = p * y - 0.002345812501075328
+    p = p * y + 0.001758933557808736
+    p = p * y + 0.008824938557113696
+    p = p * y - 0.00987268936639228
+    p = p * y - 0.04689561023117734
+    p = p * y + 0.047343306841904534
+    p = p * y + 0.6726432239776567
+    p = p * y - 0.6717940840566923
+    return 0.5 * t * _exp(p - x * x)
+
+
+@part(forceinline=True)
+def _normal(z):
+    """P(Z <= z)."""
+    tail = _normal_tail(z)
+    return 1 - tail if z > 0 else tail
+
+
+@part(forceinline=True)
+def _tanh(z):
+    size = abs(z)
+    size = 20.0 if size > 20.0 else size
+    scale, rest = _exponential(2 * size)
+    less_one = scale * rest + (scale - 1)
+    result = less_one / (less_one + 2)
+    return -result if z < 0 else result
+
+
+@part
+def activate_row(y, z, code):
+    """y = act(z), element by element; y may be z."""
+    if code == elementwise.RELU:
+        for i in range(y.shape[0]):
+            y[i] = z[i] if z[i] > 0 or z[i] != z[i] else 0
+    elif code == elementwise.GELU:
+        for i in range(y.shape[0]):
+            value = np.float64(z[i])
+            y[i] = value * _normal(value)
+    elif code == elementwise.TANH:
+        for i in range(y.shape[0]):
+            y[i] = _tanh(np.float64(z[i]))
+    elif code == elementwise.SIGMOID:
+        for i in range(y.shape[0]):
+            value = np.float64(z[i])
+            e = _exp(-abs(value))
+            y[i] = (1.0 if value >= 0 else e) / (1 + e)
+
+
+@part
+def slope_row(gz, gy, z, code):
+    """gz = gy·act'(z), element by element."""
+    if code == elementwise.RELU:
+        for i in range(gz.shape[0]):
+            gz[i] = gy[i] * (1 if z[i] > 0 else (z[i] if z[i] != z[i] else 0))
+    elif code == elementwise.GELU:
+        for i in range(gz.shape[0]):
+            value = np.float64(z[i])
+            density = value * (_INV_SQRT_2PI * _exp(-0.5 * value * value))
+            gz[i] = gy[i] * (_normal(value) + density)
+    elif code == elementwise.TANH:
+        for i in range(gz.shape[0]):
+            t = _tanh(np.float64(z[i]))
+            gz[i] = gy[i] * (1 - t * t)
+    elif code == elementwise.SIGMOID:
+        for i in range(gz.shape[0]):
+            e = _exp(-abs(np.float64(z[i])))
+            gz[i] = gy[i] * (e / ((1 + e) * (1 + e)))
