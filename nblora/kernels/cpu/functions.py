@@ -108,15 +108,32 @@ def _tanh(z):
 
 
 @part
+def _tiny(array):
+    """The smallest normal number of the array's dtype."""
+    return 1.1754943508222875e-38 if array.itemsize == 4 else 2.2250738585072014e-308
+
+
+@part(forceinline=True)
+def _flush(value, tiny):
+    """The value, or 0 where it is subnormal."""
+    return 0.0 if abs(value) < tiny else value
+
+
+@part
 def activate_row(y, z, code):
-    """y = act(z), element by element; y may be z."""
+    """y = act(z), element by element; y may be z.
+
+    Subnormal results become 0, here and in the slopes: as operands of a product they cost 150 cycles each. With
+    pre-activations of variance 64 the tails of GELU made a step at 256 x 768 x 3072 16 times slower.
+    """
+    tiny = _tiny(y)
     if code == elementwise.RELU:
         for i in range(y.shape[0]):
             y[i] = z[i] if z[i] > 0 or z[i] != z[i] else 0
     elif code == elementwise.GELU:
         for i in range(y.shape[0]):
             value = np.float64(z[i])
-            y[i] = value * _normal(value)
+            y[i] = _flush(value * _normal(value), tiny)
     elif code == elementwise.TANH:
         for i in range(y.shape[0]):
             y[i] = _tanh(np.float64(z[i]))
@@ -124,12 +141,13 @@ def activate_row(y, z, code):
         for i in range(y.shape[0]):
             value = np.float64(z[i])
             e = _exp(-abs(value))
-            y[i] = (1.0 if value >= 0 else e) / (1 + e)
+            y[i] = _flush((1.0 if value >= 0 else e) / (1 + e), tiny)
 
 
 @part
 def slope_row(gz, gy, z, code):
     """gz = gy·act'(z), element by element."""
+    tiny = _tiny(gz)
     if code == elementwise.RELU:
         for i in range(gz.shape[0]):
             gz[i] = gy[i] * (1 if z[i] > 0 else (z[i] if z[i] != z[i] else 0))
@@ -137,12 +155,12 @@ def slope_row(gz, gy, z, code):
         for i in range(gz.shape[0]):
             value = np.float64(z[i])
             density = value * (_INV_SQRT_2PI * _exp(-0.5 * value * value))
-            gz[i] = gy[i] * (_normal(value) + density)
+            gz[i] = _flush(gy[i] * (_normal(value) + density), tiny)
     elif code == elementwise.TANH:
         for i in range(gz.shape[0]):
             t = _tanh(np.float64(z[i]))
-            gz[i] = gy[i] * (1 - t * t)
+            gz[i] = _flush(gy[i] * (1 - t * t), tiny)
     elif code == elementwise.SIGMOID:
         for i in range(gz.shape[0]):
             e = _exp(-abs(np.float64(z[i])))
-            gz[i] = gy[i] * (e / ((1 + e) * (1 + e)))
+            gz[i] = _flush(gy[i] * (e / ((1 + e) * (1 + e))), tiny)
