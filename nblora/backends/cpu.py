@@ -4,6 +4,7 @@ Every array is C-contiguous, aligned and of one dtype. What a task lacks is fill
 that each kernel has one specialisation a dtype. Scratch is kept between calls, one set for each caller at a time.
 """
 
+import functools
 import os
 import threading
 from typing import Any, cast
@@ -78,29 +79,50 @@ class _Pool:
             return "none"
 
 
+KEPT = 1 << 26
+"""Bytes of packed activations that are kept for the next call; what more samples need is freed after the call."""
+
+
 class _Scratch:
     """Sets of scratch memory, lent to one call at a time and kept for the next."""
 
     def __init__(self) -> None:
         self._free: dict[tuple[np.dtype, int], list[np.ndarray]] = {}
+        self._packed: dict[np.dtype, list[np.ndarray]] = {}
 
-    def take(self, dtype: np.dtype, workers: int) -> np.ndarray:
-        """Scratch of (workers, PARTS·PART) elements, aligned to 64 bytes."""
+    def take(self, dtype: np.dtype, workers: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Scratch of (workers, PARTS·PART) elements, and of at least (size,) for packed activations; both aligned."""
         try:
-            return self._free[dtype, workers].pop()
+            scratch = self._free[dtype, workers].pop()
         except (KeyError, IndexError):
-            size = PARTS * PART
-            memory = np.zeros(workers * size + 16, dtype)
-            start = -memory.ctypes.data % 64 // dtype.itemsize
-            return memory[start : start + workers * size].reshape(workers, size)
+            scratch = _aligned(workers * PARTS * PART, dtype).reshape(workers, -1)
+        try:
+            packed = self._packed[dtype].pop()
+        except (KeyError, IndexError):
+            packed = _aligned(size, dtype)
+        return scratch, packed if packed.size >= size else _aligned(size, dtype)
 
-    def give(self, scratch: np.ndarray) -> None:
-        """Hand scratch back; sets of a number of workers that is no longer used are dropped."""
+    def give(self, scratch: np.ndarray, packed: np.ndarray) -> None:
+        """Hand both back; sets of a number of workers that is no longer used are dropped."""
         key = scratch.dtype, len(scratch)
         stale = [other for other in self._free if other[0] == key[0] and other[1] not in (1, key[1]) and key[1] > 1]
         for other in stale:
             self._free.pop(other, None)
         self._free.setdefault(key, []).append(scratch)
+        if packed.nbytes <= KEPT:
+            self._packed.setdefault(key[0], []).append(packed)
+
+
+@functools.lru_cache
+def _packed_size(function: Any, samples: int, features: int, transposed: bool, dtype: np.dtype) -> int:
+    return int(function(samples, features, transposed, np.empty(0, dtype)))
+
+
+def _aligned(size: int, dtype: np.dtype) -> np.ndarray:
+    """Zeros that begin at a cache line."""
+    memory = np.zeros(size + 64 // dtype.itemsize, dtype)
+    start = -memory.ctypes.data % 64 // dtype.itemsize
+    return memory[start : start + size]
 
 
 class CPUBackend:
@@ -167,7 +189,8 @@ class CPUBackend:
         if samples:
             inner = (inputs if base is not None else 0) + rank
             workers = self._pool.workers(samples * outputs * inner)
-            scratch = self._scratch.take(dtype, workers)
+            size = _packed_size(forward_kernel.packed_forward, samples, inputs, transposed, dtype)
+            scratch, packed = self._scratch.take(dtype, workers, size)
             task = forward_kernel.ForwardTask(
                 _plain(x),
                 _plain(x_low),
@@ -180,6 +203,7 @@ class CPUBackend:
                 z,
                 y,
                 scratch,
+                packed,
                 *self._tiles(dtype),
                 np.zeros(2, np.int64),
                 float(s),
@@ -190,9 +214,10 @@ class CPUBackend:
                 delta is not None,
                 low_rank is not None,
                 bias is not None,
+                x_low is not x,
             )
             self._pool.run(forward_kernel.forward, task, workers)
-            self._scratch.give(scratch)
+            self._scratch.give(scratch, packed)
         if not keep:
             return y, None
         return y, Saved(x, u if low_rank is not None else None, z if activation else None, mask)
@@ -240,7 +265,9 @@ class CPUBackend:
         gy = _plain(grad_output)
         work = samples * outputs * ((inputs if base is not None else 0) + rank) + (weight.size if delta else 0)
         workers = self._pool.workers(work)
-        scratch = self._scratch.take(dtype, workers)
+        transposed = base is not None and base.transposed
+        size = _packed_size(sweep_kernel.packed_sweep, samples, outputs, transposed, dtype)
+        scratch, packed = self._scratch.take(dtype, workers, size)
         task = sweep_kernel.SweepTask(
             gy,
             _plain(z) if z is not None else gy,
@@ -261,6 +288,7 @@ class CPUBackend:
             none if dW is None else dW,
             none if dD is None else dD,
             scratch,
+            packed,
             *self._tiles(dtype),
             np.zeros(3, np.int64),
             float(low_rank.scaling) if low_rank is not None else 0.0,
@@ -269,7 +297,7 @@ class CPUBackend:
             float(lr),
             float(delta_lr),
             activation,
-            base is not None and base.transposed,
+            transposed,
             base is not None,
             delta is not None,
             low_rank is not None,
@@ -279,7 +307,7 @@ class CPUBackend:
             update,
         )
         self._pool.run(sweep_kernel.sweep, task, workers)
-        self._scratch.give(scratch)
+        self._scratch.give(scratch, packed)
         if masked:
             update_kernel.add_masked_low_rank(gx, _plain(cast(np.ndarray, mask)), t, A)
         return Gradients(gx, dA, dB, dD, dW, db)

@@ -1,7 +1,7 @@
 """Forward: z = x (W + c D) + s (mask∘x) A B + b, y = act(z), in one parallel region.
 
-Workers draw jobs from a counter. First u = s (mask∘x) A by blocks of samples, then blocks of z, each by one worker from
-its first product to its activation; the low-rank term comes last in a block, when u has long been ready.
+Workers draw jobs from a counter. First x is packed and u = s (mask∘x) A computed, by blocks of samples; then blocks of
+z, each by one worker from its first product to its activation.
 """
 
 from typing import NamedTuple
@@ -10,15 +10,20 @@ from .. import elementwise
 from ..jit import kernel, part
 from .atomics import fetch_add, wait_for
 from .functions import activate_row
-from .machine import BLOCK, TILE_ROWS
-from .microkernel import lanes
+from .machine import BLOCK, DEPTH, ROW_STRIDE, TILE_ROWS
+from .packing import pack_columns_transposed, pack_rows
 from .products import (
     C_STRIDE,
+    Packed,
     across_rows,
     along_rows,
     block_at,
     block_size,
     factor_across_rows,
+    nothing_next,
+    operand_block,
+    packed_at,
+    panel_width,
     sample_blocks,
     scratch_work,
     store_block,
@@ -41,9 +46,10 @@ class ForwardTask(NamedTuple):
     z: object  # (N, out), written; may be y
     y: object  # (N, out), written
     scratch: object  # (workers, PARTS·PART)
+    packed: object  # (`packed_forward`,)
     tile_rows: int  # addresses of `tile_functions`
     tile_steps: int
-    counters: object  # (2,) int64 zeros: jobs drawn, blocks of u done
+    counters: object  # (2,) int64 zeros: jobs drawn, pieces of x prepared
     s: float
     c: float
     activation: int
@@ -52,30 +58,70 @@ class ForwardTask(NamedTuple):
     has_delta: bool
     has_low_rank: bool
     has_bias: bool
+    masked: bool
+
+
+@part
+def packed_forward(samples, inputs, transposed, array):
+    """Elements that packing x takes; `array` is any of its dtype."""
+    size = _blocks(samples, transposed, array)[0]
+    return (samples + size - 1) // size * ((inputs + DEPTH - 1) // DEPTH) * operand_block(size, array)
+
+
+@part
+def _blocks(samples, transposed, array):
+    """Samples of a block, samples of a job of z."""
+    return sample_blocks(samples, panel_width(array) if transposed else TILE_ROWS, array)
 
 
 @part
 def _geometry(task, workers):
-    """Sizes: samples of a job of u, samples of a job of z, samples of a block, outputs of a job of z."""
+    """Sizes: samples of a piece to prepare, samples of a block, samples of a job of z, outputs of a job of z."""
     N, out = task.y.shape
-    width = 2 * lanes(task.y)
-    few, quantum = (width, TILE_ROWS) if task.transposed else (TILE_ROWS, width)
-    low = block_size(N, TILE_ROWS, 2 * workers, BLOCK)
-    size, samples = sample_blocks(N, few, task.y)
+    width = panel_width(task.y)
+    size, samples = _blocks(N, task.transposed, task.y)
+    blocks = (N + size - 1) // size
+    piece = block_size(size, width, (2 * workers + blocks - 1) // blocks, BLOCK)
     pieces = 4 * workers * samples // N
-    outputs = block_size(out, quantum, min(pieces, out // 96), BLOCK)
-    return low, samples, size, outputs
+    outputs = block_size(out, TILE_ROWS if task.transposed else width, min(pieces, out // 96), BLOCK)
+    return piece, size, samples, outputs
 
 
 @part
-def _low_job(task, n0, n1, work):
-    """u[n0:n1] = s·x_low[n0:n1]·A."""
-    inner, rank = task.A.shape
-    s = task.y.dtype.type(task.s)
+def _packing(task, size):
+    """Where x is packed."""
+    blocks = (task.x.shape[0] + size - 1) // size
+    return Packed(task.packed, 0, blocks, operand_block(size, task.packed) if task.has_base else 0)
+
+
+@part
+def _prepare(task, n0, n1, size, work):
+    """Pack x[n0:n1], samples of one block, and compute u[n0:n1] = s·x_low[n0:n1]·A."""
+    x, packed, s = task.x, _packing(task, size), task.y.dtype.type(task.s)
+    block, start = n0 // size, n0 % size
+    for k in range(0, x.shape[1] if task.has_base else 0, DEPTH):
+        end, at = min(k + DEPTH, x.shape[1]), packed_at(packed, block, k // DEPTH)
+        if task.transposed:
+            pack_columns_transposed(packed.array[at + start * DEPTH :], x, k, end, n0, n1)
+        else:
+            pack_rows(packed.array[at + start * ROW_STRIDE :], x, x, s, False, n0, n1, k, end)
+    if not task.has_low_rank:
+        return
+    x, A = task.x_low, task.A
+    inner, rank = A.shape
+    if task.masked:
+        packed = Packed(task.packed, 0, 0, 0)
     for r in range(0, rank, BLOCK):
         end = min(r + BLOCK, rank)
-        along_rows(work, True, task.x_low, n0, n1, n1 - n0, task.A, task.A, s, False, r, end, 0, inner)
-        store_block(task.u, n0, n1, r, end, work.c, s)
+        if task.transposed:
+            factor_across_rows(work, True, A, r, end, x, packed, n0, n1, size)
+            transpose_block(work.g, work.c, end - r, n1 - n0)
+            store_block(task.u, n0, n1, r, end, work.g, s)
+        else:
+            along_rows(
+                work, True, x, packed, n0, n1, size, A, A, s, False, r, end, 0, inner, -1, nothing_next(A, work.b)
+            )
+            store_block(task.u, n0, n1, r, end, work.c, s)
 
 
 @part
@@ -96,27 +142,26 @@ def _activate_block(task, n0, n1, o0, o1, c):
 
 
 @part
-def _dense_job(task, n0, n1, size, o0, o1, low_blocks, work):
-    c = task.y.dtype.type(task.c)
+def _dense_job(task, n0, n1, size, o0, o1, work):
+    c, none = task.y.dtype.type(task.c), nothing_next(task.S, task.packed)
     if task.has_base:
-        inner = task.S.shape[0]
-        along_rows(work, True, task.x, n0, n1, size, task.S, task.D, c, task.has_delta, o0, o1, 0, inner)
+        S, D, packed = task.S, task.D, _packing(task, size)
+        along_rows(work, True, task.x, packed, n0, n1, size, S, D, c, task.has_delta, o0, o1, 0, S.shape[0], -1, none)
     if task.has_low_rank:
-        wait_for(task.counters, 1, low_blocks)
-        rank = task.B.shape[0]
-        along_rows(work, not task.has_base, task.u, n0, n1, size, task.B, task.B, c, False, o0, o1, 0, rank)
+        B, packed = task.B, Packed(task.packed, 0, 0, 0)
+        first = not task.has_base
+        along_rows(work, first, task.u, packed, n0, n1, size, B, B, c, False, o0, o1, 0, B.shape[0], -1, none)
     for n in range(n0, n1, size):
         _activate_block(task, n, min(n + size, n1), o0, o1, work.c[block_at(n0, n, size) :])
 
 
 @part
-def _fully_connected_job(task, n0, n1, size, o0, o1, low_blocks, work):
-    c = task.y.dtype.type(task.c)
-    inner = task.S.shape[1]
-    across_rows(work, True, task.S, task.D, c, task.has_delta, o0, o1, task.x, n0, n1, size, 0, inner)
+def _fully_connected_job(task, n0, n1, size, o0, o1, work):
+    c, none = task.y.dtype.type(task.c), nothing_next(task.S, task.packed)
+    S, D, packed = task.S, task.D, _packing(task, size)
+    across_rows(work, True, S, D, c, task.has_delta, o0, o1, task.x, packed, n0, n1, size, 0, S.shape[1], -1, none)
     if task.has_low_rank:
-        wait_for(task.counters, 1, low_blocks)
-        factor_across_rows(work, False, task.B, o0, o1, task.u, n0, n1, size)
+        factor_across_rows(work, False, task.B, o0, o1, task.u, Packed(task.packed, 0, 0, 0), n0, n1, size)
     for n in range(n0, n1, size):
         end = min(n + size, n1)
         transpose_block(work.g, work.c[block_at(n0, n, size) :], o1 - o0, end - n)
@@ -128,24 +173,30 @@ def forward_worker(task, worker, workers):
     """Draw jobs until none is left."""
     work = scratch_work(task.scratch[worker], task.tile_rows, task.tile_steps)
     N, out = task.y.shape
-    low, samples, size, outputs = _geometry(task, workers)
-    low_blocks = (N + low - 1) // low if task.has_low_rank else 0
+    piece, size, samples, outputs = _geometry(task, workers)
+    pieces = (size + piece - 1) // piece
+    prepares = (N + size - 1) // size * pieces
     rows, columns = (N + samples - 1) // samples, (out + outputs - 1) // outputs
     while True:
         job = fetch_add(task.counters, 0, 1)
-        if job < low_blocks:
-            _low_job(task, job * low, min(N, job * low + low), work)
+        if job < prepares:
+            block = job // pieces * size
+            n0 = block + job % pieces * piece
+            n1 = min(n0 + piece, block + size, N)
+            if n0 < n1:
+                _prepare(task, n0, n1, size, work)
             fetch_add(task.counters, 1, 1)
             continue
-        job -= low_blocks
+        job -= prepares
         if job >= rows * columns:
             break
+        wait_for(task.counters, 1, prepares)
         n0, o0 = job // columns * samples, job % columns * outputs
         n1, o1 = min(N, n0 + samples), min(out, o0 + outputs)
         if task.transposed:
-            _fully_connected_job(task, n0, n1, size, o0, o1, low_blocks, work)
+            _fully_connected_job(task, n0, n1, size, o0, o1, work)
         else:
-            _dense_job(task, n0, n1, size, o0, o1, low_blocks, work)
+            _dense_job(task, n0, n1, size, o0, o1, work)
 
 
 _entry = entry(forward_worker)

@@ -6,6 +6,10 @@ was packed from, so nothing is transposed for it:
 - "rows": A(i, k) at i·ROW_STRIDE + k; the inner dimension is contiguous in memory;
 - "steps": A(i, k) at k·TILE_ROWS + i; the outer dimension is contiguous in memory.
 
+While it computes, the tile brings lines of two other arrays towards the level-2 cache, one line of each after every so
+many steps: what is packed or updated next comes from memory in the time of the products. Without it a step at
+64 x 768 x 768 spent as long waiting for W, D and V as multiplying.
+
 C is a scratch block whose rows and columns are padded to whole tiles. Padding is computed and dropped, it is never an
 operand of anything real. Each element of C is one chain of fused multiply-adds in the order of k whatever the tile's
 height and width, so results do not depend on how rows and columns were dealt out.
@@ -21,6 +25,8 @@ from ..jit import JIT_DISABLED, kernel
 from .machine import ROW_STRIDE, TILE_ROWS, VECTOR_BITS
 
 I8P, I32, I64 = ir.IntType(8).as_pointer(), ir.IntType(32), ir.IntType(64)
+LINE = 64
+"""Bytes of a cache line."""
 
 
 def vector_of(scalar) -> ir.VectorType:
@@ -65,22 +71,53 @@ def store_vector(builder, value, pointer, index):
     builder.store(value, address, align=element_size(value.type.element))
 
 
+def prefetch_line(builder, pointer):
+    """Bring the line of an address towards the level-2 cache; addresses beyond an array do no harm."""
+    kind = ir.FunctionType(ir.VoidType(), [I8P, I32, I32, I32])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+    builder.call(function, [builder.bitcast(pointer, I8P), I32(0), I32(2), I32(1)])
+
+
+def _phis(builder, kinds):
+    return [builder.phi(kind) for kind in kinds]
+
+
+def _incoming(phis, values, block):
+    for phi, value in zip(phis, values, strict=True):
+        phi.add_incoming(value, block)
+
+
 def _emit_tile(builder, function, scalar, height, width, steps):
-    """One height and width of the tile, from the builder's block to a `ret`."""
+    """One height and width of the tile, from the builder's block to a `ret`.
+
+    Two loops: over chunks of the depth, before each of which a line of both arrays ahead is fetched, and over the steps
+    of a chunk.
+    """
     a, b, c, depth, stride, accumulate = function.args[:6]
+    b_pitch, ahead, other, stream, first, row_bytes, pitch, chunk = function.args[8:]
     vector = vector_of(scalar)
-    lanes, zero = vector.count, ir.Constant(vector, [0.0] * vector.count)
+    lanes, zero, nothing = vector.count, ir.Constant(vector, [0.0] * vector.count), ir.Constant(I64, 0)
     fma = fma_of(builder, vector)
     a_row, a_step = (1, TILE_ROWS) if steps else (ROW_STRIDE, 1)
+    c_rows = [builder.gep(c, [builder.mul(stride, ir.Constant(I64, i))]) for i in range(height)]
     entry = builder.block
-    loop, done = function.append_basic_block(), function.append_basic_block()
-    builder.cbranch(builder.icmp_signed(">", depth, ir.Constant(I64, 0)), loop, done)
+    outer, inner, latch, done = (function.append_basic_block() for _ in range(4))
+    builder.cbranch(builder.icmp_signed(">", depth, nothing), outer, done)
 
-    builder.position_at_end(loop)
-    k = builder.phi(I64)
-    sums = [builder.phi(vector) for _ in range(height * width)]
+    builder.position_at_end(outer)
+    start, at, column, line, *begun = _phis(builder, [I64, I64, I64, I64, *[vector] * (height * width)])
+    _incoming([start, at, column, line, *begun], [nothing, first, first, nothing, *[zero] * len(begun)], entry)
+    for array, place in ((ahead, at), (other, at), (stream, line)):
+        prefetch_line(builder, builder.gep(builder.bitcast(array, I8P), [place]))
+    after = builder.add(start, chunk)
+    stop = builder.select(builder.icmp_signed("<", after, depth), after, depth)
+    builder.branch(inner)
+
+    builder.position_at_end(inner)
+    k, *sums = _phis(builder, [I64, *[vector] * len(begun)])
+    _incoming([k, *sums], [start, *begun], outer)
     a_k = builder.gep(a, [builder.mul(k, ir.Constant(I64, a_step))])
-    b_k = builder.gep(b, [builder.mul(k, ir.Constant(I64, 2 * lanes))])
+    b_k = builder.gep(b, [builder.mul(k, b_pitch)])
     columns = [load_vector(builder, b_k, j * lanes, vector) for j in range(width)]
     new = []
     for i in range(height):
@@ -88,23 +125,29 @@ def _emit_tile(builder, function, scalar, height, width, steps):
         row = splat(builder, element, vector)
         new += [builder.call(fma, [row, columns[j], sums[i * width + j]]) for j in range(width)]
     following = builder.add(k, ir.Constant(I64, 1))
-    firsts, nexts = [ir.Constant(I64, 0), *[zero] * len(sums)], [following, *new]
-    for phi, first, value in zip([k, *sums], firsts, nexts, strict=True):
-        phi.add_incoming(first, entry)
-        phi.add_incoming(value, loop)
-    builder.cbranch(builder.icmp_signed("<", following, depth), loop, done)
+    _incoming([k, *sums], [following, *new], inner)
+    builder.cbranch(builder.icmp_signed("<", following, stop), inner, latch)
+
+    builder.position_at_end(latch)
+    step = ir.Constant(I64, LINE)
+    next_column = builder.add(column, step)
+    wraps = builder.icmp_signed(">=", next_column, row_bytes)
+    next_at = builder.select(wraps, builder.add(builder.sub(at, column), pitch), builder.add(at, step))
+    next_column = builder.select(wraps, nothing, next_column)
+    _incoming(
+        [start, at, column, line, *begun], [following, next_at, next_column, builder.add(line, step), *new], latch
+    )
+    builder.cbranch(builder.icmp_signed("<", following, depth), outer, done)
 
     builder.position_at_end(done)
-    totals = [builder.phi(vector) for _ in new]
-    for phi, value in zip(totals, new, strict=True):
-        phi.add_incoming(zero, entry)
-        phi.add_incoming(value, loop)
+    totals = _phis(builder, [vector] * len(new))
+    _incoming(totals, [zero] * len(new), entry)
+    _incoming(totals, new, latch)
     add, store = function.append_basic_block(), function.append_basic_block()
     builder.cbranch(accumulate, add, store)
     for block in (add, store):
         builder.position_at_end(block)
-        for i in range(height):
-            c_row = builder.gep(c, [builder.mul(stride, ir.Constant(I64, i))])
+        for i, c_row in enumerate(c_rows):
             for j in range(width):
                 total = totals[i * width + j]
                 if block is add:
@@ -114,9 +157,14 @@ def _emit_tile(builder, function, scalar, height, width, steps):
 
 
 def _tile_type(scalar):
-    """(A, B, C, depth, stride of C, accumulate, height, width) -> nothing."""
+    """(A, B, C, depth, stride of C, accumulate, height, width, pitch of B, what is ahead) -> nothing.
+
+    What is ahead: rows of two arrays and a stream of bytes; the byte of a row to begin at, its bytes, the bytes from
+    row to row, and the steps after which a line of each is fetched.
+    """
     pointer = scalar.as_pointer()
-    return ir.FunctionType(ir.VoidType(), [pointer, pointer, pointer, I64, I64, ir.IntType(1), I64, I64])
+    operands = [pointer, pointer, pointer, I64, I64, ir.IntType(1), I64, I64, I64]
+    return ir.FunctionType(ir.VoidType(), [*operands, pointer, pointer, pointer, I64, I64, I64, I64])
 
 
 def _tile_function(module, scalar, steps):
@@ -124,7 +172,7 @@ def _tile_function(module, scalar, steps):
     function = ir.Function(module, _tile_type(scalar), f"nblora_tile_{'steps' if steps else 'rows'}")
     function.linkage = "internal"
     builder = ir.IRBuilder(function.append_basic_block())
-    height, width = function.args[6:]
+    height, width = function.args[6:8]
     default = function.append_basic_block()
     key = builder.add(builder.mul(width, ir.Constant(I64, TILE_ROWS + 1)), height)
     switch = builder.switch(key, default)
@@ -150,9 +198,11 @@ def _tile_address(steps):
 
 
 def _tile_twin(steps):
-    def tile(depth, height, width, a, a_at, b, b_at, c, c_at, stride, accumulate):
+    def tile(depth, height, width, a, a_at, b, b_at, b_pitch, c, c_at, stride, accumulate, *ahead):
         columns = width * lanes(c)
-        panel = b[b_at : b_at + depth * 2 * lanes(c)].reshape(depth, 2 * lanes(c))[:, :columns]
+        panel = (
+            np.stack([b[b_at + k * b_pitch :][:columns] for k in range(depth)]) if depth else b[:0].reshape(0, columns)
+        )
         for i in range(height):
             row = a[a_at + i :: TILE_ROWS][:depth] if steps else a[a_at + i * ROW_STRIDE :][:depth]
             target = c[c_at + i * stride : c_at + i * stride + columns]
@@ -161,20 +211,23 @@ def _tile_twin(steps):
     return tile
 
 
-def _tile(typing_context, function, depth, height, width, a, a_at, b, b_at, c, c_at, stride, accumulate):
+def _tile(
+    typing_context, function, depth, height, width, a, a_at, b, b_at, b_pitch, c, c_at, stride, accumulate,
+    ahead, ahead_at, other, other_at, stream, stream_at, first, row_bytes, pitch, chunk,
+):  # fmt: skip
     n = types.int64
-    signature = types.void(n, n, n, n, a, n, b, n, c, n, n, types.boolean)
+    signature = types.void(n, n, n, n, a, n, b, n, n, c, n, n, types.boolean, ahead, n, other, n, stream, n, n, n, n, n)
 
     def generate(context, builder, signature, args):
-        function, depth, height, width, a, a_at, b, b_at, c, c_at, stride, accumulate = args
+        function, depth, height, width, a, a_at, b, b_at, b_pitch, c, c_at, stride, accumulate = args[:13]
+        ahead, ahead_at, other, other_at, stream, stream_at, *path = args[13:]
         kinds = signature.args
-        pointers = [
-            element_pointer(context, builder, kind, array, at)
-            for kind, array, at in ((kinds[4], a, a_at), (kinds[6], b, b_at), (kinds[8], c, c_at))
-        ]
+        places = (4, a, a_at), (6, b, b_at), (9, c, c_at)
+        places += (13, ahead, ahead_at), (15, other, other_at), (17, stream, stream_at)
+        pointers = [element_pointer(context, builder, kinds[index], array, at) for index, array, at in places]
         code = builder.inttoptr(function, _tile_type(context.get_value_type(c_type.dtype)).as_pointer())
         flag = builder.icmp_unsigned("!=", accumulate, accumulate.type(0))
-        builder.call(code, [*pointers, depth, stride, flag, height, width])
+        builder.call(code, [*pointers[:3], depth, stride, flag, height, width, b_pitch, *pointers[3:], *path])
         return context.get_dummy_value()
 
     c_type = c
@@ -206,7 +259,9 @@ else:
     lanes = intrinsic(_lanes)
     """lanes(array): elements of the array's dtype in one vector."""
     tile = intrinsic(_tile)
-    """tile(function, depth, height, width, a, a_at, b, b_at, c, c_at, stride, accumulate)."""
+    """tile(function, depth, height, width, a, a_at, b, b_at, b_pitch, c, c_at, stride, accumulate,
+    ahead, ahead_at, other, other_at, stream, stream_at, first, row_bytes, pitch, chunk): see `_tile_type`; `_at` counts
+    elements."""
     _rows_address, _steps_address = intrinsic(_tile_address(False)), intrinsic(_tile_address(True))
 
     @kernel

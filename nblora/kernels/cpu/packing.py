@@ -1,7 +1,7 @@
 """Packing: tiles of a matrix copied into the formats of the register tile, combined with the delta on the way.
 
 M = S + c·D where `combined`, else S. "Rows" and "steps" are the A formats and "columns" the B format of `microkernel`;
-a panel of B or of steps has `DEPTH` rows. Lanes beyond the matrix keep what scratch held: they meet no real element.
+a panel of B or of steps has `length` rows, `DEPTH` where not given. Lanes beyond the matrix keep what scratch held: they meet no real element.
 """
 
 from ..jit import part
@@ -35,21 +35,21 @@ def pack_rows_transposed(a, S, i0, i1, k0, k1):
 
 
 @part
-def pack_steps(a, S, i0, i1, k0, k1):
-    """a[panel][k][i] = S[k0 + k, i0 + panel·TILE_ROWS + i].
+def pack_steps(a, length, before, S, i0, i1, k0, k1):
+    """a[panel][before + k][i] = S[k0 + k, i0 + panel·TILE_ROWS + i].
 
     Whole vectors are copied: what they write beyond a step is overwritten by the next, what they read beyond a row is
-    the start of the next row. Only at the very end of S there is none.
+    the start of the next row. Not so the last step, whose neighbour may be another worker's, and the very end of S.
     """
-    length = lanes(a)
+    vector = lanes(a)
     source = S.reshape(-1)
-    last = source.shape[0] - TILE_ROWS - length
+    last = source.shape[0] - TILE_ROWS - vector
     for first in range(i0, i1, TILE_ROWS):
-        to = (first - i0) * DEPTH
+        to = (first - i0) * length + before * TILE_ROWS
         for k in range(k0, k1):
             at = k * S.shape[1] + first
-            if at <= last:
-                for i in range(0, TILE_ROWS, length):
+            if at <= last and k + 1 < k1:
+                for i in range(0, TILE_ROWS, vector):
                     copy_vector(a, to + i, source, at + i)
             else:
                 for i in range(min(TILE_ROWS, i1 - first)):
@@ -58,22 +58,22 @@ def pack_steps(a, S, i0, i1, k0, k1):
 
 
 @part
-def pack_columns(b, S, D, scaling, combined, k0, k1, j0, j1):
-    """b[panel][k][j] = M[k0 + k, j0 + panel·width + j], width two vectors."""
+def pack_columns(b, length, before, S, D, scaling, combined, k0, k1, j0, j1):
+    """b[panel][before + k][j] = M[k0 + k, j0 + panel·width + j], width two vectors."""
     width = 2 * lanes(b)
     weight, delta = S.reshape(-1), D.reshape(-1)
     whole = (j1 - j0) // width
     tail = j1 - j0 - whole * width
     for k in range(k1 - k0):
         at = (k0 + k) * S.shape[1] + j0
-        to = k * width
+        to = (before + k) * width
         for _ in range(whole):
             if combined:
                 combine_pair(b, to, weight, delta, at, scaling)
             else:
                 copy_pair(b, to, weight, at)
             at += width
-            to += DEPTH * width
+            to += length * width
         if tail:
             for j in range(tail):
                 b[to + j] = weight[at + j] + scaling * delta[at + j] if combined else weight[at + j]

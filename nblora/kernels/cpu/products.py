@@ -7,14 +7,16 @@ Every product of forward and backward is one of three, with S [P, Q] a stored ma
     across rows     C[p, n] = Σ_q M[p, q] R[n, q]      the transposed forward of FullyConnected, input gradient of Dense
     gradient        C[p, q] = Σ_n L[n, p] R[n, q]      of weights, delta and the factors
 
-The low-rank term is a second call on the same C: `rank` more steps of the inner dimension.
+The low-rank term is a second call on the same C: `rank` more steps of the inner dimension. Activations, which every
+job reads, are packed once for all of them (`Packed`); weights are packed by the one job that reads them. While a block
+is multiplied, the next one's weights are packed, row by row between the tiles, each fetched by the tile before (`Next`).
 """
 
 from typing import NamedTuple
 
 from ..jit import part
 from .machine import BLOCK, DEPTH, ROW_STRIDE, TILE_ROWS, VECTOR_BITS
-from .microkernel import lanes, tile
+from .microkernel import LINE, lanes, tile
 from .packing import pack_columns, pack_columns_transposed, pack_rows, pack_rows_transposed, pack_steps
 from .vectors import transpose_square
 
@@ -23,20 +25,51 @@ PART = C_STRIDE * (BLOCK + VECTOR_BITS // 16)
 LONG = 4 if VECTOR_BITS == 512 else 1
 """Blocks of C that a job may hold, in float32, so that an operand is packed once for all of them: half of a level-2
 cache of 2 MB. At 2048 samples packing the weight for each 256 took a tenth of the time."""
-PARTS = 5 + LONG
+PARTS = 7 + LONG
 
 
 class Work(NamedTuple):
     """What one worker computes with: scratch of `PART` elements each, and the addresses of the register tiles."""
 
-    a: object  # A in rows
-    b: object  # B
+    a: object  # an operand: A in rows, or B
+    b: object  # an operand
     c: object  # blocks of C, (LONG·PART,)
     g: object  # a strip of a gradient, or a transposed block of C
     l: object  # A in steps
     r: object  # B of a gradient
+    w: object  # two blocks of weights, (2·PART,): one is multiplied, the next is packed
     tile_rows: int
     tile_steps: int
+
+
+class Packed(NamedTuple):
+    """Activations, packed block by block of samples and of features; with `block` 0 nothing is."""
+
+    array: object  # 1-D
+    start: int  # where the first block begins
+    blocks: int  # blocks of samples
+    block: int  # elements of a block
+
+
+NOTHING, ROWS, COLUMNS, FETCHED = range(4)
+
+
+class Next(NamedTuple):
+    """What to do between tiles: pack M[p0:p1, q0:q1] in rows or in columns, or only fetch it; and a stream to fetch."""
+
+    how: int  # one of the four above
+    S: object  # 2-D
+    D: object  # 2-D
+    scaling: object
+    combined: bool
+    p0: int
+    p1: int
+    q0: int
+    q1: int
+    target: object  # 1-D
+    stream: object  # 1-D
+    begin: int  # the stream's first element
+    count: int  # its elements
 
 
 @part
@@ -45,13 +78,84 @@ def scratch_work(scratch, tile_rows, tile_steps):
     return Work(
         scratch[:PART],
         scratch[PART : 2 * PART],
-        scratch[5 * PART :],
+        scratch[7 * PART :],
         scratch[2 * PART : 3 * PART],
         scratch[3 * PART : 4 * PART],
         scratch[4 * PART : 5 * PART],
+        scratch[5 * PART : 7 * PART],
         tile_rows,
         tile_steps,
     )
+
+
+@part
+def panels_block(size):
+    """Elements of a packed block of `size` samples and `DEPTH` features for a gradient, in columns or in steps."""
+    return (DEPTH + VECTOR_BITS // 16) * size
+
+
+@part
+def panel_width(array):
+    """Columns of a panel in the dtype of the array: two vectors."""
+    return VECTOR_BITS // (4 * array.itemsize)
+
+
+@part
+def packed_at(packed, samples, features):
+    """Where the packed block of this number begins, counted in blocks of samples and of features."""
+    return packed.start + (features * packed.blocks + samples) * packed.block
+
+
+@part
+def operand_block(size, array):
+    """Elements of a packed block of `size` samples and `DEPTH` features, in rows or in transposed columns."""
+    width = panel_width(array)
+    return (size + width - 1) // width * width * ROW_STRIDE
+
+
+@part
+def nothing_next(S, target):
+    """Nothing to do; the arrays are of the types that others have."""
+    return Next(NOTHING, S, S, target.dtype.type(0), False, 0, 0, 0, 0, target, target, 0, 0)
+
+
+@part
+def fetch_next(S, D, p0, p1, q0, q1, stream, begin, count):
+    """Fetch this block of both arrays, and a stream."""
+    return Next(FETCHED, S, D, stream.dtype.type(0), False, p0, p1, q0, q1, stream, stream, begin, count)
+
+
+@part
+def stream_next(S, stream, begin, count):
+    """Fetch a stream."""
+    return Next(NOTHING, S, S, stream.dtype.type(0), False, 0, 0, 0, 0, stream, stream, begin, count)
+
+
+@part
+def piece_of(todo, index, count):
+    """The part of the rows that belongs to one of `count` products, and the whole stream."""
+    rows = todo.p1 - todo.p0
+    p0, p1 = todo.p0 + rows * index // count, todo.p0 + rows * (index + 1) // count
+    how, S, D, scaling, combined, _, _, q0, q1, target, stream, begin, length = todo
+    offset = (p0 - todo.p0) * (ROW_STRIDE if how == ROWS else panel_width(target) if how == COLUMNS else 0)
+    return Next(how, S, D, scaling, combined, p0, p1, q0, q1, target[offset:], stream, begin, length)
+
+
+@part
+def with_stream(todo, begin, count):
+    """The same with another part of the stream."""
+    how, S, D, scaling, combined, p0, p1, q0, q1, target, stream, _, _ = todo
+    return Next(how, S, D, scaling, combined, p0, p1, q0, q1, target, stream, begin, count)
+
+
+@part
+def pack_weights(todo, p0, p1):
+    """Pack the rows p0 <= p < p1 of what is to be packed."""
+    how, S, D, scaling, combined, begin, _, q0, q1, target, _, _, _ = todo
+    if how == ROWS:
+        pack_rows(target[(p0 - begin) * ROW_STRIDE :], S, D, scaling, combined, p0, p1, q0, q1)
+    elif how == COLUMNS:
+        pack_columns(target, DEPTH, p0 - begin, S, D, scaling, combined, p0, p1, q0, q1)
 
 
 @part
@@ -84,93 +188,198 @@ def sample_blocks(samples, quantum, array):
 
 
 @part
-def _multiply_rows(work, rows, columns, depth, c, first):
-    """C (+)= A·B, A in rows."""
-    width = 2 * lanes(work.b)
-    tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
-    for j in range(0, columns, width):
-        vectors = 1 if 2 * (columns - j) <= width else 2
-        i = 0
-        for t in range(tiles):
-            height = (rows - i + tiles - t - 1) // (tiles - t)
-            at = i * C_STRIDE + j
-            a_at, b_at = i * ROW_STRIDE, j * DEPTH
-            tile(work.tile_rows, depth, height, vectors, work.a, a_at, work.b, b_at, c, at, C_STRIDE, not first)
-            i += height
+def _tile_at(
+    function, depth, height, vectors, a, a_at, b, b_at, b_pitch, c, at, first, todo, p0, p1, flow, call, calls
+):  # fmt: skip
+    """One register tile; of the rows p0 to p1 and of a stream it fetches the part of call number `call` of `calls`."""
+    item, pitch = c.itemsize, todo.S.shape[1]
+    lines = ((todo.q1 - todo.q0) * item + LINE - 1) // LINE
+    share = ((p1 - p0) * lines + calls - 1) // calls
+    row = share * call // max(lines, 1)
+    begin, chunk = (share * call - row * lines) * LINE, max(depth // max(share, flow, 1), 1)
+    if p0 + row >= p1:
+        row, begin, lines = 0, 0, 0
+    place = (p0 + row) * pitch + todo.q0
+    tile(
+        function, depth, height, vectors, a, a_at, b, b_at, b_pitch, c, at, C_STRIDE, not first,
+        todo.S, place, todo.D, place, todo.stream, todo.begin + flow * call * (LINE // item),
+        begin, lines * LINE, pitch * item if lines else 0, chunk,
+    )  # fmt: skip
 
 
 @part
-def multiply_steps(work, i0, i1, columns, depth, g, first):
-    """G[i - i0] (+)= A·B for the rows i0 <= i < i1 of A in steps, i0 a multiple of `TILE_ROWS`."""
-    width = 2 * lanes(work.r)
+def _multiply_rows(work, a, b, rows, columns, depth, c, first, todo):
+    """C (+)= A·B, A in rows. After every panel of B a part of the rows to be packed, which its tiles have fetched."""
+    width = 2 * lanes(b)
+    tiles, panels = (rows + TILE_ROWS - 1) // TILE_ROWS, (columns + width - 1) // width
+    flow = (todo.count * c.itemsize // LINE + tiles * panels - 1) // (tiles * panels)
+    for j in range(panels):
+        p0, p1 = todo.p0 + (todo.p1 - todo.p0) * j // panels, todo.p0 + (todo.p1 - todo.p0) * (j + 1) // panels
+        vectors = 1 if 2 * (columns - j * width) <= width else 2
+        part_of_stream = with_stream(todo, todo.begin + flow * tiles * j * (LINE // c.itemsize), todo.count)
+        i = 0
+        for t in range(tiles):
+            height = (rows - i + tiles - t - 1) // (tiles - t)
+            at = i * C_STRIDE + j * width
+            a_at, b_at = i * ROW_STRIDE, j * width * DEPTH
+            _tile_at(
+                work.tile_rows, depth, height, vectors, a, a_at, b, b_at, width, c, at, first,
+                part_of_stream, p0, p1, flow, t, tiles,
+            )  # fmt: skip
+            i += height
+        pack_weights(todo, p0, p1)
+
+
+@part
+def multiply_steps(work, l, r, length, i0, i1, columns, depth, g, first, todo):
+    """G[i - i0] (+)= A·B for the rows i0 <= i < i1 of A in steps, i0 a multiple of `TILE_ROWS`; panels of `length`."""
+    width = 2 * lanes(r)
+    call, calls = 0, (i1 - i0 + TILE_ROWS - 1) // TILE_ROWS * ((columns + width - 1) // width)
+    flow = (todo.count * g.itemsize // LINE + calls - 1) // calls
     for i in range(i0, i1, TILE_ROWS):
         height = min(TILE_ROWS, i1 - i)
         for j in range(0, columns, width):
             vectors = 1 if 2 * (columns - j) <= width else 2
             at = (i - i0) * C_STRIDE + j
-            a_at, b_at = i * DEPTH, j * DEPTH
-            tile(work.tile_steps, depth, height, vectors, work.l, a_at, work.r, b_at, g, at, C_STRIDE, not first)
+            a_at, b_at = i * length, j * length
+            _tile_at(
+                work.tile_steps, depth, height, vectors, l, a_at, r, b_at, width, g, at, first,
+                todo, todo.p0, todo.p1, flow, call, calls,
+            )  # fmt: skip
+            call += 1
 
 
 @part
-def along_rows(work, first, L, n0, n1, size, S, D, scaling, combined, q0, q1, k0, k1):
-    """C[n, q] (+)= Σ_p L[n, p] M[p, q] for n0 <= n < n1 in blocks of `size`, q0 <= q < q1, k0 <= p < k1."""
+def _meanwhile(todo, packed, samples, features, index, count):
+    """What product number `index` of `count` does meanwhile; it fetches the operand of the product after it."""
+    piece = piece_of(todo, index, count)
+    if index + 1 < count:
+        piece = with_stream(piece, packed_at(packed, samples + 1, features), packed.block)
+    return piece
+
+
+@part
+def along_rows(work, first, L, packed, n0, n1, size, S, D, scaling, combined, q0, q1, k0, k1, at, after):
+    """C[n, q] (+)= Σ_p L[n, p] M[p, q] for n0 <= n < n1 in blocks of `size`, q0 <= q < q1, k0 <= p < k1.
+
+    L is packed in rows, if at all; the first `DEPTH` rows of M at `at` of work.w, if that is not negative. `after` is
+    to be done with the last steps.
+    """
+    count = (n1 - n0 + size - 1) // size
+    if at < 0:
+        at = 0
+        pack_columns(work.w, DEPTH, 0, S, D, scaling, combined, k0, min(k0 + DEPTH, k1), q0, q1)
     for k in range(k0, k1, DEPTH):
-        end = min(k + DEPTH, k1)
-        pack_columns(work.b, S, D, scaling, combined, k, end, q0, q1)
+        end, todo = min(k + DEPTH, k1), after
+        if end < k1:
+            last, target, begin = min(end + DEPTH, k1), work.w[PART - at :], packed_at(packed, n0 // size, end // DEPTH)
+            todo = Next(COLUMNS, S, D, scaling, combined, end, last, q0, q1, target, packed.array, begin, packed.block)
         for n in range(n0, n1, size):
-            last = min(n + size, n1)
-            pack_rows(work.a, L, L, scaling, False, n, last, k, end)
-            _multiply_rows(work, last - n, q1 - q0, end - k, work.c[block_at(n0, n, size) :], first and k == k0)
+            last, index, a = min(n + size, n1), (n - n0) // size, work.a
+            if packed.block:
+                a = packed.array[packed_at(packed, n // size, k // DEPTH) + n % size * ROW_STRIDE :]
+            else:
+                pack_rows(a, L, L, scaling, False, n, last, k, end)
+            c, begins = work.c[index * PART :], first and k == k0
+            meanwhile = _meanwhile(todo, packed, n // size, k // DEPTH, index, count)
+            _multiply_rows(work, a, work.w[at:], last - n, q1 - q0, end - k, c, begins, meanwhile)
+        at = PART - at
 
 
 @part
-def across_rows(work, first, S, D, scaling, combined, p0, p1, R, n0, n1, size, k0, k1):
-    """C[p, n] (+)= Σ_q M[p, q] R[n, q] for p0 <= p < p1, n0 <= n < n1 in blocks of `size`, k0 <= q < k1."""
+def across_rows(work, first, S, D, scaling, combined, p0, p1, R, packed, n0, n1, size, k0, k1, at, after):
+    """C[p, n] (+)= Σ_q M[p, q] R[n, q] for p0 <= p < p1, n0 <= n < n1 in blocks of `size`, k0 <= q < k1.
+
+    R is packed in transposed columns, if at all; the first `DEPTH` columns of M at `at` of work.w, if that is not
+    negative. `after` is to be done with the last steps.
+    """
+    count = (n1 - n0 + size - 1) // size
+    if at < 0:
+        at = 0
+        pack_rows(work.w, S, D, scaling, combined, p0, p1, k0, min(k0 + DEPTH, k1))
     for k in range(k0, k1, DEPTH):
-        end = min(k + DEPTH, k1)
-        pack_rows(work.a, S, D, scaling, combined, p0, p1, k, end)
+        end, todo = min(k + DEPTH, k1), after
+        if end < k1:
+            last, target, begin = min(end + DEPTH, k1), work.w[PART - at :], packed_at(packed, n0 // size, end // DEPTH)
+            todo = Next(ROWS, S, D, scaling, combined, p0, p1, end, last, target, packed.array, begin, packed.block)
         for n in range(n0, n1, size):
-            last = min(n + size, n1)
-            pack_columns_transposed(work.b, R, k, end, n, last)
-            _multiply_rows(work, p1 - p0, last - n, end - k, work.c[block_at(n0, n, size) :], first and k == k0)
+            last, index, b = min(n + size, n1), (n - n0) // size, work.b
+            if packed.block:
+                b = packed.array[packed_at(packed, n // size, k // DEPTH) + n % size * DEPTH :]
+            else:
+                pack_columns_transposed(b, R, k, end, n, last)
+            c, begins = work.c[index * PART :], first and k == k0
+            meanwhile = _meanwhile(todo, packed, n // size, k // DEPTH, index, count)
+            _multiply_rows(work, work.w[at:], b, p1 - p0, last - n, end - k, c, begins, meanwhile)
+        at = PART - at
 
 
 @part
-def factor_along_rows(work, first, L, n0, n1, size, F, q0, q1):
-    """C[n, q] (+)= Σ_r L[n, r] F[q, r]: the low-rank term of the input gradient, F = A."""
+def factor_along_rows(work, first, L, packed, n0, n1, size, F, q0, q1):
+    """C[n, q] (+)= Σ_r L[n, r] F[q, r]: the low-rank term of the input gradient, F = A, and t of gz, F = B."""
     for k in range(0, F.shape[1], DEPTH):
         end = min(k + DEPTH, F.shape[1])
         pack_columns_transposed(work.b, F, k, end, q0, q1)
         for n in range(n0, n1, size):
-            last = min(n + size, n1)
-            pack_rows(work.a, L, L, work.a.dtype.type(0), False, n, last, k, end)
-            _multiply_rows(work, last - n, q1 - q0, end - k, work.c[block_at(n0, n, size) :], first and k == 0)
+            last, a = min(n + size, n1), work.a
+            if packed.block:
+                a = packed.array[packed_at(packed, n // size, k // DEPTH) + n % size * ROW_STRIDE :]
+            else:
+                pack_rows(a, L, L, a.dtype.type(0), False, n, last, k, end)
+            c = work.c[block_at(n0, n, size) :]
+            _multiply_rows(work, a, work.b, last - n, q1 - q0, end - k, c, first and k == 0, nothing_next(F, work.b))
 
 
 @part
-def factor_across_rows(work, first, F, p0, p1, R, n0, n1, size):
-    """C[p, n] (+)= Σ_r F[r, p] R[n, r]: the low-rank term of the transposed forward, F = B."""
+def factor_across_rows(work, first, F, p0, p1, R, packed, n0, n1, size):
+    """C[p, n] (+)= Σ_r F[r, p] R[n, r]: the low-rank term of the transposed forward, F = B, and u of x, F = A."""
     for k in range(0, F.shape[0], DEPTH):
         end = min(k + DEPTH, F.shape[0])
         pack_rows_transposed(work.a, F, p0, p1, k, end)
         for n in range(n0, n1, size):
-            last = min(n + size, n1)
-            pack_columns_transposed(work.b, R, k, end, n, last)
-            _multiply_rows(work, p1 - p0, last - n, end - k, work.c[block_at(n0, n, size) :], first and k == 0)
+            last, b = min(n + size, n1), work.b
+            if packed.block:
+                b = packed.array[packed_at(packed, n // size, k // DEPTH) + n % size * DEPTH :]
+            else:
+                pack_columns_transposed(b, R, k, end, n, last)
+            c = work.c[block_at(n0, n, size) :]
+            _multiply_rows(work, work.a, b, p1 - p0, last - n, end - k, c, first and k == 0, nothing_next(F, work.b))
 
 
 @part
-def gradient(work, L, p0, p1, R, q0, q1, size):
-    """C[p, q] = Σ_n L[n, p] R[n, q] for p0 <= p < p1, q0 <= q < q1 in blocks of `size`, over every sample."""
+def factor_gradient(work, T, r0, r1, X, q0, q1):
+    """C[r, q] = Σ_n T[n, r] X[n, q] for r0 <= r < r1, q0 <= q < q1, over every sample; T is skinny.
+
+    X is read where it lies: each of its elements is needed once. Only what is left of whole vectors is packed, since
+    behind the last row nothing may be read.
+    """
+    N, pitch, source = X.shape[0], X.shape[1], X.reshape(-1)
+    vector, width = lanes(work.c), panel_width(work.c)
+    whole = (q1 - q0) // vector * vector
+    panels = (q1 - q0 + width - 1) // width
     n = 0
-    while n == 0 or n < L.shape[0]:
-        end = min(n + DEPTH, L.shape[0])
-        pack_steps(work.l, L, p0, p1, n, end)
-        for q in range(q0, q1, size):
-            last = min(q + size, q1)
-            pack_columns(work.r, R, R, work.r.dtype.type(0), False, n, end, q, last)
-            multiply_steps(work, 0, p1 - p0, last - q, end - n, work.c[block_at(q0, q, size) :], n == 0)
+    while n == 0 or n < N:
+        end = min(n + DEPTH, N)
+        after, none = min(end + DEPTH, N), nothing_next(X, work.r)
+        todo = fetch_next(X, X, end, after, q0, q1, work.r, 0, 0) if end < N else none
+        pack_steps(work.l, DEPTH, 0, T, r0, r1, n, end)
+        if whole < q1 - q0:
+            pack_columns(work.r, DEPTH, 0, X, X, work.r.dtype.type(0), False, n, end, q0 + whole, q1)
+        tiles = (r1 - r0 + TILE_ROWS - 1) // TILE_ROWS
+        for i in range(0, r1 - r0, TILE_ROWS):
+            height, call, calls = min(TILE_ROWS, r1 - r0 - i), i // TILE_ROWS * panels, tiles * panels
+            a_at, at = i * DEPTH, i * C_STRIDE
+            for j in range(0, whole, width):
+                vectors = 2 if j + width <= whole else 1
+                _tile_at(
+                    work.tile_steps, end - n, height, vectors, work.l, a_at, source, n * pitch + q0 + j, pitch,
+                    work.c, at + j, n == 0, todo, todo.p0, todo.p1, 0, call + j // width, calls,
+                )  # fmt: skip
+            if whole < q1 - q0:
+                _tile_at(
+                    work.tile_steps, end - n, height, 1, work.l, a_at, work.r, 0, width,
+                    work.c, at + whole, n == 0, none, 0, 0, 0, 0, 1,
+                )  # fmt: skip
         n += DEPTH
 
 

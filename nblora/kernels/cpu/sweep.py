@@ -6,10 +6,10 @@
 With S [P, Q] stored, L [N, P] and R [N, Q]: Dense has L = x, R = gz; FullyConnected has L = gz, R = x; G = Lᵀ R in
 either. A block of G lives in scratch until it has been used, so the gradient never exists as a matrix.
 
-Workers draw jobs from a counter, kind after kind: samples (gz and t), input gradient, factors and bias, weight
-gradient. A kind that needs another waits until that one's blocks are counted as done. Up to `BLOCK` samples the input
-and weight gradients are one kind: a job owns whole rows (Dense) or columns (FullyConnected) of S, those whose input
-gradient it computes, and updates each tile right after it took its part of the product.
+Workers draw jobs from a counter, kind after kind: samples (gz, packed for both of its products, and t), input gradient,
+factors and bias, weight gradient. A kind that needs another waits until that one's blocks are counted as done. Up to
+`BLOCK` samples the input and weight gradients are one kind: a job owns whole rows (Dense) or columns (FullyConnected)
+of S, those whose input gradient it computes, and updates each tile right after it took its part of the product.
 """
 
 from typing import NamedTuple
@@ -18,23 +18,36 @@ from .. import elementwise
 from ..jit import kernel, part
 from .atomics import fetch_add, wait_for
 from .functions import slope_row
-from .machine import BLOCK, DEPTH, TILE_ROWS
-from .microkernel import lanes
-from .packing import pack_columns, pack_steps
+from .machine import BLOCK, DEPTH, ROW_STRIDE, TILE_ROWS
+from .packing import pack_columns, pack_columns_transposed, pack_rows, pack_steps
 from .products import (
     C_STRIDE,
+    COLUMNS,
+    PART,
+    ROWS,
+    Next,
+    Packed,
     across_rows,
     along_rows,
     block_at,
     block_size,
     factor_along_rows,
-    gradient,
+    factor_gradient,
+    fetch_next,
     long_blocks,
     multiply_steps,
+    nothing_next,
+    operand_block,
+    packed_at,
+    panel_width,
+    panels_block,
+    piece_of,
     sample_blocks,
     scratch_work,
     store_block,
+    stream_next,
     transpose_block,
+    with_stream,
 )
 from .threads import call, entry, launch
 
@@ -66,6 +79,7 @@ class SweepTask(NamedTuple):
     dW: object  # stored, written where `train` and not `update`
     dD: object  # stored, written where `has_delta` and not `update`
     scratch: object  # (workers, PARTS·PART)
+    packed: object  # (`packed_sweep`,)
     tile_rows: int  # addresses of `tile_functions`
     tile_steps: int
     counters: object  # (3,) int64 zeros
@@ -86,33 +100,81 @@ class SweepTask(NamedTuple):
 
 
 @part
-def _prepare_job(task, n0, n1, work):
-    """gz = gy·act'(z) and t = s gz Bᵀ for n0 <= n < n1."""
+def _count(total, size):
+    return (total + size - 1) // size
+
+
+@part
+def _blocks(samples, transposed, array):
+    """Samples of a block, samples of a job."""
+    return sample_blocks(samples, TILE_ROWS if transposed else panel_width(array), array)
+
+
+@part
+def packed_sweep(samples, outputs, transposed, array):
+    """Elements that packing gz for both of its products takes; `array` is any of its dtype."""
+    size = _blocks(samples, transposed, array)[0]
+    return _count(samples, size) * _count(outputs, DEPTH) * (operand_block(size, array) + panels_block(size))
+
+
+@part
+def _packing(task, size):
+    """Where gz is packed: for the input gradient, and for the weight gradient."""
+    N, outputs = task.gz.shape
+    blocks, block = _count(N, size), operand_block(size, task.packed)
+    operand = Packed(task.packed, 0, blocks, block if task.has_base else 0)
+    return operand, Packed(task.packed, blocks * _count(outputs, DEPTH) * block, blocks, panels_block(size))
+
+
+@part
+def _prepare(task, n0, n1, size, has_gradient, work):
+    """gz = gy·act'(z), packed, and t = s gz Bᵀ for n0 <= n < n1, samples of one block."""
     if task.activation != elementwise.IDENTITY:
         for n in range(n0, n1):
             slope_row(task.gz[n], task.gy[n], task.z[n], task.activation)
-    if task.has_low_rank:
-        s = task.gz.dtype.type(task.s)
-        rank, inner = task.B.shape
-        for r in range(0, rank, BLOCK):
-            end = min(r + BLOCK, rank)
-            across_rows(work, True, task.B, task.B, s, False, r, end, task.gz, n0, n1, n1 - n0, 0, inner)
+    gz, s = task.gz, task.gz.dtype.type(task.s)
+    operand, panels = _packing(task, size)
+    block, start = n0 // size, n0 % size
+    for k in range(0, gz.shape[1] if task.has_base else 0, DEPTH):
+        end = min(k + DEPTH, gz.shape[1])
+        at, panels_at = packed_at(operand, block, k // DEPTH), packed_at(panels, block, k // DEPTH)
+        if task.transposed:
+            pack_rows(operand.array[at + start * ROW_STRIDE :], gz, gz, s, False, n0, n1, k, end)
+        else:
+            pack_columns_transposed(operand.array[at + start * DEPTH :], gz, k, end, n0, n1)
+        if has_gradient and task.transposed:
+            pack_steps(panels.array[panels_at:], size, start, gz, k, end, n0, n1)
+        elif has_gradient:
+            pack_columns(panels.array[panels_at:], size, start, gz, gz, s, False, n0, n1, k, end)
+    if not task.has_low_rank:
+        return
+    rank, inner = task.B.shape
+    for r in range(0, rank, BLOCK):
+        end = min(r + BLOCK, rank)
+        if task.transposed:
+            factor_along_rows(work, True, gz, operand, n0, n1, size, task.B, r, end)
+            store_block(task.t, n0, n1, r, end, work.c, s)
+        else:
+            B, none = task.B, nothing_next(task.B, work.b)
+            across_rows(work, True, B, B, s, False, r, end, gz, operand, n0, n1, size, 0, inner, -1, none)
             transpose_block(work.g, work.c, end - r, n1 - n0)
             store_block(task.t, n0, n1, r, end, work.g, s)
 
 
 @part
-def _finish_input(task, n0, n1, size, i0, i1, prepared, work):
+def _finish_input(task, n0, n1, size, i0, i1, work):
     """Add t Aᵀ to the blocks of the input gradient in C, and store them; C is transposed for a Dense layer."""
     low = task.has_low_rank and not task.masked
     one = task.gx.dtype.type(1)
     if low:
-        wait_for(task.counters, PREPARED, prepared)
+        A, rank, none = task.A, task.A.shape[1], Packed(task.packed, 0, 0, 0)
         if task.transposed:
-            factor_along_rows(work, False, task.t, n0, n1, size, task.A, i0, i1)
+            factor_along_rows(work, False, task.t, none, n0, n1, size, A, i0, i1)
         else:
-            A, rank = task.A, task.A.shape[1]
-            across_rows(work, not task.has_base, A, A, one, False, i0, i1, task.t, n0, n1, size, 0, rank)
+            begins = not task.has_base
+            across_rows(
+                work, begins, A, A, one, False, i0, i1, task.t, none, n0, n1, size, 0, rank, -1, nothing_next(A, work.b)
+            )
     elif not task.has_base:
         work.c[:] = 0
     for n in range(n0, n1, size):
@@ -125,13 +187,13 @@ def _finish_input(task, n0, n1, size, i0, i1, prepared, work):
 
 
 @part
-def _input_product(task, n0, n1, size, i0, i1, k0, k1, work):
+def _input_product(task, n0, n1, size, i0, i1, k0, k1, at, after, work):
     """C (+)= gz Mᵀ over k0 <= k < k1 of the outputs; transposed, [in][n], for a Dense layer."""
-    S, D, c, combined = task.S, task.D, task.gx.dtype.type(task.c), task.has_delta
+    S, D, c, combined, operand = task.S, task.D, task.gx.dtype.type(task.c), task.has_delta, _packing(task, size)[0]
     if task.transposed:
-        along_rows(work, k0 == 0, task.gz, n0, n1, size, S, D, c, combined, i0, i1, k0, k1)
+        along_rows(work, k0 == 0, task.gz, operand, n0, n1, size, S, D, c, combined, i0, i1, k0, k1, at, after)
     elif task.has_base:
-        across_rows(work, k0 == 0, S, D, c, combined, i0, i1, task.gz, n0, n1, size, k0, k1)
+        across_rows(work, k0 == 0, S, D, c, combined, i0, i1, task.gz, operand, n0, n1, size, k0, k1, at, after)
 
 
 @part
@@ -164,49 +226,103 @@ def _apply_gradient(task, p0, p1, q0, q1, g):
 
 
 @part
-def _weight_gradient(task, p0, p1, q0, q1, new_rows, new_columns, work):
-    """Compute and use G for p0 <= p < p1, q0 <= q < q1, by strips of tiles that stay in the level-1 cache.
+def _fused_gradient(task, i0, i1, k0, k1, size, todo, work):
+    """Compute and use G for the inputs i0 <= i < i1 and the outputs k0 <= k < k1 of a block, all samples at once.
 
-    Operands that the call before has packed are not packed again. Beyond `DEPTH` samples whole blocks accumulate.
+    By strips of tiles that stay in the level-1 cache. The inputs' operand is packed by the first call of a job.
     """
-    L, R = (task.gz, task.x) if task.transposed else (task.x, task.gz)
-    N = L.shape[0]
-    if N > DEPTH:
-        gradient(work, L, p0, p1, R, q0, q1, BLOCK)
-        for q in range(q0, q1, BLOCK):
-            _apply_gradient(task, p0, p1, q, min(q + BLOCK, q1), work.c[block_at(q0, q, BLOCK) :])
-        return
-    if new_rows:
-        pack_steps(work.l, L, p0, p1, 0, N)
-    if new_columns:
-        pack_columns(work.r, R, R, work.r.dtype.type(0), False, 0, N, q0, q1)
+    N = task.x.shape[0]
+    packing = _packing(task, size)[1]
+    panels = packing.array[packed_at(packing, 0, k0 // DEPTH) :]
+    if k0 == 0:
+        if task.transposed:
+            pack_columns(work.r, size, 0, task.x, task.x, work.r.dtype.type(0), False, 0, N, i0, i1)
+        else:
+            pack_steps(work.l, size, 0, task.x, i0, i1, 0, N)
+    p0, p1, q0, q1, l, r = i0, i1, k0, k1, work.l, panels
+    if task.transposed:
+        p0, p1, q0, q1, l, r = k0, k1, i0, i1, panels, work.r
     for p in range(p0, p1, TILE_ROWS):
         end = min(p + TILE_ROWS, p1)
-        multiply_steps(work, p - p0, end - p0, q1 - q0, N, work.g, True)
+        strip, strips = (p - p0) // TILE_ROWS, _count(p1 - p0, TILE_ROWS)
+        flow = todo.count // strips
+        meanwhile = with_stream(piece_of(todo, strip, strips), todo.begin + flow * strip, flow)
+        multiply_steps(work, l, r, size, p - p0, end - p0, q1 - q0, N, work.g, True, meanwhile)
         _apply_gradient(task, p, end, q0, q1, work.g)
 
 
 @part
-def _cross_job(task, n0, n1, size, i0, i1, prepared, fused, work):
-    """A block of the input gradient; where `fused` also the rows or columns of V, D and W that belong to it."""
-    outputs = task.gz.shape[1]
-    wait_for(task.counters, PREPARED, prepared if task.activation != elementwise.IDENTITY else 0)
-    for k0 in range(0, outputs, DEPTH):
-        k1 = min(k0 + DEPTH, outputs)
-        _input_product(task, n0, n1, size, i0, i1, k0, k1, work)
-        if fused:
-            p0, p1, q0, q1 = (k0, k1, i0, i1) if task.transposed else (i0, i1, k0, k1)
-            first = k0 == 0
-            _weight_gradient(task, p0, p1, q0, q1, task.transposed or first, not task.transposed or first, work)
-    _finish_input(task, n0, n1, size, i0, i1, prepared, work)
+def _gradient_job(task, i0, i1, k0, k1, size, work):
+    """Compute and use G for the inputs i0 <= i < i1 of a block and the outputs k0 <= k < k1 of several."""
+    N, packing = task.x.shape[0], _packing(task, size)[1]
+    for n in range(0, N, size):
+        end = min(n + size, N)
+        if task.transposed:
+            pack_columns(work.r, size, 0, task.x, task.x, work.r.dtype.type(0), False, n, end, i0, i1)
+        else:
+            pack_steps(work.l, size, 0, task.x, i0, i1, n, end)
+        for k in range(k0, k1, DEPTH):
+            last, panels = min(k + DEPTH, k1), packing.array[packed_at(packing, n // size, k // DEPTH) :]
+            c = work.c[(k - k0) // DEPTH * PART :]
+            p0, p1, q0, q1, l, r = i0, i1, k, last, work.l, panels
+            if task.transposed:
+                p0, p1, q0, q1, l, r = k, last, i0, i1, panels, work.r
+            meanwhile = nothing_next(task.D, task.packed)
+            if end == N and task.update and task.has_delta:
+                meanwhile = fetch_next(task.V, task.D, p0, p1, q0, q1, task.packed, 0, 0)
+            if k + DEPTH < k1:
+                meanwhile = with_stream(meanwhile, packed_at(packing, n // size, k // DEPTH + 1), packing.block)
+            elif end < N:
+                meanwhile = with_stream(meanwhile, packed_at(packing, n // size + 1, k0 // DEPTH), packing.block)
+            multiply_steps(work, l, r, size, 0, p1 - p0, q1 - q0, end - n, c, n == 0, meanwhile)
+            if end == N:
+                _apply_gradient(task, p0, p1, q0, q1, c)
 
 
 @part
-def _factor_job(out, L, R, p0, q0, work):
-    """A block of dA or dB: out[p, q] = Σ_n L[n, p] R[n, q]."""
-    p1, q1 = min(p0 + BLOCK, out.shape[0]), min(q0 + BLOCK, out.shape[1])
-    gradient(work, L, p0, p1, R, q0, q1, BLOCK)
-    store_block(out, p0, p1, q0, q1, work.c, out.dtype.type(1))
+def _cross_job(task, n0, n1, size, i0, i1, fused, work):
+    """A block of the input gradient; where `fused` also the rows or columns of V, D and W that belong to it."""
+    outputs, none = task.gz.shape[1], nothing_next(task.S, task.packed)
+    if not fused:
+        _input_product(task, n0, n1, size, i0, i1, 0, outputs, -1, none, work)
+    operand, panels = _packing(task, size)
+    S, D, c, combined = task.S, task.D, task.gx.dtype.type(task.c), task.has_delta
+    for k0 in range(0, outputs if fused else 0, DEPTH):
+        k1 = min(k0 + DEPTH, outputs)
+        end, block = min(k1 + DEPTH, outputs), k0 // DEPTH
+        at, length = packed_at(panels, 0, block), panels.block
+        here = block % 2 * PART
+        target = work.w[PART - here :]
+        # With the input product the next block of M is packed, with the gradient this block's V and D are fetched.
+        if k1 == outputs:
+            after = stream_next(task.S, task.packed, at, length)
+        elif task.transposed:
+            after = Next(COLUMNS, S, D, c, combined, k1, end, i0, i1, target, task.packed, at, length)
+        else:
+            after = Next(ROWS, S, D, c, combined, i0, i1, k1, end, target, task.packed, at, length)
+        _input_product(task, n0, n1, size, i0, i1, k0, k1, here if k0 else -1, after, work)
+        at, length = packed_at(operand, 0, block + 1), operand.block
+        if not (task.update and task.has_delta):
+            after = stream_next(task.S, task.packed, at, length)
+        elif task.transposed:
+            after = fetch_next(task.V, D, k0, k1, i0, i1, task.packed, at, length)
+        else:
+            after = fetch_next(task.V, D, i0, i1, k0, k1, task.packed, at, length)
+        _fused_gradient(task, i0, i1, k0, k1, size, after, work)
+    _finish_input(task, n0, n1, size, i0, i1, work)
+
+
+@part
+def _factor_job(out, transposed, T, X, r0, q0, work):
+    """A block of dB = uᵀ gz, or of dA = (tᵀ x)ᵀ."""
+    r1, q1 = min(r0 + BLOCK, T.shape[1]), min(q0 + BLOCK, X.shape[1])
+    factor_gradient(work, T, r0, r1, X, q0, q1)
+    one = out.dtype.type(1)
+    if transposed:
+        transpose_block(work.g, work.c, r1 - r0, q1 - q0)
+        store_block(out, q0, q1, r0, r1, work.g, one)
+    else:
+        store_block(out, r0, r1, q0, q1, work.c, one)
 
 
 @part
@@ -221,60 +337,59 @@ def _bias_job(task, o0, o1):
 
 
 @part
-def _count(total, size):
-    return (total + size - 1) // size
-
-
-@part
 def sweep_worker(task, worker, workers):
     """Draw jobs until none is left."""
     work = scratch_work(task.scratch[worker], task.tile_rows, task.tile_steps)
     N, inputs = task.x.shape
     outputs, rank = task.gz.shape[1], task.t.shape[1]
-    P, Q = (outputs, inputs) if task.transposed else (inputs, outputs)
-    width = 2 * lanes(task.gz)
+    width = panel_width(task.gz)
 
     has_gradient = task.has_delta or task.train
     fused = has_gradient and N <= BLOCK
-    few = block_size(N, lanes(task.gz), 2 * workers, BLOCK)
-    prepares = _count(N, few) if task.has_low_rank or task.activation != elementwise.IDENTITY else 0
-    quantum = TILE_ROWS if task.transposed else width
-    size, samples = sample_blocks(N, quantum, task.gz)
-    pieces = 4 * workers * samples // max(N, 1)
-    features = block_size(inputs, width if task.transposed else TILE_ROWS, min(pieces, inputs // 96), BLOCK)
+    size, samples = _blocks(N, task.transposed, task.gz)
+    piece = block_size(size, width, _count(2 * workers, max(1, _count(N, size))), BLOCK)
+    pieces = _count(size, piece)
+    prepares = _count(N, size) * pieces
+    quantum = width if task.transposed else TILE_ROWS
+    features = block_size(inputs, quantum, min(4 * workers * samples // max(N, 1), inputs // 96), BLOCK)
     across = _count(inputs, features)
     crosses = max(1, _count(N, samples)) * across
     dA = _count(inputs, BLOCK) * _count(rank, BLOCK) if task.has_low_rank else 0
     dB = _count(outputs, BLOCK) * _count(rank, BLOCK) if task.has_low_rank else 0
     biases = _count(outputs, BLOCK) if task.train and task.has_bias else 0
-    p_size = block_size(P, TILE_ROWS, 1, BLOCK)
-    q_size = block_size(Q, BLOCK, 4 * workers // _count(P, p_size), long_blocks(task.gz) * BLOCK)
-    gradients = _count(P, p_size) * _count(Q, q_size) if has_gradient and not fused else 0
+    i_size = block_size(inputs, quantum, 1, BLOCK)
+    k_size = block_size(outputs, DEPTH, 4 * workers // _count(inputs, i_size), long_blocks(task.gz) * DEPTH)
+    gradients = _count(inputs, i_size) * _count(outputs, k_size) if has_gradient and not fused else 0
 
     while True:
         job = fetch_add(task.counters, DRAWN, 1)
         if job < prepares:
-            _prepare_job(task, job * few, min(N, job * few + few), work)
+            block = job // pieces * size
+            n0 = block + job % pieces * piece
+            n1 = min(n0 + piece, block + size, N)
+            if n0 < n1:
+                _prepare(task, n0, n1, size, has_gradient, work)
             fetch_add(task.counters, PREPARED, 1)
             continue
         job -= prepares
+        wait_for(task.counters, PREPARED, prepares)
         if job < crosses:
             n0, i0 = job // across * samples, job % across * features
-            _cross_job(task, n0, min(N, n0 + samples), size, i0, min(inputs, i0 + features), prepares, fused, work)
+            _cross_job(task, n0, min(N, n0 + samples), size, i0, min(inputs, i0 + features), fused, work)
             fetch_add(task.counters, CROSSED, 1)
             continue
         job -= crosses
-        wait_for(task.counters, PREPARED, prepares)
-        if job < dA:
-            across_rank = _count(rank, BLOCK)
-            _factor_job(task.dA, task.x_low, task.t, job // across_rank * BLOCK, job % across_rank * BLOCK, work)
+        if job < dA + dB:
+            is_dA = job < dA
+            job = job if is_dA else job - dA
+            blocks = _count(rank, BLOCK)
+            r0, q0 = job % blocks * BLOCK, job // blocks * BLOCK
+            if is_dA:
+                _factor_job(task.dA, True, task.t, task.x_low, r0, q0, work)
+            else:
+                _factor_job(task.dB, False, task.u, task.gz, r0, q0, work)
             continue
-        job -= dA
-        if job < dB:
-            across_outputs = _count(outputs, BLOCK)
-            _factor_job(task.dB, task.u, task.gz, job // across_outputs * BLOCK, job % across_outputs * BLOCK, work)
-            continue
-        job -= dB
+        job -= dA + dB
         if job < biases:
             _bias_job(task, job * BLOCK, min(outputs, job * BLOCK + BLOCK))
             continue
@@ -283,8 +398,8 @@ def sweep_worker(task, worker, workers):
             break
         if task.update:
             wait_for(task.counters, CROSSED, crosses)
-        p0, q0 = job // _count(Q, q_size) * p_size, job % _count(Q, q_size) * q_size
-        _weight_gradient(task, p0, min(P, p0 + p_size), q0, min(Q, q0 + q_size), True, True, work)
+        i0, k0 = job // _count(outputs, k_size) * i_size, job % _count(outputs, k_size) * k_size
+        _gradient_job(task, i0, min(inputs, i0 + i_size), k0, min(outputs, k0 + k_size), size, work)
 
 
 _entry = entry(sweep_worker)
