@@ -51,3 +51,19 @@ def wait_for(counters, index, count):
     """Return once `counters[index]` has reached `count`."""
     while fetch_add(counters, index, 0) < count:
         pause()
+
+
+@part
+def draw(counters, first, jobs, worker, workers):
+    """The next of `jobs` jobs for this worker, -1 where none is left; counted on `workers` elements from `first` on.
+
+    Every worker has a share of its own, the same in every call, so that it finds what it used before in its own cache;
+    when that is done it takes from the others'. One that is held up by another process loses only the job in hand.
+    """
+    for step in range(workers):
+        share = (worker + step) % workers
+        begin, end = jobs * share // workers, jobs * (share + 1) // workers
+        taken = fetch_add(counters, first + share, 1) if end > begin else 0
+        if taken < end - begin:
+            return begin + taken
+    return -1

@@ -1,6 +1,6 @@
 """Forward: z = x (W + c D) + s (mask∘x) A B + b, y = act(z), in one parallel region.
 
-Workers draw jobs from a counter. First x is packed and u = s (mask∘x) A computed, by blocks of samples; then blocks of
+Workers draw jobs. First x is packed and u = s (mask∘x) A computed, by blocks of samples; then blocks of
 z, each by one worker from its first product to its activation.
 """
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from .. import elementwise
 from ..jit import kernel, part
-from .atomics import fetch_add, wait_for
+from .atomics import draw, fetch_add, wait_for
 from .functions import activate_row
 from .machine import BLOCK, DEPTH, ROW_STRIDE, TILE_ROWS
 from .packing import pack_columns_transposed, pack_rows
@@ -49,7 +49,7 @@ class ForwardTask(NamedTuple):
     packed: object  # (`packed_forward`,)
     tile_rows: int  # addresses of `tile_functions`
     tile_steps: int
-    counters: object  # (2,) int64 zeros: jobs drawn, pieces of x prepared
+    counters: object  # (1 + 2·workers,) int64 zeros: pieces of x prepared; jobs drawn, of either kind
     s: float
     c: float
     activation: int
@@ -178,20 +178,21 @@ def forward_worker(task, worker, workers):
     prepares = (N + size - 1) // size * pieces
     rows, columns = (N + samples - 1) // samples, (out + outputs - 1) // outputs
     while True:
-        job = fetch_add(task.counters, 0, 1)
-        if job < prepares:
-            block = job // pieces * size
-            n0 = block + job % pieces * piece
-            n1 = min(n0 + piece, block + size, N)
-            if n0 < n1:
-                _prepare(task, n0, n1, size, work)
-            fetch_add(task.counters, 1, 1)
-            continue
-        job -= prepares
-        if job >= rows * columns:
+        job = draw(task.counters, 1, prepares, worker, workers)
+        if job < 0:
             break
-        wait_for(task.counters, 1, prepares)
-        n0, o0 = job // columns * samples, job % columns * outputs
+        block = job // pieces * size
+        n0 = block + job % pieces * piece
+        n1 = min(n0 + piece, block + size, N)
+        if n0 < n1:
+            _prepare(task, n0, n1, size, work)
+        fetch_add(task.counters, 0, 1)
+    wait_for(task.counters, 0, prepares)
+    while True:
+        job = draw(task.counters, 1 + workers, rows * columns, worker, workers)
+        if job < 0:
+            break
+        n0, o0 = job % rows * samples, job // rows * outputs
         n1, o1 = min(N, n0 + samples), min(out, o0 + outputs)
         if task.transposed:
             _fully_connected_job(task, n0, n1, size, o0, o1, work)

@@ -6,7 +6,7 @@
 With S [P, Q] stored, L [N, P] and R [N, Q]: Dense has L = x, R = gz; FullyConnected has L = gz, R = x; G = Lᵀ R in
 either. A block of G lives in scratch until it has been used, so the gradient never exists as a matrix.
 
-Workers draw jobs from a counter, kind after kind: samples (gz, packed for both of its products, and t), input gradient,
+Workers draw jobs, kind after kind: samples (gz, packed for both of its products, and t), input gradient,
 factors and bias, weight gradient. A kind that needs another waits until that one's blocks are counted as done. Up to
 `BLOCK` samples the input and weight gradients are one kind: a job owns whole rows (Dense) or columns (FullyConnected)
 of S, those whose input gradient it computes, and updates each tile right after it took its part of the product.
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from .. import elementwise
 from ..jit import kernel, part
-from .atomics import fetch_add, wait_for
+from .atomics import draw, fetch_add, wait_for
 from .functions import slope_row
 from .machine import BLOCK, DEPTH, ROW_STRIDE, TILE_ROWS
 from .packing import pack_columns, pack_columns_transposed, pack_rows, pack_steps
@@ -54,7 +54,7 @@ from .threads import call, entry, launch
 momentum_step = part(elementwise.momentum_step)
 descend = part(elementwise.descend)
 
-DRAWN, PREPARED, CROSSED = range(3)
+PREPARED, CROSSED, DRAWN = range(3)
 
 
 class SweepTask(NamedTuple):
@@ -82,7 +82,7 @@ class SweepTask(NamedTuple):
     packed: object  # (`packed_sweep`,)
     tile_rows: int  # addresses of `tile_functions`
     tile_steps: int
-    counters: object  # (3,) int64 zeros
+    counters: object  # (2 + 4·workers,) int64 zeros: pieces prepared, products done; jobs drawn, of each kind
     s: float
     c: float
     momentum: float
@@ -352,8 +352,8 @@ def sweep_worker(task, worker, workers):
     prepares = _count(N, size) * pieces
     quantum = width if task.transposed else TILE_ROWS
     features = block_size(inputs, quantum, min(4 * workers * samples // max(N, 1), inputs // 96), BLOCK)
-    across = _count(inputs, features)
-    crosses = max(1, _count(N, samples)) * across
+    groups = max(1, _count(N, samples))
+    crosses = groups * _count(inputs, features)
     dA = _count(inputs, BLOCK) * _count(rank, BLOCK) if task.has_low_rank else 0
     dB = _count(outputs, BLOCK) * _count(rank, BLOCK) if task.has_low_rank else 0
     biases = _count(outputs, BLOCK) if task.train and task.has_bias else 0
@@ -362,42 +362,42 @@ def sweep_worker(task, worker, workers):
     gradients = _count(inputs, i_size) * _count(outputs, k_size) if has_gradient and not fused else 0
 
     while True:
-        job = fetch_add(task.counters, DRAWN, 1)
-        if job < prepares:
-            block = job // pieces * size
-            n0 = block + job % pieces * piece
-            n1 = min(n0 + piece, block + size, N)
-            if n0 < n1:
-                _prepare(task, n0, n1, size, has_gradient, work)
-            fetch_add(task.counters, PREPARED, 1)
-            continue
-        job -= prepares
-        wait_for(task.counters, PREPARED, prepares)
-        if job < crosses:
-            n0, i0 = job // across * samples, job % across * features
-            _cross_job(task, n0, min(N, n0 + samples), size, i0, min(inputs, i0 + features), fused, work)
-            fetch_add(task.counters, CROSSED, 1)
-            continue
-        job -= crosses
-        if job < dA + dB:
-            is_dA = job < dA
-            job = job if is_dA else job - dA
-            blocks = _count(rank, BLOCK)
-            r0, q0 = job % blocks * BLOCK, job // blocks * BLOCK
-            if is_dA:
-                _factor_job(task.dA, True, task.t, task.x_low, r0, q0, work)
-            else:
-                _factor_job(task.dB, False, task.u, task.gz, r0, q0, work)
-            continue
-        job -= dA + dB
-        if job < biases:
-            _bias_job(task, job * BLOCK, min(outputs, job * BLOCK + BLOCK))
-            continue
-        job -= biases
-        if job >= gradients:
+        job = draw(task.counters, DRAWN, prepares, worker, workers)
+        if job < 0:
             break
-        if task.update:
-            wait_for(task.counters, CROSSED, crosses)
+        block = job // pieces * size
+        n0 = block + job % pieces * piece
+        n1 = min(n0 + piece, block + size, N)
+        if n0 < n1:
+            _prepare(task, n0, n1, size, has_gradient, work)
+        fetch_add(task.counters, PREPARED, 1)
+    wait_for(task.counters, PREPARED, prepares)
+    while True:
+        job = draw(task.counters, DRAWN + workers, crosses, worker, workers)
+        if job < 0:
+            break
+        n0, i0 = job % groups * samples, job // groups * features
+        _cross_job(task, n0, min(N, n0 + samples), size, i0, min(inputs, i0 + features), fused, work)
+        fetch_add(task.counters, CROSSED, 1)
+    while True:
+        job = draw(task.counters, DRAWN + 2 * workers, dA + dB + biases, worker, workers)
+        if job < 0:
+            break
+        blocks = _count(rank, BLOCK)
+        if job < dA:
+            _factor_job(task.dA, True, task.t, task.x_low, job % blocks * BLOCK, job // blocks * BLOCK, work)
+        elif job < dA + dB:
+            job -= dA
+            _factor_job(task.dB, False, task.u, task.gz, job % blocks * BLOCK, job // blocks * BLOCK, work)
+        else:
+            job -= dA + dB
+            _bias_job(task, job * BLOCK, min(outputs, job * BLOCK + BLOCK))
+    if gradients and task.update:
+        wait_for(task.counters, CROSSED, crosses)
+    while True:
+        job = draw(task.counters, DRAWN + 3 * workers, gradients, worker, workers)
+        if job < 0:
+            break
         i0, k0 = job // _count(outputs, k_size) * i_size, job % _count(outputs, k_size) * k_size
         _gradient_job(task, i0, min(inputs, i0 + i_size), k0, min(outputs, k0 + k_size), size, work)
 
