@@ -20,6 +20,7 @@ from .products import (
     block_at,
     block_size,
     factor_across_rows,
+    job_pieces,
     nothing_next,
     operand_block,
     packed_at,
@@ -82,8 +83,8 @@ def _geometry(task, workers):
     size, samples = _blocks(N, task.transposed, task.y)
     blocks = (N + size - 1) // size
     piece = block_size(size, width, (2 * workers + blocks - 1) // blocks, BLOCK)
-    pieces = 4 * workers * samples // N
-    outputs = block_size(out, TILE_ROWS if task.transposed else width, min(pieces, out // 96), BLOCK)
+    pieces = job_pieces(out, (N + samples - 1) // samples, workers, task.transposed)
+    outputs = block_size(out, TILE_ROWS if task.transposed else width, pieces, BLOCK)
     return piece, size, samples, outputs
 
 

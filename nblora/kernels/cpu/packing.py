@@ -1,7 +1,8 @@
 """Packing: tiles of a matrix copied into the formats of the register tile, combined with the delta on the way.
 
 M = S + c·D where `combined`, else S. "Rows" and "steps" are the A formats and "columns" the B format of `microkernel`;
-a panel of B or of steps has `length` rows, `DEPTH` where not given. Lanes beyond the matrix keep what scratch held: they meet no real element.
+a panel of B or of steps has `length` rows, `DEPTH` where not given. Lanes beyond the matrix hold whatever was there or
+follows in memory: they meet no real element.
 """
 
 from ..jit import part
@@ -67,14 +68,16 @@ def pack_columns(b, length, before, S, D, scaling, combined, k0, k1, j0, j1):
     for k in range(k1 - k0):
         at = (k0 + k) * S.shape[1] + j0
         to = (before + k) * width
-        for _ in range(whole):
+        # Whole panels also at the end of a row, where what follows is the next row; not at the end of the last.
+        copied = whole + 1 if tail and at + (whole + 1) * width <= weight.shape[0] else whole
+        for _ in range(copied):
             if combined:
                 combine_pair(b, to, weight, delta, at, scaling)
             else:
                 copy_pair(b, to, weight, at)
             at += width
             to += length * width
-        if tail:
+        if tail and copied == whole:
             for j in range(tail):
                 b[to + j] = weight[at + j] + scaling * delta[at + j] if combined else weight[at + j]
 

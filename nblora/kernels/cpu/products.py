@@ -9,7 +9,7 @@ Every product of forward and backward is one of three, with S [P, Q] a stored ma
 
 The low-rank term is a second call on the same C: `rank` more steps of the inner dimension. Activations, which every
 job reads, are packed once for all of them (`Packed`); weights are packed by the one job that reads them. While a block
-is multiplied, the next one's weights are packed, row by row between the tiles, each fetched by the tile before (`Next`).
+is multiplied, the next one's weights are fetched from memory and packed, some rows after every panel (`Next`).
 """
 
 from typing import NamedTuple
@@ -170,6 +170,22 @@ def block_size(total, quantum, pieces, largest):
     pieces = max(pieces, (total + largest - 1) // largest, 1)
     size = (total + pieces - 1) // pieces
     return max(1, (size + quantum - 1) // quantum) * quantum
+
+
+NARROW_ROWS, NARROW_COLUMNS = 96, 192
+"""Rows and columns of the weight below which a job is not cut further: narrow strips of rows that lie far apart are
+fetched slowly, and few panels are soon used up."""
+
+
+@part
+def job_pieces(total, groups, workers, rows):
+    """Into how many equal jobs `total` rows (else columns) are cut, for each of `groups` blocks of samples.
+
+    Four for each worker, so that one that is held up can be helped, as far as they are not narrow; in all a multiple of
+    the number of workers, so that none waits for the last.
+    """
+    wanted = min((4 * workers + groups - 1) // groups, total // (NARROW_ROWS if rows else NARROW_COLUMNS))
+    return max(wanted * groups // workers * workers // groups, 1 if groups >= workers else workers // groups)
 
 
 @part

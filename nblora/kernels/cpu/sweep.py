@@ -34,6 +34,7 @@ from .products import (
     factor_along_rows,
     factor_gradient,
     fetch_next,
+    job_pieces,
     long_blocks,
     multiply_steps,
     nothing_next,
@@ -351,8 +352,8 @@ def sweep_worker(task, worker, workers):
     pieces = _count(size, piece)
     prepares = _count(N, size) * pieces
     quantum = width if task.transposed else TILE_ROWS
-    features = block_size(inputs, quantum, min(4 * workers * samples // max(N, 1), inputs // 96), BLOCK)
     groups = max(1, _count(N, samples))
+    features = block_size(inputs, quantum, job_pieces(inputs, groups, workers, not task.transposed), BLOCK)
     crosses = groups * _count(inputs, features)
     dA = _count(inputs, BLOCK) * _count(rank, BLOCK) if task.has_low_rank else 0
     dB = _count(outputs, BLOCK) * _count(rank, BLOCK) if task.has_low_rank else 0
