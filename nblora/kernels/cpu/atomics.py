@@ -35,22 +35,46 @@ def _pause(typing_context):
     return types.void(), generate
 
 
+def _give_way(typing_context):
+    """Let another thread run on this core, where the system has POSIX's call for it."""
+
+    def generate(context, builder, signature, args):
+        if "windows" not in builder.module.triple:
+            kind = ir.FunctionType(ir.IntType(32), [])
+            builder.call(cgutils.get_or_insert_function(builder.module, kind, "sched_yield"), [])
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
 if JIT_DISABLED:
     fetch_add = _fetch_add_twin
+
+    def give_way():
+        """Nothing: without machine code there is one thread."""
 
     def pause():
         """Nothing: without machine code there is one thread."""
 else:
     fetch_add = intrinsic(_fetch_add)
     """fetch_add(counters, index, amount): add to an int64 element and return what it was, in one step."""
-    pause = intrinsic(_pause)
+    pause, give_way = intrinsic(_pause), intrinsic(_give_way)
+
+PATIENCE = 2000
+"""Turns of a spinning loop before it gives way at each: some 50 µs, in which a worker that runs has finished its job.
+One that does not run may be waiting for this very core."""
 
 
 @part
 def wait_for(counters, index, count):
     """Return once `counters[index]` has reached `count`."""
+    turns = 0
     while fetch_add(counters, index, 0) < count:
-        pause()
+        turns += 1
+        if turns > PATIENCE:
+            give_way()
+        else:
+            pause()
 
 
 @part

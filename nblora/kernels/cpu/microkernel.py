@@ -249,13 +249,26 @@ def _lanes_twin(array):
     return VECTOR_BITS // (8 * array.itemsize)
 
 
+def _once(typing_context):
+    def generate(context, builder, signature, args):
+        builder.function.attributes.add("noinline")
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
 if JIT_DISABLED:
     lanes, tile = _lanes_twin, _run_twin
+
+    def once():
+        """Nothing: there is no machine code."""
 
     def tile_functions(array):
         """Return the two twins."""
         return _tile_twin(False), _tile_twin(True)
 else:
+    once = intrinsic(_once)
+    """once(): the machine code of the part that calls it is made once for all its callers, not again in each."""
     lanes = intrinsic(_lanes)
     """lanes(array): elements of the array's dtype in one vector."""
     tile = intrinsic(_tile)

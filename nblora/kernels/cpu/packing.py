@@ -7,13 +7,14 @@ follows in memory: they meet no real element.
 
 from ..jit import part
 from .machine import DEPTH, ROW_STRIDE, TILE_ROWS
-from .microkernel import lanes
+from .microkernel import lanes, once
 from .vectors import combine_pair, copy_pair, copy_vector, transpose_square
 
 
 @part
 def pack_rows(a, S, D, scaling, combined, i0, i1, k0, k1):
     """a[i·ROW_STRIDE + k] = M[i0 + i, k0 + k]."""
+    once()
     for i in range(i1 - i0):
         target = a[i * ROW_STRIDE : i * ROW_STRIDE + k1 - k0]
         weight = S[i0 + i, k0:k1]
@@ -29,6 +30,7 @@ def pack_rows(a, S, D, scaling, combined, i0, i1, k0, k1):
 @part
 def pack_rows_transposed(a, S, i0, i1, k0, k1):
     """a[i·ROW_STRIDE + k] = S[k0 + k, i0 + i], for the skinny factors."""
+    once()
     for k in range(k1 - k0):
         row = S[k0 + k, i0:i1]
         for i in range(row.shape[0]):
@@ -42,6 +44,7 @@ def pack_steps(a, length, before, S, i0, i1, k0, k1):
     Whole vectors are copied: what they write beyond a step is overwritten by the next, what they read beyond a row is
     the start of the next row. Not so the last step, whose neighbour may be another worker's, and the very end of S.
     """
+    once()
     vector = lanes(a)
     source = S.reshape(-1)
     last = source.shape[0] - TILE_ROWS - vector
@@ -61,6 +64,7 @@ def pack_steps(a, length, before, S, i0, i1, k0, k1):
 @part
 def pack_columns(b, length, before, S, D, scaling, combined, k0, k1, j0, j1):
     """b[panel][before + k][j] = M[k0 + k, j0 + panel·width + j], width two vectors."""
+    once()
     width = 2 * lanes(b)
     weight, delta = S.reshape(-1), D.reshape(-1)
     whole = (j1 - j0) // width
@@ -85,6 +89,7 @@ def pack_columns(b, length, before, S, D, scaling, combined, k0, k1, j0, j1):
 @part
 def pack_columns_transposed(b, S, k0, k1, j0, j1):
     """b[panel][k][j] = S[j0 + panel·width + j, k0 + k]: squares of vectors, transposed in registers."""
+    once()
     length = lanes(b)
     width = 2 * length
     source = S.reshape(-1)

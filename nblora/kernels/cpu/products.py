@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from ..jit import part
 from .machine import BLOCK, DEPTH, ROW_STRIDE, TILE_ROWS, VECTOR_BITS
-from .microkernel import LINE, lanes, tile
+from .microkernel import LINE, lanes, once, tile
 from .packing import pack_columns, pack_columns_transposed, pack_rows, pack_rows_transposed, pack_steps
 from .vectors import transpose_square
 
@@ -203,66 +203,94 @@ def sample_blocks(samples, quantum, array):
     return size, max(1, (blocks + jobs - 1) // jobs) * size
 
 
+class Pace(NamedTuple):
+    """How rows p0 to p1 of what is next, and its stream, are dealt to the tiles that fetch them."""
+
+    p0: int
+    p1: int
+    lines: int  # of a row
+    share: int  # lines of each array that one tile fetches
+    flow: int  # lines of the stream that one tile fetches
+    chunk: int  # steps of a tile between two lines
+
+
 @part
-def _tile_at(
-    function, depth, height, vectors, a, a_at, b, b_at, b_pitch, c, at, first, todo, p0, p1, flow, call, calls
-):  # fmt: skip
-    """One register tile; of the rows p0 to p1 and of a stream it fetches the part of call number `call` of `calls`."""
-    item, pitch = c.itemsize, todo.S.shape[1]
-    lines = ((todo.q1 - todo.q0) * item + LINE - 1) // LINE
+def pace_of(todo, p0, p1, flow, depth, calls):
+    """The pace at which `calls` tiles of this depth fetch the rows p0 to p1."""
+    lines = ((todo.q1 - todo.q0) * todo.S.itemsize + LINE - 1) // LINE
     share = ((p1 - p0) * lines + calls - 1) // calls
-    row = share * call // max(lines, 1)
-    begin, chunk = (share * call - row * lines) * LINE, max(depth // max(share, flow, 1), 1)
-    if p0 + row >= p1:
-        row, begin, lines = 0, 0, 0
-    place = (p0 + row) * pitch + todo.q0
+    return Pace(p0, p1, max(lines, 1), share, flow, max(depth // max(share, flow, 1), 1))
+
+
+@part
+def stream_flow(todo, calls):
+    """Lines of the stream that each of `calls` tiles fetches."""
+    return (todo.count * todo.S.itemsize // LINE + calls - 1) // calls
+
+
+@part
+def _tile_at(function, depth, height, vectors, a, a_at, b, b_at, b_pitch, c, at, first, todo, begin, pace, call):
+    """One register tile; of what is next it fetches the part of call number `call`, the stream from `begin` on."""
+    item, pitch = c.itemsize, todo.S.shape[1]
+    row = pace.share * call // pace.lines
+    byte, row_bytes, row_pitch = (pace.share * call - row * pace.lines) * LINE, pace.lines * LINE, pitch * item
+    if pace.p0 + row >= pace.p1:
+        row, byte, row_bytes, row_pitch = 0, 0, 0, 0
+    place, flowing = (pace.p0 + row) * pitch + todo.q0, begin + pace.flow * call * (LINE // item)
     tile(
         function, depth, height, vectors, a, a_at, b, b_at, b_pitch, c, at, C_STRIDE, not first,
-        todo.S, place, todo.D, place, todo.stream, todo.begin + flow * call * (LINE // item),
-        begin, lines * LINE, pitch * item if lines else 0, chunk,
+        todo.S, place, todo.D, place, todo.stream, flowing, byte, row_bytes, row_pitch, pace.chunk,
     )  # fmt: skip
 
 
 @part
 def _multiply_rows(work, a, b, rows, columns, depth, c, first, todo):
     """C (+)= A·B, A in rows. After every panel of B a part of the rows to be packed, which its tiles have fetched."""
-    width = 2 * lanes(b)
+    once()
+    width = panel_width(b)
     tiles, panels = (rows + TILE_ROWS - 1) // TILE_ROWS, (columns + width - 1) // width
-    flow = (todo.count * c.itemsize // LINE + tiles * panels - 1) // (tiles * panels)
+    flow = stream_flow(todo, tiles * panels)
     for j in range(panels):
         p0, p1 = todo.p0 + (todo.p1 - todo.p0) * j // panels, todo.p0 + (todo.p1 - todo.p0) * (j + 1) // panels
         vectors = 1 if 2 * (columns - j * width) <= width else 2
-        part_of_stream = with_stream(todo, todo.begin + flow * tiles * j * (LINE // c.itemsize), todo.count)
+        begin, pace = todo.begin + flow * tiles * j * (LINE // c.itemsize), pace_of(todo, p0, p1, flow, depth, tiles)
         i = 0
         for t in range(tiles):
             height = (rows - i + tiles - t - 1) // (tiles - t)
             at = i * C_STRIDE + j * width
             a_at, b_at = i * ROW_STRIDE, j * width * DEPTH
             _tile_at(
-                work.tile_rows, depth, height, vectors, a, a_at, b, b_at, width, c, at, first,
-                part_of_stream, p0, p1, flow, t, tiles,
+                work.tile_rows, depth, height, vectors, a, a_at, b, b_at, width, c, at, first, todo, begin, pace, t
             )  # fmt: skip
             i += height
         pack_weights(todo, p0, p1)
 
 
 @part
-def multiply_steps(work, l, r, length, i0, i1, columns, depth, g, first, todo):
-    """G[i - i0] (+)= A·B for the rows i0 <= i < i1 of A in steps, i0 a multiple of `TILE_ROWS`; panels of `length`."""
-    width = 2 * lanes(r)
-    call, calls = 0, (i1 - i0 + TILE_ROWS - 1) // TILE_ROWS * ((columns + width - 1) // width)
-    flow = (todo.count * g.itemsize // LINE + calls - 1) // calls
-    for i in range(i0, i1, TILE_ROWS):
-        height = min(TILE_ROWS, i1 - i)
-        for j in range(0, columns, width):
-            vectors = 1 if 2 * (columns - j) <= width else 2
-            at = (i - i0) * C_STRIDE + j
-            a_at, b_at = i * length, j * length
-            _tile_at(
-                work.tile_steps, depth, height, vectors, l, a_at, r, b_at, width, g, at, first,
-                todo, todo.p0, todo.p1, flow, call, calls,
-            )  # fmt: skip
-            call += 1
+def multiply_strip(work, l, r, length, i, height, columns, depth, g, at, first, todo, pace, call):
+    """G (+)= A·B for `height` rows from i on of A in steps, to `g` from `at` on; panels of `length`."""
+    once()
+    width = panel_width(r)
+    for j in range(0, columns, width):
+        vectors = 1 if 2 * (columns - j) <= width else 2
+        a_at, b_at = i * length, j * length
+        _tile_at(
+            work.tile_steps, depth, height, vectors, l, a_at, r, b_at, width, g, at + j, first,
+            todo, todo.begin, pace, call,
+        )  # fmt: skip
+        call += 1
+
+
+@part
+def multiply_steps(work, l, r, length, rows, columns, depth, g, first, todo):
+    """G (+)= A·B, A in steps; panels of `length`."""
+    width = panel_width(r)
+    panels = (columns + width - 1) // width
+    calls = (rows + TILE_ROWS - 1) // TILE_ROWS * panels
+    pace = pace_of(todo, todo.p0, todo.p1, stream_flow(todo, calls), depth, calls)
+    for i in range(0, rows, TILE_ROWS):
+        height, call = min(TILE_ROWS, rows - i), i // TILE_ROWS * panels
+        multiply_strip(work, l, r, length, i, height, columns, depth, g, i * C_STRIDE, first, todo, pace, call)
 
 
 @part
@@ -281,6 +309,7 @@ def along_rows(work, first, L, packed, n0, n1, size, S, D, scaling, combined, q0
     L is packed in rows, if at all; the first `DEPTH` rows of M at `at` of work.w, if that is not negative. `after` is
     to be done with the last steps.
     """
+    once()
     count = (n1 - n0 + size - 1) // size
     if at < 0:
         at = 0
@@ -309,6 +338,7 @@ def across_rows(work, first, S, D, scaling, combined, p0, p1, R, packed, n0, n1,
     R is packed in transposed columns, if at all; the first `DEPTH` columns of M at `at` of work.w, if that is not
     negative. `after` is to be done with the last steps.
     """
+    once()
     count = (n1 - n0 + size - 1) // size
     if at < 0:
         at = 0
@@ -333,6 +363,7 @@ def across_rows(work, first, S, D, scaling, combined, p0, p1, R, packed, n0, n1,
 @part
 def factor_along_rows(work, first, L, packed, n0, n1, size, F, q0, q1):
     """C[n, q] (+)= Σ_r L[n, r] F[q, r]: the low-rank term of the input gradient, F = A, and t of gz, F = B."""
+    once()
     for k in range(0, F.shape[1], DEPTH):
         end = min(k + DEPTH, F.shape[1])
         pack_columns_transposed(work.b, F, k, end, q0, q1)
@@ -349,6 +380,7 @@ def factor_along_rows(work, first, L, packed, n0, n1, size, F, q0, q1):
 @part
 def factor_across_rows(work, first, F, p0, p1, R, packed, n0, n1, size):
     """C[p, n] (+)= Σ_r F[r, p] R[n, r]: the low-rank term of the transposed forward, F = B, and u of x, F = A."""
+    once()
     for k in range(0, F.shape[0], DEPTH):
         end = min(k + DEPTH, F.shape[0])
         pack_rows_transposed(work.a, F, p0, p1, k, end)
@@ -369,6 +401,7 @@ def factor_gradient(work, T, r0, r1, X, q0, q1):
     X is read where it lies: each of its elements is needed once. Only what is left of whole vectors is packed, since
     behind the last row nothing may be read.
     """
+    once()
     N, pitch, source = X.shape[0], X.shape[1], X.reshape(-1)
     vector, width = lanes(work.c), panel_width(work.c)
     whole = (q1 - q0) // vector * vector
@@ -381,20 +414,20 @@ def factor_gradient(work, T, r0, r1, X, q0, q1):
         pack_steps(work.l, DEPTH, 0, T, r0, r1, n, end)
         if whole < q1 - q0:
             pack_columns(work.r, DEPTH, 0, X, X, work.r.dtype.type(0), False, n, end, q0 + whole, q1)
-        tiles = (r1 - r0 + TILE_ROWS - 1) // TILE_ROWS
+        calls = (r1 - r0 + TILE_ROWS - 1) // TILE_ROWS * panels
+        pace, idle = pace_of(todo, todo.p0, todo.p1, 0, end - n, calls), pace_of(none, 0, 0, 0, end - n, 1)
         for i in range(0, r1 - r0, TILE_ROWS):
-            height, call, calls = min(TILE_ROWS, r1 - r0 - i), i // TILE_ROWS * panels, tiles * panels
-            a_at, at = i * DEPTH, i * C_STRIDE
+            height, call, a_at, at = min(TILE_ROWS, r1 - r0 - i), i // TILE_ROWS * panels, i * DEPTH, i * C_STRIDE
             for j in range(0, whole, width):
                 vectors = 2 if j + width <= whole else 1
                 _tile_at(
                     work.tile_steps, end - n, height, vectors, work.l, a_at, source, n * pitch + q0 + j, pitch,
-                    work.c, at + j, n == 0, todo, todo.p0, todo.p1, 0, call + j // width, calls,
+                    work.c, at + j, n == 0, todo, 0, pace, call + j // width,
                 )  # fmt: skip
             if whole < q1 - q0:
                 _tile_at(
                     work.tile_steps, end - n, height, 1, work.l, a_at, work.r, 0, width,
-                    work.c, at + whole, n == 0, none, 0, 0, 0, 0, 1,
+                    work.c, at + whole, n == 0, none, 0, idle, 0,
                 )  # fmt: skip
         n += DEPTH
 
@@ -402,6 +435,7 @@ def factor_gradient(work, T, r0, r1, X, q0, q1):
 @part
 def transpose_block(target, source, rows, columns):
     """target[j, i] = source[i, j], both blocks with `C_STRIDE`."""
+    once()
     length = lanes(target)
     for i in range(0, rows, length):
         for j in range(0, columns, length):
@@ -411,6 +445,7 @@ def transpose_block(target, source, rows, columns):
 @part
 def store_block(out, n0, n1, j0, j1, c, scaling):
     """out[n, j] = scaling·C[n - n0, j - j0]."""
+    once()
     for n in range(n1 - n0):
         row = out[n0 + n, j0:j1]
         block = c[n * C_STRIDE : n * C_STRIDE + j1 - j0]

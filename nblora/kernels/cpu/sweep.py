@@ -37,15 +37,17 @@ from .products import (
     job_pieces,
     long_blocks,
     multiply_steps,
+    multiply_strip,
     nothing_next,
     operand_block,
+    pace_of,
     packed_at,
     panel_width,
     panels_block,
-    piece_of,
     sample_blocks,
     scratch_work,
     store_block,
+    stream_flow,
     stream_next,
     transpose_block,
     with_stream,
@@ -243,13 +245,13 @@ def _fused_gradient(task, i0, i1, k0, k1, size, todo, work):
     p0, p1, q0, q1, l, r = i0, i1, k0, k1, work.l, panels
     if task.transposed:
         p0, p1, q0, q1, l, r = k0, k1, i0, i1, panels, work.r
+    panels_across = _count(q1 - q0, panel_width(r))
+    calls = _count(p1 - p0, TILE_ROWS) * panels_across
+    pace = pace_of(todo, todo.p0, todo.p1, stream_flow(todo, calls), N, calls)
     for p in range(p0, p1, TILE_ROWS):
-        end = min(p + TILE_ROWS, p1)
-        strip, strips = (p - p0) // TILE_ROWS, _count(p1 - p0, TILE_ROWS)
-        flow = todo.count // strips
-        meanwhile = with_stream(piece_of(todo, strip, strips), todo.begin + flow * strip, flow)
-        multiply_steps(work, l, r, size, p - p0, end - p0, q1 - q0, N, work.g, True, meanwhile)
-        _apply_gradient(task, p, end, q0, q1, work.g)
+        height, call = min(TILE_ROWS, p1 - p), (p - p0) // TILE_ROWS * panels_across
+        multiply_strip(work, l, r, size, p - p0, height, q1 - q0, N, work.g, 0, True, todo, pace, call)
+        _apply_gradient(task, p, p + height, q0, q1, work.g)
 
 
 @part
@@ -275,7 +277,7 @@ def _gradient_job(task, i0, i1, k0, k1, size, work):
                 meanwhile = with_stream(meanwhile, packed_at(packing, n // size, k // DEPTH + 1), packing.block)
             elif end < N:
                 meanwhile = with_stream(meanwhile, packed_at(packing, n // size + 1, k0 // DEPTH), packing.block)
-            multiply_steps(work, l, r, size, 0, p1 - p0, q1 - q0, end - n, c, n == 0, meanwhile)
+            multiply_steps(work, l, r, size, p1 - p0, q1 - q0, end - n, c, n == 0, meanwhile)
             if end == N:
                 _apply_gradient(task, p0, p1, q0, q1, c)
 
