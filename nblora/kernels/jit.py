@@ -26,6 +26,8 @@ import numba.extending
 from numba.core import config
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, NullCache, _CacheLocator
 
+from .linking import PartCompiler
+
 KERNELS = Path(__file__).parent
 JIT_DISABLED = bool(config.DISABLE_JIT)
 
@@ -180,7 +182,7 @@ def part(function=None, **options):
     returned by it to a kernel. Division by zero gives infinity: the check for it would keep loops from being
     vectorised. Called from Python it is the plain function.
     """
-    options = {"_nrt": False, "error_model": "numpy", **options}
+    options = {"_nrt": False, "error_model": "numpy", "pipeline_class": PartCompiler, **options}
     if function is None:
         return numba.extending.register_jitable(**options)
     return numba.extending.register_jitable(**options)(function)

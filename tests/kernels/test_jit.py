@@ -1,6 +1,6 @@
 """The cache of compiled kernels: found again, never stale, never in the way. Each case is a fresh process.
 
-`jit.py` knows its folder alone, so a copy of it beside two small kernels stands in for the real ones.
+`jit.py` and `linking.py` know their folder alone, so copies of them beside two small kernels stand in for the real ones.
 """
 
 import shutil
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nblora.kernels import jit
+from nblora.kernels import jit, linking
 from tests.processes import run
 
 pytestmark = pytest.mark.skipif(jit.JIT_DISABLED, reason="compiles nothing under NUMBA_DISABLE_JIT=1")
@@ -26,7 +26,8 @@ print(total(2, 3), sum(total.stats.cache_hits.values()), sum(total.stats.cache_m
 def package(tmp_path):
     folder = tmp_path / "site" / "package"
     folder.mkdir(parents=True)
-    shutil.copy(jit.__file__, folder / "jit.py")
+    for module in (jit, linking):
+        shutil.copy(module.__file__, folder)
     (folder / "__init__.py").touch()
     (folder / "helper.py").write_text(HELPER)
     (folder / "main.py").write_text(MAIN)

@@ -30,6 +30,7 @@ from .products import (
     store_block,
     transpose_block,
 )
+from .rows import add_row, copy_row
 from .threads import call, entry, launch
 
 
@@ -132,12 +133,9 @@ def _activate_block(task, n0, n1, o0, o1, c):
         z, y = task.z[n0 + n, o0:o1], task.y[n0 + n, o0:o1]
         block = c[n * C_STRIDE : n * C_STRIDE + o1 - o0]
         if task.has_bias:
-            bias = task.bias[o0:o1]
-            for o in range(z.shape[0]):
-                z[o] = block[o] + bias[o]
+            add_row(z, block, task.bias[o0:o1])
         else:
-            for o in range(z.shape[0]):
-                z[o] = block[o]
+            copy_row(z, block)
         if task.activation != elementwise.IDENTITY:
             activate_row(y, z, task.activation)
 

@@ -8,6 +8,7 @@ follows in memory: they meet no real element.
 from ..jit import part
 from .machine import DEPTH, ROW_STRIDE, TILE_ROWS
 from .microkernel import lanes, once
+from .rows import combine_row, copy_row
 from .vectors import combine_pair, copy_pair, copy_vector, transpose_square
 
 
@@ -16,15 +17,11 @@ def pack_rows(a, S, D, scaling, combined, i0, i1, k0, k1):
     """a[i·ROW_STRIDE + k] = M[i0 + i, k0 + k]."""
     once()
     for i in range(i1 - i0):
-        target = a[i * ROW_STRIDE : i * ROW_STRIDE + k1 - k0]
-        weight = S[i0 + i, k0:k1]
+        target, weight = a[i * ROW_STRIDE : i * ROW_STRIDE + k1 - k0], S[i0 + i, k0:k1]
         if combined:
-            delta = D[i0 + i, k0:k1]
-            for k in range(target.shape[0]):
-                target[k] = weight[k] + scaling * delta[k]
+            combine_row(target, weight, D[i0 + i, k0:k1], scaling)
         else:
-            for k in range(target.shape[0]):
-                target[k] = weight[k]
+            copy_row(target, weight)
 
 
 @part

@@ -18,6 +18,7 @@ from ..jit import part
 from .machine import BLOCK, DEPTH, ROW_STRIDE, TILE_ROWS, VECTOR_BITS
 from .microkernel import LINE, lanes, once, tile
 from .packing import pack_columns, pack_columns_transposed, pack_rows, pack_rows_transposed, pack_steps
+from .rows import scale_row
 from .vectors import transpose_square
 
 C_STRIDE = BLOCK + VECTOR_BITS // 16
@@ -447,7 +448,4 @@ def store_block(out, n0, n1, j0, j1, c, scaling):
     """out[n, j] = scaling·C[n - n0, j - j0]."""
     once()
     for n in range(n1 - n0):
-        row = out[n0 + n, j0:j1]
-        block = c[n * C_STRIDE : n * C_STRIDE + j1 - j0]
-        for j in range(row.shape[0]):
-            row[j] = scaling * block[j]
+        scale_row(out[n0 + n, j0:j1], c[n * C_STRIDE : n * C_STRIDE + j1 - j0], scaling)

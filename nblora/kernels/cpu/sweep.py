@@ -52,10 +52,8 @@ from .products import (
     transpose_block,
     with_stream,
 )
+from .rows import descend_row, momentum_row, scale_row
 from .threads import call, entry, launch
-
-momentum_step = part(elementwise.momentum_step)
-descend = part(elementwise.descend)
 
 PREPARED, CROSSED, DRAWN = range(3)
 
@@ -209,23 +207,14 @@ def _apply_gradient(task, p0, p1, q0, q1, g):
         block = g[p * C_STRIDE : p * C_STRIDE + q1 - q0]
         if task.update:
             if task.has_delta:
-                V, D = task.V[p0 + p, q0:q1], task.D[p0 + p, q0:q1]
-                for q in range(block.shape[0]):
-                    V[q] = momentum_step(V[q], block[q], momentum, gain)
-                    D[q] = descend(D[q], V[q], delta_lr)
+                momentum_row(task.V[p0 + p, q0:q1], task.D[p0 + p, q0:q1], block, momentum, gain, delta_lr)
             if task.train:
-                S = task.S[p0 + p, q0:q1]
-                for q in range(block.shape[0]):
-                    S[q] = descend(S[q], block[q], lr)
+                descend_row(task.S[p0 + p, q0:q1], block, lr)
         else:
             if task.has_delta:
-                dD = task.dD[p0 + p, q0:q1]
-                for q in range(block.shape[0]):
-                    dD[q] = c * block[q]
+                scale_row(task.dD[p0 + p, q0:q1], block, c)
             if task.train:
-                dW = task.dW[p0 + p, q0:q1]
-                for q in range(block.shape[0]):
-                    dW[q] = block[q]
+                scale_row(task.dW[p0 + p, q0:q1], block, kind(1))
 
 
 @part

@@ -11,6 +11,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ..jit import JIT_DISABLED, kernel
+from ..linking import compile_part
 from .microkernel import I8P, I64
 
 _WORKER = ir.FunctionType(ir.VoidType(), [I8P, I64, I64])
@@ -19,14 +20,14 @@ _WORKER = ir.FunctionType(ir.VoidType(), [I8P, I64, I64])
 def _trampoline(context, builder, worker, task_type):
     """The LLVM function (task*, worker, workers) that loads the task and calls `worker`."""
     signature = types.none(task_type, types.int64, types.int64)
-    compiled = context.compile_subroutine(builder, worker, signature, caching=False)
-    name = f"nblora_enter.{compiled.fndesc.mangled_name}"
+    descriptor = compile_part(context, worker, signature)
+    name = f"nblora_enter.{descriptor.mangled_name}"
     function = ir.Function(builder.module, _WORKER, name)
     function.linkage = "internal"
     inner = ir.IRBuilder(function.append_basic_block())
     pointer = inner.bitcast(function.args[0], context.get_value_type(task_type).as_pointer())
     arguments = [inner.load(pointer), *function.args[1:]]
-    context.call_internal_no_propagate(inner, compiled.fndesc, signature, arguments)
+    context.call_internal_no_propagate(inner, descriptor, signature, arguments)
     inner.ret_void()
     return function
 
