@@ -1,6 +1,6 @@
 """The cache of compiled kernels: found again, never stale, never in the way. Each case is a fresh process.
 
-`jit.py` and `linking.py` know their folder alone, so copies of them beside two small kernels stand in for the real ones.
+`jit.py` and `linking.py` know their folder alone, so copies beside two small kernels stand in for the real ones.
 """
 
 import shutil
