@@ -17,8 +17,12 @@ from ..kernels.cpu import forward as forward_kernel
 from ..kernels.cpu import losses as loss_kernel
 from ..kernels.cpu import sweep as sweep_kernel
 from ..kernels.cpu import update as update_kernel
+from ..kernels.cpu.few import FEW
+from ..kernels.cpu.few_forward import few_forward, packed_few_forward
+from ..kernels.cpu.few_sweep import few_sweep, packed_few_sweep
 from ..kernels.cpu.microkernel import tile_functions
 from ..kernels.cpu.products import PART, PARTS
+from ..kernels.cpu.rowtiles import row_tiles
 from .protocol import Array, Base, Gradients, Operands, Saved
 
 SERIAL_WORK = 1 << 17
@@ -114,8 +118,9 @@ class _Scratch:
 
 
 @functools.lru_cache
-def _packed_size(function: Any, samples: int, features: int, transposed: bool, dtype: np.dtype) -> int:
-    return int(function(samples, features, transposed, np.empty(0, dtype)))
+def _packed_size(function: Any, dtype: np.dtype, *arguments: int) -> int:
+    """Elements that packing takes, by the kernel's own rule."""
+    return int(function(*arguments, np.empty(0, dtype)))
 
 
 def _aligned(size: int, dtype: np.dtype) -> np.ndarray:
@@ -135,6 +140,7 @@ class CPUBackend:
         self._pool = _Pool()
         self._scratch = _Scratch()
         self._tile_functions: dict[np.dtype, tuple[int, int]] = {}
+        self._row_tile_addresses: dict[np.dtype, tuple[int, int, int]] = {}
         self._stand_ins = {np.dtype(t): (np.zeros((1, 1), t), np.zeros(1, t)) for t in ("float32", "float64")}
 
     def _tiles(self, dtype: np.dtype) -> tuple[int, int]:
@@ -142,6 +148,13 @@ class CPUBackend:
         found = self._tile_functions.get(dtype)
         if found is None:
             found = self._tile_functions[dtype] = tile_functions(self._stand_ins[dtype][1])
+        return found
+
+    def _row_tiles(self, dtype: np.dtype) -> tuple[int, int, int]:
+        """Addresses of the tiles of few samples of a dtype."""
+        found = self._row_tile_addresses.get(dtype)
+        if found is None:
+            found = self._row_tile_addresses[dtype] = row_tiles(self._stand_ins[dtype][1])
         return found
 
     def adopt(self, value: Any) -> Array | None:
@@ -189,7 +202,11 @@ class CPUBackend:
         if samples:
             inner = (inputs if base is not None else 0) + rank
             workers = self._pool.workers(samples * outputs * inner)
-            size = _packed_size(forward_kernel.packed_forward, samples, inputs, transposed, dtype)
+            few = base is not None and samples <= FEW
+            if few:
+                size = _packed_size(packed_few_forward, dtype, samples, inputs, rank)
+            else:
+                size = _packed_size(forward_kernel.packed_forward, dtype, samples, inputs, transposed)
             scratch, packed = self._scratch.take(dtype, workers, size)
             task = forward_kernel.ForwardTask(
                 _plain(x),
@@ -205,7 +222,8 @@ class CPUBackend:
                 scratch,
                 packed,
                 *self._tiles(dtype),
-                np.zeros(1 + 2 * workers, np.int64),
+                self._row_tiles(dtype),
+                np.zeros(2 + 3 * workers, np.int64),
                 float(s),
                 float(delta.scaling) if delta is not None else 0.0,
                 activation,
@@ -216,7 +234,7 @@ class CPUBackend:
                 bias is not None,
                 x_low is not x,
             )
-            self._pool.run(forward_kernel.forward, task, workers)
+            self._pool.run(few_forward if few else forward_kernel.forward, task, workers)
             self._scratch.give(scratch, packed)
         if not keep:
             return y, None
@@ -266,7 +284,11 @@ class CPUBackend:
         work = samples * outputs * ((inputs if base is not None else 0) + rank) + (weight.size if delta else 0)
         workers = self._pool.workers(work)
         transposed = base is not None and base.transposed
-        size = _packed_size(sweep_kernel.packed_sweep, samples, outputs, transposed, dtype)
+        few = base is not None and 0 < samples <= FEW
+        if few:
+            size = _packed_size(packed_few_sweep, dtype, samples, inputs, outputs, rank)
+        else:
+            size = _packed_size(sweep_kernel.packed_sweep, dtype, samples, outputs, transposed)
         scratch, packed = self._scratch.take(dtype, workers, size)
         task = sweep_kernel.SweepTask(
             gy,
@@ -290,6 +312,7 @@ class CPUBackend:
             scratch,
             packed,
             *self._tiles(dtype),
+            self._row_tiles(dtype),
             np.zeros(2 + 4 * workers, np.int64),
             float(low_rank.scaling) if low_rank is not None else 0.0,
             float(delta.scaling) if delta is not None else 0.0,
@@ -306,7 +329,7 @@ class CPUBackend:
             masked,
             update,
         )
-        self._pool.run(sweep_kernel.sweep, task, workers)
+        self._pool.run(few_sweep if few else sweep_kernel.sweep, task, workers)
         self._scratch.give(scratch, packed)
         if masked:
             update_kernel.add_masked_low_rank(gx, _plain(cast(np.ndarray, mask)), t, A)

@@ -51,7 +51,8 @@ class ForwardTask(NamedTuple):
     packed: object  # (`packed_forward`,)
     tile_rows: int  # addresses of `tile_functions`
     tile_steps: int
-    counters: object  # (1 + 2·workers,) int64 zeros: pieces of x prepared; jobs drawn, of either kind
+    row_tiles: object  # addresses of `row_tiles`
+    counters: object  # (2 + 3·workers,) int64 zeros: pieces of x prepared, and of u; jobs drawn, of each kind
     s: float
     c: float
     activation: int

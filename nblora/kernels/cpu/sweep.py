@@ -83,6 +83,7 @@ class SweepTask(NamedTuple):
     packed: object  # (`packed_sweep`,)
     tile_rows: int  # addresses of `tile_functions`
     tile_steps: int
+    row_tiles: object  # addresses of `row_tiles`
     counters: object  # (2 + 4·workers,) int64 zeros: pieces prepared, products done; jobs drawn, of each kind
     s: float
     c: float
@@ -305,7 +306,7 @@ def _cross_job(task, n0, n1, size, i0, i1, fused, work):
 
 
 @part
-def _factor_job(out, transposed, T, X, r0, q0, work):
+def factor_job(out, transposed, T, X, r0, q0, work):
     """A block of dB = uᵀ gz, or of dA = (tᵀ x)ᵀ."""
     r1, q1 = min(r0 + BLOCK, T.shape[1]), min(q0 + BLOCK, X.shape[1])
     factor_gradient(work, T, r0, r1, X, q0, q1)
@@ -318,7 +319,7 @@ def _factor_job(out, transposed, T, X, r0, q0, work):
 
 
 @part
-def _bias_job(task, o0, o1):
+def bias_job(task, o0, o1):
     """db = Σ_n gz."""
     db = task.db[o0:o1]
     db[:] = 0
@@ -377,13 +378,13 @@ def sweep_worker(task, worker, workers):
             break
         blocks = _count(rank, BLOCK)
         if job < dA:
-            _factor_job(task.dA, True, task.t, task.x_low, job % blocks * BLOCK, job // blocks * BLOCK, work)
+            factor_job(task.dA, True, task.t, task.x_low, job % blocks * BLOCK, job // blocks * BLOCK, work)
         elif job < dA + dB:
             job -= dA
-            _factor_job(task.dB, False, task.u, task.gz, job % blocks * BLOCK, job // blocks * BLOCK, work)
+            factor_job(task.dB, False, task.u, task.gz, job % blocks * BLOCK, job // blocks * BLOCK, work)
         else:
             job -= dA + dB
-            _bias_job(task, job * BLOCK, min(outputs, job * BLOCK + BLOCK))
+            bias_job(task, job * BLOCK, min(outputs, job * BLOCK + BLOCK))
     if gradients and task.update:
         wait_for(task.counters, CROSSED, crosses)
     while True:

@@ -40,6 +40,9 @@ def entry(worker):
     def enter(task, index, workers):
         worker(task, index, workers)
 
+    # Workers of one task type must not share a symbol: a process that loads both from the cache would mix them up.
+    enter.__qualname__ = f"enter_{worker.__name__}"
+
     @intrinsic
     def addresses(typing_context, task):
         def generate(context, builder, signature, args):

@@ -1,0 +1,263 @@
+"""What forward and backward do with few samples, on the tiles that read weights where they lie (`rowtiles`).
+
+A job owns a block of features of its result Z, packed in panels (see `rowtiles`): sums down all rows of a stored matrix
+give the outputs of Dense and the inputs of FullyConnected, dots along rows the other two.
+"""
+
+from ..jit import part
+from .microkernel import once
+from .products import panel_width
+from .rowtiles import DESCEND, DOT_ROWS, DOT_SAMPLES, GROUP, MOMENTUM, STORE, dot_rows, sum_rows, update_rows
+from .vectors import copy_pair
+
+FEW = 64
+"""Samples up to which weights are read where they lie."""
+SPAN = 1 << 16
+"""Packed samples, in elements, that a job goes through again and again: 256 KB of float32 stay in a level-2 cache."""
+SUM_BLOCK, DOT_BLOCK = 192, 32
+"""Features below which a block is not cut further; of sums they are pieces of rows, short ones of which come slowly."""
+
+
+@part
+def quantum(array):
+    """Features at multiples of which blocks begin: a panel, or a group where that is longer."""
+    return max(panel_width(array), GROUP)
+
+
+@part
+def padded(features, array):
+    """The features rounded up to whole blocks."""
+    unit = quantum(array)
+    return (features + unit - 1) // unit * unit
+
+
+@part
+def pack_samples(target, at, width, X, f0, f1):
+    """Pack the features f0 <= f < f1 of X [N, F], f0 a multiple of `width`; zeros beyond F."""
+    once()
+    N, F = X.shape
+    source = X.reshape(-1)
+    for f in range(f0, f1, width):
+        whole = max(min(width, F - f), 0)
+        to = at + f * N
+        for n in range(N):
+            begin = n * F + f
+            for k in range(whole):
+                target[to + k] = source[begin + k]
+            for k in range(whole, width):
+                target[to + k] = 0
+            to += width
+
+
+@part
+def begin_panels(Z, samples, f0, f1, bias, has_bias):
+    """Z = bias, or zeros, for a block of features."""
+    once()
+    width = panel_width(Z)
+    for f in range(f0, f1, width):
+        start = (f - f0) * samples
+        for k in range(width):
+            value = bias[f + k] if has_bias and f + k < bias.shape[0] else Z.dtype.type(0)
+            for n in range(samples):
+                Z[start + n * width + k] = value
+
+
+@part
+def unpack_panels(out, Z, f0, f1):
+    """out[n, f] = Z for a block of features."""
+    once()
+    width = panel_width(Z)
+    N, F = out.shape
+    target = out.reshape(-1)
+    for f in range(f0, f1, width):
+        start = (f - f0) * N
+        for n in range(N):
+            if f + width <= f1:
+                copy_pair(target, n * F + f, Z, start + n * width)
+            else:
+                for k in range(f1 - f):
+                    target[n * F + f + k] = Z[start + n * width + k]
+
+
+@part
+def _copy_edge(edge, S, D, c, combined, p, rows, height, q0, q1):
+    """M[p + r, q] for `rows` rows and the last columns, with zeros up to `height` rows of a panel."""
+    once()
+    width = panel_width(edge)
+    for r in range(height):
+        for k in range(width):
+            value = edge.dtype.type(0)
+            if r < rows and k < q1 - q0:
+                value = S[p + r, q0 + k] + c * D[p + r, q0 + k] if combined else S[p + r, q0 + k]
+            edge[r * width + k] = value
+
+
+@part
+def add_sums(tiles, S, D, c, combined, p0, p1, q0, q1, L, l_at, Z, n0, n1, samples, edge, ahead, ahead_at):
+    """Z[n, q] += Σ_p L[n, p] M[p, q] for n0 <= n < n1, p0 <= p < p1, q0 <= q < q1; p0 begins a group, q0 a block.
+
+    Meanwhile the rows of `ahead` from `ahead_at` on are fetched, or where that is negative the next rows of M.
+    """
+    weight, delta, following = S.reshape(-1), D.reshape(-1), ahead.reshape(-1)
+    other = following
+    pitch, width = S.shape[1], panel_width(Z)
+    panels, at = (q1 - q0) // width, p0 * S.shape[1] + q0
+    if ahead_at < 0:
+        following, other, ahead_at = weight, delta, at + GROUP * pitch
+    groups, variant, rest = (p1 - p0) // GROUP, 2 + combined, (p1 - p0) % GROUP
+    begin, first = l_at + p0 * samples + n0 * GROUP, n0 * width
+    sum_rows(
+        tiles[0], variant, weight, delta, at, pitch, c, L, begin, Z, first, n1 - n0, samples, panels, groups,
+        following, other, ahead_at,
+    )  # fmt: skip
+    for r in range(rest):
+        row, of = at + (groups * GROUP + r) * pitch, begin + groups * GROUP * samples + r
+        sum_rows(
+            tiles[0], combined, weight, delta, row, pitch, c, L, of, Z, first, n1 - n0, samples, panels, 1,
+            weight, delta, row,
+        )  # fmt: skip
+    if panels * width < q1 - q0:
+        for p in range(p0, p1, GROUP):
+            _copy_edge(edge, S, D, c, combined, p, min(GROUP, p1 - p), GROUP, q0 + panels * width, q1)
+            to, of = panels * width * samples + first, l_at + p * samples + n0 * GROUP
+            sum_rows(tiles[0], 2, edge, edge, 0, width, c, L, of, Z, to, n1 - n0, samples, 1, 1, edge, edge, 0)
+
+
+@part
+def _dot_tiles(tile, W, D, at, pitch, c, combined, height, R, r_at, Z, z_at, samples, panels, ahead, ahead_at):
+    width = panel_width(Z)
+    count = (samples + DOT_SAMPLES - 1) // DOT_SAMPLES
+    n = 0
+    for t in range(count):
+        size = (samples - n + count - t - 1) // (count - t)
+        variant = 2 * ((DOT_SAMPLES if height == DOT_ROWS else 0) + size - 1) + combined
+        to = z_at + n * width
+        dot_rows(
+            tile, variant, W, D, at, pitch, c, R, r_at + n * width, Z, to, samples, panels, ahead, ahead_at
+        )  # fmt: skip
+        n += size
+
+
+@part
+def add_dots(tiles, S, D, c, combined, p, rows, q0, q1, R, r_at, Z, z_at, samples, edge, ahead, ahead_at):
+    """Z[n, p + r] += Σ_q M[p + r, q] R[n, q] for r < rows <= `DOT_ROWS`, q0 <= q < q1, all in one panel of Z at `z_at`.
+
+    Meanwhile the elements of `ahead` from `ahead_at` on are fetched, row by row of M's length.
+    """
+    weight, delta = S.reshape(-1), D.reshape(-1)
+    pitch, width = S.shape[1], panel_width(Z)
+    panels, at = (q1 - q0) // width, p * S.shape[1] + q0
+    r_at += q0 * samples
+    if panels and rows == DOT_ROWS:
+        _dot_tiles(
+            tiles[1], weight, delta, at, pitch, c, combined, rows, R, r_at, Z, z_at, samples, panels, ahead, ahead_at
+        )
+    elif panels:
+        for r in range(rows):
+            row = at + r * pitch
+            _dot_tiles(
+                tiles[1], weight, delta, row, pitch, c, combined, 1, R, r_at, Z, z_at + r, samples, panels, weight, row
+            )
+    if panels * width < q1 - q0:
+        _copy_edge(edge, S, D, c, combined, p, rows, DOT_ROWS, q0 + panels * width, q1)
+        r_at += panels * width * samples
+        _dot_tiles(tiles[1], edge, edge, 0, width, c, False, DOT_ROWS, R, r_at, Z, z_at, samples, 1, edge, 0)
+
+
+@part
+def _move_edge(edge, S, p, rows, q0, q1, back):
+    """Copy the last columns of some rows to the edge, or back."""
+    once()
+    width = panel_width(edge)
+    for r in range(rows):
+        for k in range(q1 - q0):
+            if back:
+                S[p + r, q0 + k] = edge[r * width + k]
+            else:
+                edge[r * width + k] = S[p + r, q0 + k]
+
+
+@part
+def use_gradient(
+    tiles, kind, V, D, p, rows, q0, q1, L, l_at, R, r_at, samples, momentum, gain, lr, edge, other_edge, ahead, other
+):
+    """Use G[p + r, q] = Σ_n L[n, p + r] R[n, q] for a group of rows and q0 <= q < q1, as `update_rows` says.
+
+    Meanwhile the following rows of `ahead` and `other` are fetched, of the shape of V.
+    """
+    velocity, delta = V.reshape(-1), D.reshape(-1)
+    following, beside = ahead.reshape(-1), other.reshape(-1)
+    pitch, width = V.shape[1], panel_width(L)
+    panels, at = (q1 - q0) // width, p * V.shape[1] + q0
+    l_at += p * samples
+    r_at += q0 * samples
+    if rows == GROUP:
+        update_rows(
+            tiles[2], 3 + kind, velocity, delta, at, pitch, L, l_at, R, r_at, samples, panels, momentum, gain, lr,
+            following, beside, at + GROUP * pitch,
+        )  # fmt: skip
+    else:
+        for r in range(rows):
+            row = at + r * pitch
+            update_rows(
+                tiles[2], kind, velocity, delta, row, pitch, L, l_at + r, R, r_at, samples, panels, momentum, gain, lr,
+                velocity, delta, row,
+            )  # fmt: skip
+    if panels * width < q1 - q0:
+        q = q0 + panels * width
+        _move_edge(edge, V, p, rows, q, q1, False)
+        if kind == MOMENTUM:
+            _move_edge(other_edge, D, p, rows, q, q1, False)
+        update_rows(
+            tiles[2], 3 + kind, edge, other_edge, 0, width, L, l_at, R, r_at + panels * width * samples, samples, 1,
+            momentum, gain, lr, edge, other_edge, 0,
+        )  # fmt: skip
+        _move_edge(edge, V, p, rows, q, q1, True)
+        if kind == MOMENTUM:
+            _move_edge(other_edge, D, p, rows, q, q1, True)
+
+
+@part
+def use_gradients(task, p, rows, q0, q1, L, l_at, R, r_at, samples, edge, other_edge):
+    """Use G of a group of rows wherever a sweep asks for it."""
+    kind = task.gx.dtype.type
+    zero, one, tiles = kind(0), kind(1), task.row_tiles
+    if task.has_delta and task.update:
+        momentum, gain, lr = kind(task.momentum), kind((1 - task.momentum) * task.c), kind(task.delta_lr)
+        use_gradient(
+            tiles, MOMENTUM, task.V, task.D, p, rows, q0, q1, L, l_at, R, r_at, samples, momentum, gain, lr,
+            edge, other_edge, task.S, task.D,
+        )  # fmt: skip
+    elif task.has_delta:
+        gain = kind(task.c)
+        use_gradient(
+            tiles, STORE, task.dD, task.dD, p, rows, q0, q1, L, l_at, R, r_at, samples, zero, gain, zero,
+            edge, other_edge, task.S, task.D,
+        )  # fmt: skip
+    if task.train and task.update:
+        use_gradient(
+            tiles, DESCEND, task.S, task.S, p, rows, q0, q1, L, l_at, R, r_at, samples, zero, kind(-task.lr), zero,
+            edge, other_edge, task.S, task.S,
+        )  # fmt: skip
+    elif task.train:
+        use_gradient(
+            tiles, STORE, task.dW, task.dW, p, rows, q0, q1, L, l_at, R, r_at, samples, zero, one, zero,
+            edge, other_edge, task.S, task.S,
+        )  # fmt: skip
+
+
+@part
+def span_of(samples, array):
+    """Features of packed samples that stay in the level-2 cache, a multiple of the quantum."""
+    unit = quantum(array)
+    return max(SPAN * 4 // array.itemsize // samples // unit, 512 // unit, 1) * unit
+
+
+@part
+def block_of(features, samples, workers, least, Z):
+    """Features of a job: four jobs for each worker unless blocks become shorter than `least`; as many as Z can hold."""
+    unit = quantum(Z)
+    pieces = max(min(4 * workers, features // least), min(workers, features // unit), 1)
+    if pieces > workers:
+        pieces = pieces // workers * workers
+    return max(min(padded((features + pieces - 1) // pieces, Z), Z.shape[0] // samples // unit * unit), unit)

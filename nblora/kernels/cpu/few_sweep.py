@@ -1,0 +1,216 @@
+"""Backward of few samples: the gradients and updates of `sweep`, on the tiles of `few`.
+
+Workers draw jobs, kind after kind: gz = gy·act'(z), packed, and x packed; t = s gz Bᵀ; blocks of the input gradient,
+each with the rows (Dense) or columns (FullyConnected) of V, D and W that belong to it, so that these are read while the
+cache still holds W and D; factors and bias.
+"""
+
+from .. import elementwise
+from ..jit import kernel, part
+from .atomics import draw, fetch_add, wait_for
+from .few import (
+    DOT_BLOCK,
+    SUM_BLOCK,
+    add_dots,
+    add_sums,
+    begin_panels,
+    block_of,
+    pack_samples,
+    padded,
+    span_of,
+    unpack_panels,
+    use_gradients,
+)
+from .functions import slope_row
+from .machine import BLOCK
+from .products import PART, panel_width, scratch_work
+from .rowtiles import DOT_ROWS, GROUP
+from .sweep import bias_job, factor_job
+from .threads import call, entry, launch
+
+PACKED, LOW, DRAWN = range(3)
+PACK = 512
+"""Features of a job that packs."""
+
+
+@part
+def packed_few_sweep(samples, inputs, outputs, rank, array):
+    """Elements that packing takes: gz in panels and in groups, x, t in panels; `array` is any of its dtype."""
+    return samples * (2 * padded(outputs, array) + padded(inputs, array) + padded(rank, array))
+
+
+@part
+def _places(task):
+    """Where gz in groups, x and t begin; gz in panels begins at 0."""
+    N, inputs = task.x.shape
+    outputs = padded(task.gz.shape[1], task.packed) * N
+    return outputs, 2 * outputs, 2 * outputs + padded(inputs, task.packed) * N
+
+
+@part
+def _pack_gz(task, f0, f1):
+    (N, outputs), (groups, _, _) = task.gz.shape, _places(task)
+    if task.activation != elementwise.IDENTITY:
+        end = min(f1, outputs)
+        for n in range(N):
+            slope_row(task.gz[n, f0:end], task.gy[n, f0:end], task.z[n, f0:end], task.activation)
+    pack_samples(task.packed, 0, panel_width(task.packed), task.gz, f0, f1)
+    if task.transposed:
+        pack_samples(task.packed, groups, GROUP, task.gz, f0, f1)
+
+
+@part
+def _low_job(task, r0, r1, edge):
+    """t[:, r0:r1] = s·gz·Bᵀ, also in panels, up to `DOT_ROWS` columns of one panel."""
+    (N, rank), B, s, width = task.t.shape, task.B, task.t.dtype.type(task.s), panel_width(task.packed)
+    at = _places(task)[2] + r0 // width * N * width + r0 % width
+    for n in range(N):
+        for r in range(padded(rank, task.packed) - r0 if r1 == rank else r1 - r0):
+            task.packed[at + ((r0 % width + r) // width * N + n) * width + (r0 + r) % width - r0 % width] = 0
+    outputs = B.shape[1]
+    add_dots(
+        task.row_tiles, B, B, s, False, r0, r1 - r0, 0, outputs, task.packed, 0, task.packed, at, N, edge,
+        B.reshape(-1), r1 * outputs,
+    )  # fmt: skip
+    for n in range(N):
+        for r in range(r1 - r0):
+            value = s * task.packed[at + n * width + r]
+            task.packed[at + n * width + r] = value
+            task.t[n, r0 + r] = value
+
+
+@part
+def _rows_job(task, i0, i1, Z, edge, other_edge):
+    """Dense: gz Mᵀ for some rows of M, and their gradient."""
+    (N, outputs), width = task.gz.shape, panel_width(Z)
+    S, D, c, packed, (_, x_at, _) = task.S, task.D, task.gx.dtype.type(task.c), task.packed, _places(task)
+    span, pitch = span_of(N, Z), S.shape[1]
+    velocity = task.V.reshape(-1) if task.has_delta and task.update else S.reshape(-1)
+    step = 0 if task.has_delta and task.update else DOT_ROWS
+    for q0 in range(0, outputs, span):
+        q1 = min(q0 + span, outputs)
+        for i in range(i0, i1, GROUP):
+            end = min(i + GROUP, i1)
+            for p in range(i, end, DOT_ROWS):
+                at = (p - i0) // width * N * width + (p - i0) % width
+                add_dots(
+                    task.row_tiles, S, D, c, task.has_delta, p, min(DOT_ROWS, end - p), q0, q1, packed, 0, Z, at, N,
+                    edge, velocity, (p + step) * pitch + q0,
+                )  # fmt: skip
+            use_gradients(task, i, end - i, q0, q1, packed, x_at, packed, 0, N, edge, other_edge)
+
+
+@part
+def _columns_job(task, i0, i1, Z, edge, other_edge):
+    """FullyConnected: gz M for some columns of M, and their gradient."""
+    N, outputs = task.gz.shape
+    S, D, c, packed, (gz_at, x_at, _) = task.S, task.D, task.gx.dtype.type(task.c), task.packed, _places(task)
+    if not (task.has_delta or task.train):
+        add_sums(task.row_tiles, S, D, c, False, 0, outputs, i0, i1, packed, gz_at, Z, 0, N, N, edge, S, -1)
+        return
+    ahead = task.V if task.has_delta and task.update else S
+    for o in range(0, outputs, GROUP):
+        end = min(o + GROUP, outputs)
+        add_sums(
+            task.row_tiles, S, D, c, task.has_delta, o, end, i0, i1, packed, gz_at, Z, 0, N, N, edge,
+            ahead, o * S.shape[1] + i0,
+        )  # fmt: skip
+        use_gradients(task, o, end - o, i0, i1, packed, gz_at, packed, x_at, N, edge, other_edge)
+
+
+@part
+def _input_job(task, i0, i1, low_jobs, Z, edge, other_edge):
+    """The input gradient of a block of inputs, and what of V, D and W belongs to it."""
+    N, A, width = task.x.shape[0], task.A, panel_width(Z)
+    begin_panels(Z, N, i0, i1, task.db, False)
+    if task.transposed:
+        _columns_job(task, i0, i1, Z, edge, other_edge)
+    else:
+        _rows_job(task, i0, i1, Z, edge, other_edge)
+    if task.has_low_rank and not task.masked:
+        wait_for(task.counters, LOW, low_jobs)
+        t_at, rank = _places(task)[2], A.shape[1]
+        for p in range(i0, i1, DOT_ROWS):
+            at = (p - i0) // width * N * width + (p - i0) % width
+            add_dots(
+                task.row_tiles, A, A, A.dtype.type(0), False, p, min(DOT_ROWS, i1 - p), 0, rank, task.packed, t_at,
+                Z, at, N, edge, A.reshape(-1), (p + DOT_ROWS) * rank,
+            )  # fmt: skip
+    unpack_panels(task.gx, Z, i0, i1)
+
+
+@part
+def _pack_job(task, job, gz_packs):
+    unit = task.packed
+    if job < gz_packs:
+        _pack_gz(task, job * PACK, min(job * PACK + PACK, padded(task.gz.shape[1], unit)))
+    else:
+        f0 = (job - gz_packs) * PACK
+        width = panel_width(unit) if task.transposed else GROUP
+        pack_samples(task.packed, _places(task)[1], width, task.x, f0, min(f0 + PACK, padded(task.x.shape[1], unit)))
+
+
+@part
+def _factor_or_bias_job(task, job, dA, dB, blocks, work):
+    if job < dA:
+        factor_job(task.dA, True, task.t, task.x_low, job % blocks * BLOCK, job // blocks * BLOCK, work)
+    elif job < dA + dB:
+        job -= dA
+        factor_job(task.dB, False, task.u, task.gz, job % blocks * BLOCK, job // blocks * BLOCK, work)
+    else:
+        job -= dA + dB
+        bias_job(task, job * BLOCK, min(task.gz.shape[1], job * BLOCK + BLOCK))
+
+
+@part
+def few_sweep_worker(task, worker, workers):
+    """Draw jobs until none is left."""
+    scratch = task.scratch[worker]
+    Z, edge, other_edge = scratch[7 * PART :], scratch[:PART], scratch[PART : 2 * PART]
+    (N, inputs), outputs, rank = task.x.shape, task.gz.shape[1], task.t.shape[1]
+    gz_packs = (outputs + PACK - 1) // PACK
+    packs = gz_packs + ((inputs + PACK - 1) // PACK if task.has_delta or task.train else 0)
+    while True:
+        job = draw(task.counters, DRAWN, packs, worker, workers)
+        if job < 0:
+            break
+        _pack_job(task, job, gz_packs)
+        fetch_add(task.counters, PACKED, 1)
+    wait_for(task.counters, PACKED, packs)
+    lows = (rank + DOT_ROWS - 1) // DOT_ROWS if task.has_low_rank else 0
+    while True:
+        job = draw(task.counters, DRAWN + workers, lows, worker, workers)
+        if job < 0:
+            break
+        _low_job(task, job * DOT_ROWS, min(job * DOT_ROWS + DOT_ROWS, rank), edge)
+        fetch_add(task.counters, LOW, 1)
+    block = block_of(inputs, N, workers, SUM_BLOCK if task.transposed else DOT_BLOCK, Z)
+    while True:
+        job = draw(task.counters, DRAWN + 2 * workers, (inputs + block - 1) // block, worker, workers)
+        if job < 0:
+            break
+        _input_job(task, job * block, min(job * block + block, inputs), lows, Z, edge, other_edge)
+    wait_for(task.counters, LOW, lows)
+    blocks = (rank + BLOCK - 1) // BLOCK
+    dA = (inputs + BLOCK - 1) // BLOCK * blocks if task.has_low_rank else 0
+    dB = (outputs + BLOCK - 1) // BLOCK * blocks if task.has_low_rank else 0
+    biases = (outputs + BLOCK - 1) // BLOCK if task.train and task.has_bias else 0
+    work = scratch_work(scratch, task.tile_rows, task.tile_steps)
+    while True:
+        job = draw(task.counters, DRAWN + 3 * workers, dA + dB + biases, worker, workers)
+        if job < 0:
+            break
+        _factor_or_bias_job(task, job, dA, dB, blocks, work)
+
+
+_entry = entry(few_sweep_worker)
+
+
+@kernel
+def few_sweep(task, workers):
+    """Run a `SweepTask` of few samples with so many workers, in the calling thread where it is one."""
+    function, address = _entry(task)
+    if workers == 1:
+        call(function, address, 0, 1)
+    else:
+        launch(function, address, workers)
