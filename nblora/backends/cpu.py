@@ -204,7 +204,7 @@ class CPUBackend:
             workers = self._pool.workers(samples * outputs * inner)
             few = base is not None and samples <= FEW
             if few:
-                size = _packed_size(packed_few_forward, dtype, samples, inputs, rank)
+                size = _packed_size(packed_few_forward, dtype, samples, inputs, outputs, rank, workers)
             else:
                 size = _packed_size(forward_kernel.packed_forward, dtype, samples, inputs, transposed)
             scratch, packed = self._scratch.take(dtype, workers, size)
@@ -223,7 +223,7 @@ class CPUBackend:
                 packed,
                 *self._tiles(dtype),
                 self._row_tiles(dtype),
-                np.zeros(2 + 3 * workers, np.int64),
+                np.zeros(3 + 4 * workers, np.int64),
                 float(s),
                 float(delta.scaling) if delta is not None else 0.0,
                 activation,
@@ -286,7 +286,7 @@ class CPUBackend:
         transposed = base is not None and base.transposed
         few = base is not None and 0 < samples <= FEW
         if few:
-            size = _packed_size(packed_few_sweep, dtype, samples, inputs, outputs, rank)
+            size = _packed_size(packed_few_sweep, dtype, samples, inputs, outputs, rank, workers)
         else:
             size = _packed_size(sweep_kernel.packed_sweep, dtype, samples, outputs, transposed)
         scratch, packed = self._scratch.take(dtype, workers, size)
@@ -313,7 +313,7 @@ class CPUBackend:
             packed,
             *self._tiles(dtype),
             self._row_tiles(dtype),
-            np.zeros(2 + 4 * workers, np.int64),
+            np.zeros(3 + 5 * workers, np.int64),
             float(low_rank.scaling) if low_rank is not None else 0.0,
             float(delta.scaling) if delta is not None else 0.0,
             float(delta.momentum) if delta is not None else 0.0,

@@ -1,12 +1,15 @@
 """What forward and backward do with few samples, on the tiles that read weights where they lie (`rowtiles`).
 
-A job owns a block of features of its result Z, packed in panels (see `rowtiles`): sums down all rows of a stored matrix
-give the outputs of Dense and the inputs of FullyConnected, dots along rows the other two.
+Forward and backward, Dense and FullyConnected: every job owns some rows of the stored matrices, and the worker that got
+them once is the first to be offered them again, so W, D and V stay in the caches of its own core. Dots along rows are
+parts of the result Z at once (outputs of FullyConnected, inputs of Dense); sums down the rows (the other two) are kept
+apart for each job and added up in the order of jobs, so that results repeat bit for bit. Z is packed in panels.
 """
 
 from ..jit import part
 from .microkernel import once
 from .products import panel_width
+from .rows import add_row
 from .rowtiles import DESCEND, DOT_ROWS, DOT_SAMPLES, GROUP, MOMENTUM, STORE, dot_rows, sum_rows, update_rows
 from .vectors import copy_pair
 
@@ -14,8 +17,8 @@ FEW = 64
 """Samples up to which weights are read where they lie."""
 SPAN = 1 << 16
 """Packed samples, in elements, that a job goes through again and again: 256 KB of float32 stay in a level-2 cache."""
-SUM_BLOCK, DOT_BLOCK = 192, 32
-"""Features below which a block is not cut further; of sums they are pieces of rows, short ones of which come slowly."""
+SHORT = 32
+"""Features below which a block is not cut further."""
 
 
 @part
@@ -254,10 +257,30 @@ def span_of(samples, array):
 
 
 @part
-def block_of(features, samples, workers, least, Z):
-    """Features of a job: four jobs for each worker unless blocks become shorter than `least`; as many as Z can hold."""
+def block_of(features, samples, workers, Z):
+    """Features of a job: four jobs for each worker unless blocks become shorter than `SHORT`; as many as Z can hold."""
     unit = quantum(Z)
-    pieces = max(min(4 * workers, features // least), min(workers, features // unit), 1)
+    pieces = max(min(4 * workers, features // SHORT), min(workers, features // unit), 1)
     if pieces > workers:
         pieces = pieces // workers * workers
     return max(min(padded((features + pieces - 1) // pieces, Z), Z.shape[0] // samples // unit * unit), unit)
+
+
+@part
+def sum_jobs(rows, workers):
+    """Jobs that sums down so many rows are cut into: two for each worker, so that one that is held up can be helped."""
+    return max(min(2 * workers, rows // GROUP), 1) if workers > 1 else 1
+
+
+@part
+def sum_block(rows, jobs):
+    """Rows of a job of sums: whole groups."""
+    return max((rows + jobs * GROUP - 1) // (jobs * GROUP), 1) * GROUP
+
+
+@part
+def add_partial_sums(Z, packed, at, size, jobs, f0, f1, samples):
+    """Z += the sums of every job, `size` elements apart, for a block of features."""
+    begin, length = at + f0 * samples, padded(f1 - f0, Z) * samples
+    for job in range(jobs):
+        add_row(Z[:length], Z[:length], packed[begin + job * size : begin + job * size + length])

@@ -1,23 +1,23 @@
 """Backward of few samples: the gradients and updates of `sweep`, on the tiles of `few`.
 
-Workers draw jobs, kind after kind: gz = gy·act'(z), packed, and x packed; t = s gz Bᵀ; blocks of the input gradient,
-each with the rows (Dense) or columns (FullyConnected) of V, D and W that belong to it, so that these are read while the
-cache still holds W and D; factors and bias.
+Workers draw jobs, kind after kind: gz = gy·act'(z), packed, and x packed; t = s gz Bᵀ; rows of W, D and V, which give
+parts of the input gradient and are updated; for FullyConnected, the sum of these parts; factors and bias.
 """
 
 from .. import elementwise
 from ..jit import kernel, part
 from .atomics import draw, fetch_add, wait_for
 from .few import (
-    DOT_BLOCK,
-    SUM_BLOCK,
     add_dots,
+    add_partial_sums,
     add_sums,
     begin_panels,
     block_of,
     pack_samples,
     padded,
     span_of,
+    sum_block,
+    sum_jobs,
     unpack_panels,
     use_gradients,
 )
@@ -28,28 +28,30 @@ from .rowtiles import DOT_ROWS, GROUP
 from .sweep import bias_job, factor_job
 from .threads import call, entry, launch
 
-PACKED, LOW, DRAWN = range(3)
+PACKED, LOW, SUMMED, DRAWN = range(4)
 PACK = 512
 """Features of a job that packs."""
 
 
 @part
-def packed_few_sweep(samples, inputs, outputs, rank, array):
-    """Elements that packing takes: gz in panels and in groups, x, t in panels; `array` is any of its dtype."""
-    return samples * (2 * padded(outputs, array) + padded(inputs, array) + padded(rank, array))
+def packed_few_sweep(samples, inputs, outputs, rank, workers, array):
+    """Elements that packing and sums take: gz in panels and in groups, x, t in panels, gx of every job."""
+    sums = sum_jobs(outputs, workers) * padded(inputs, array)
+    return samples * (2 * padded(outputs, array) + padded(inputs, array) + padded(rank, array) + sums)
 
 
 @part
 def _places(task):
-    """Where gz in groups, x and t begin; gz in panels begins at 0."""
-    N, inputs = task.x.shape
-    outputs = padded(task.gz.shape[1], task.packed) * N
-    return outputs, 2 * outputs, 2 * outputs + padded(inputs, task.packed) * N
+    """Where gz in groups, x, t and the sums begin; gz in panels begins at 0."""
+    (N, inputs), array = task.x.shape, task.packed
+    outputs, inputs = padded(task.gz.shape[1], array) * N, padded(inputs, array) * N
+    t = 2 * outputs + inputs
+    return outputs, 2 * outputs, t, t + padded(task.t.shape[1], array) * N
 
 
 @part
 def _pack_gz(task, f0, f1):
-    (N, outputs), (groups, _, _) = task.gz.shape, _places(task)
+    (N, outputs), (groups, _, _, _) = task.gz.shape, _places(task)
     if task.activation != elementwise.IDENTITY:
         end = min(f1, outputs)
         for n in range(N):
@@ -83,7 +85,7 @@ def _low_job(task, r0, r1, edge):
 def _rows_job(task, i0, i1, Z, edge, other_edge):
     """Dense: gz Mᵀ for some rows of M, and their gradient."""
     (N, outputs), width = task.gz.shape, panel_width(Z)
-    S, D, c, packed, (_, x_at, _) = task.S, task.D, task.gx.dtype.type(task.c), task.packed, _places(task)
+    S, D, c, packed, (_, x_at, _, _) = task.S, task.D, task.gx.dtype.type(task.c), task.packed, _places(task)
     span, pitch = span_of(N, Z), S.shape[1]
     velocity = task.V.reshape(-1) if task.has_delta and task.update else S.reshape(-1)
     step = 0 if task.has_delta and task.update else DOT_ROWS
@@ -101,35 +103,40 @@ def _rows_job(task, i0, i1, Z, edge, other_edge):
 
 
 @part
-def _columns_job(task, i0, i1, Z, edge, other_edge):
-    """FullyConnected: gz M for some columns of M, and their gradient."""
-    N, outputs = task.gz.shape
-    S, D, c, packed, (gz_at, x_at, _) = task.S, task.D, task.gx.dtype.type(task.c), task.packed, _places(task)
-    if not (task.has_delta or task.train):
-        add_sums(task.row_tiles, S, D, c, False, 0, outputs, i0, i1, packed, gz_at, Z, 0, N, N, edge, S, -1)
-        return
+def _sum_job(task, job, block, edge, other_edge):
+    """FullyConnected: the part of gz M that belongs to a block of rows of M, and their gradient."""
+    (N, outputs), inputs = task.gz.shape, task.x.shape[1]
+    S, D, c, packed, (gz_at, x_at, _, at) = task.S, task.D, task.gx.dtype.type(task.c), task.packed, _places(task)
+    at += job * padded(inputs, packed) * N
+    begin_panels(packed[at:], N, 0, padded(inputs, packed), task.db, False)
+    span, pitch, has_gradient = span_of(N, packed), S.shape[1], task.has_delta or task.train
     ahead = task.V if task.has_delta and task.update else S
-    for o in range(0, outputs, GROUP):
-        end = min(o + GROUP, outputs)
-        add_sums(
-            task.row_tiles, S, D, c, task.has_delta, o, end, i0, i1, packed, gz_at, Z, 0, N, N, edge,
-            ahead, o * S.shape[1] + i0,
-        )  # fmt: skip
-        use_gradients(task, o, end - o, i0, i1, packed, gz_at, packed, x_at, N, edge, other_edge)
+    end = min(job * block + block, outputs)
+    for q0 in range(0, inputs, span):
+        q1, Z = min(q0 + span, inputs), packed[at + q0 * N :]
+        for o in range(job * block, end, GROUP if has_gradient else block):
+            last = min(o + GROUP, end) if has_gradient else end
+            add_sums(
+                task.row_tiles, S, D, c, task.has_delta, o, last, q0, q1, packed, gz_at, Z, 0, N, N, edge,
+                ahead, o * pitch + q0 if has_gradient else -1,
+            )  # fmt: skip
+            if has_gradient:
+                use_gradients(task, o, last - o, q0, q1, packed, gz_at, packed, x_at, N, edge, other_edge)
 
 
 @part
-def _input_job(task, i0, i1, low_jobs, Z, edge, other_edge):
-    """The input gradient of a block of inputs, and what of V, D and W belongs to it."""
+def _input_job(task, i0, i1, low_jobs, sums, Z, edge, other_edge):
+    """The input gradient of a block of inputs; for Dense also the gradient of these rows of M."""
     N, A, width = task.x.shape[0], task.A, panel_width(Z)
+    _, _, t_at, at = _places(task)
     begin_panels(Z, N, i0, i1, task.db, False)
     if task.transposed:
-        _columns_job(task, i0, i1, Z, edge, other_edge)
+        add_partial_sums(Z, task.packed, at, padded(task.x.shape[1], Z) * N, sums, i0, i1, N)
     else:
         _rows_job(task, i0, i1, Z, edge, other_edge)
     if task.has_low_rank and not task.masked:
         wait_for(task.counters, LOW, low_jobs)
-        t_at, rank = _places(task)[2], A.shape[1]
+        rank = A.shape[1]
         for p in range(i0, i1, DOT_ROWS):
             at = (p - i0) // width * N * width + (p - i0) % width
             add_dots(
@@ -184,12 +191,21 @@ def few_sweep_worker(task, worker, workers):
             break
         _low_job(task, job * DOT_ROWS, min(job * DOT_ROWS + DOT_ROWS, rank), edge)
         fetch_add(task.counters, LOW, 1)
-    block = block_of(inputs, N, workers, SUM_BLOCK if task.transposed else DOT_BLOCK, Z)
+    sums = sum_jobs(outputs, workers) if task.transposed else 0
+    rows = sum_block(outputs, max(sums, 1))
     while True:
-        job = draw(task.counters, DRAWN + 2 * workers, (inputs + block - 1) // block, worker, workers)
+        job = draw(task.counters, DRAWN + 2 * workers, sums, worker, workers)
         if job < 0:
             break
-        _input_job(task, job * block, min(job * block + block, inputs), lows, Z, edge, other_edge)
+        _sum_job(task, job, rows, edge, other_edge)
+        fetch_add(task.counters, SUMMED, 1)
+    wait_for(task.counters, SUMMED, sums)
+    block = block_of(inputs, N, workers, Z)
+    while True:
+        job = draw(task.counters, DRAWN + 3 * workers, (inputs + block - 1) // block, worker, workers)
+        if job < 0:
+            break
+        _input_job(task, job * block, min(job * block + block, inputs), lows, sums, Z, edge, other_edge)
     wait_for(task.counters, LOW, lows)
     blocks = (rank + BLOCK - 1) // BLOCK
     dA = (inputs + BLOCK - 1) // BLOCK * blocks if task.has_low_rank else 0
@@ -197,7 +213,7 @@ def few_sweep_worker(task, worker, workers):
     biases = (outputs + BLOCK - 1) // BLOCK if task.train and task.has_bias else 0
     work = scratch_work(scratch, task.tile_rows, task.tile_steps)
     while True:
-        job = draw(task.counters, DRAWN + 3 * workers, dA + dB + biases, worker, workers)
+        job = draw(task.counters, DRAWN + 4 * workers, dA + dB + biases, worker, workers)
         if job < 0:
             break
         _factor_or_bias_job(task, job, dA, dB, blocks, work)

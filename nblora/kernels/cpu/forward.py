@@ -52,7 +52,7 @@ class ForwardTask(NamedTuple):
     tile_rows: int  # addresses of `tile_functions`
     tile_steps: int
     row_tiles: object  # addresses of `row_tiles`
-    counters: object  # (2 + 3·workers,) int64 zeros: pieces of x prepared, and of u; jobs drawn, of each kind
+    counters: object  # (3 + 4·workers,) int64 zeros: jobs done, by kind; jobs drawn, by kind and share
     s: float
     c: float
     activation: int

@@ -84,7 +84,7 @@ class SweepTask(NamedTuple):
     tile_rows: int  # addresses of `tile_functions`
     tile_steps: int
     row_tiles: object  # addresses of `row_tiles`
-    counters: object  # (2 + 4·workers,) int64 zeros: pieces prepared, products done; jobs drawn, of each kind
+    counters: object  # (3 + 5·workers,) int64 zeros: jobs done, by kind; jobs drawn, by kind and share
     s: float
     c: float
     momentum: float
