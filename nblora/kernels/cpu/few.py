@@ -7,16 +7,19 @@ apart for each job and added up in the order of jobs, so that results repeat bit
 """
 
 from ..jit import part
+from .machine import GROUP
 from .microkernel import once
 from .products import panel_width
-from .rows import add_row
-from .rowtiles import DESCEND, DOT_ROWS, DOT_SAMPLES, GROUP, MOMENTUM, STORE, dot_rows, sum_rows, update_rows
-from .vectors import copy_pair
+from .rows import accumulate_row
+from .rowtiles import DESCEND, DOT_ROWS, DOT_SAMPLES, MOMENTUM, STORE, dot_rows, sum_rows, update_rows
+from .vectors import copy_group, copy_pair
 
 FEW = 64
 """Samples up to which weights are read where they lie."""
 SPAN = 1 << 16
 """Packed samples, in elements, that a job goes through again and again: 256 KB of float32 stay in a level-2 cache."""
+PIECE = 32
+"""Features of a piece of sums that are added up at once, which stays in the level-1 cache."""
 SHORT = 32
 """Features below which a block is not cut further."""
 
@@ -35,21 +38,49 @@ def padded(features, array):
 
 
 @part
-def pack_samples(target, at, width, X, f0, f1):
-    """Pack the features f0 <= f < f1 of X [N, F], f0 a multiple of `width`; zeros beyond F."""
+def pack_panels(target, at, X, f0, f1):
+    """Pack the features f0 <= f < f1 of X [N, F] in panels, f0 at the beginning of one; zeros beyond F."""
     once()
-    N, F = X.shape
-    source = X.reshape(-1)
+    (N, F), source, width = X.shape, X.reshape(-1), panel_width(target)
     for f in range(f0, f1, width):
-        whole = max(min(width, F - f), 0)
         to = at + f * N
-        for n in range(N):
-            begin = n * F + f
-            for k in range(whole):
-                target[to + k] = source[begin + k]
-            for k in range(whole, width):
-                target[to + k] = 0
-            to += width
+        if f + width <= F:
+            for n in range(N):
+                copy_pair(target, to + n * width, source, n * F + f)
+        else:
+            _pack_edge(target, to, source, f, F, N, width)
+
+
+@part
+def pack_groups(target, at, X, f0, f1):
+    """Pack the features f0 <= f < f1 of X [N, F] in groups, f0 at the beginning of one; zeros beyond F."""
+    once()
+    (N, F), source = X.shape, X.reshape(-1)
+    for f in range(f0, f1, GROUP):
+        to = at + f * N
+        if f + GROUP <= F:
+            for n in range(N):
+                copy_group(target, to + n * GROUP, source, n * F + f)
+        else:
+            _pack_edge(target, to, source, f, F, N, GROUP)
+
+
+@part
+def _pack_edge(target, to, source, f, F, N, width):
+    for n in range(N):
+        for k in range(width):
+            target[to + n * width + k] = source[n * F + f + k] if f + k < F else target.dtype.type(0)
+
+
+@part
+def pack_transposed(target, at, A, f0, f1):
+    """target[at + r·in + f] = A[f, r] for f0 <= f < f1: A [in, rank] as rows, which sums and dots go along."""
+    once()
+    inputs, rank = A.shape
+    for f in range(f0, f1):
+        row = A[f]
+        for r in range(rank):
+            target[at + r * inputs + f] = row[r]
 
 
 @part
@@ -57,12 +88,18 @@ def begin_panels(Z, samples, f0, f1, bias, has_bias):
     """Z = bias, or zeros, for a block of features."""
     once()
     width = panel_width(Z)
+    if not has_bias:
+        Z[: (f1 - f0 + width - 1) // width * width * samples] = 0
+        return
     for f in range(f0, f1, width):
         start = (f - f0) * samples
-        for k in range(width):
-            value = bias[f + k] if has_bias and f + k < bias.shape[0] else Z.dtype.type(0)
+        if f + width <= bias.shape[0]:
             for n in range(samples):
-                Z[start + n * width + k] = value
+                copy_pair(Z, start + n * width, bias, f)
+        else:
+            _pack_edge(Z, start, bias, f, bias.shape[0], 1, width)
+            for n in range(1, samples):
+                copy_pair(Z, start + n * width, Z, start)
 
 
 @part
@@ -279,8 +316,37 @@ def sum_block(rows, jobs):
 
 
 @part
-def add_partial_sums(Z, packed, at, size, jobs, f0, f1, samples):
-    """Z += the sums of every job, `size` elements apart, for a block of features."""
-    begin, length = at + f0 * samples, padded(f1 - f0, Z) * samples
-    for job in range(jobs):
-        add_row(Z[:length], Z[:length], packed[begin + job * size : begin + job * size + length])
+def add_partial_sums(packed, at, size, jobs, f0, f1, samples):
+    """Add to the sums of the first job those of the others, `size` elements apart, for a block of features."""
+    begin, length = at + f0 * samples, padded(f1 - f0, packed) * samples
+    for start in range(begin, begin + length, samples * PIECE):
+        end = min(start + samples * PIECE, begin + length)
+        total = packed[start:end]
+        for job in range(1, jobs):
+            accumulate_row(total, packed[start + job * size : end + job * size])
+
+
+@part
+def low_job(tiles, F, f_at, features, scaling, R, r_at, low, groups, groups_at, r0, edge):
+    """low[n, r] = s Σ_f R[n, f] F[r, f] for up to `DOT_ROWS` r from r0 on, as rows and in groups.
+
+    F in rows of `features`; R in panels; low [N, rank]; what fills up the last group is set to zero.
+    """
+    N, rank = low.shape
+    rows, width = min(DOT_ROWS, rank - r0), panel_width(R)
+    totals = edge[DOT_ROWS * width :]
+    for n in range(N):
+        for r in range(DOT_ROWS):
+            totals[n * width + r] = 0
+    matrix = F[f_at : f_at + rank * features].reshape(rank, features)
+    add_dots(
+        tiles, matrix, matrix, scaling, False, r0, rows, 0, features, R, r_at, totals, 0, N, edge,
+        F, f_at + (r0 + rows) * features,
+    )  # fmt: skip
+    end = padded(rank, R) if r0 + rows == rank else r0 + rows
+    for n in range(N):
+        for r in range(r0, end):
+            value = scaling * totals[n * width + r - r0] if r < rank else scaling * 0
+            groups[groups_at + (r // GROUP * N + n) * GROUP + r % GROUP] = value
+            if r < rank:
+                low[n, r] = value

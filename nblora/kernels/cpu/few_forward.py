@@ -13,7 +13,10 @@ from .few import (
     add_sums,
     begin_panels,
     block_of,
-    pack_samples,
+    low_job,
+    pack_groups,
+    pack_panels,
+    pack_transposed,
     padded,
     span_of,
     sum_block,
@@ -22,7 +25,7 @@ from .few import (
 )
 from .functions import activate_row
 from .products import PART, panel_width
-from .rowtiles import DOT_ROWS, GROUP
+from .rowtiles import DOT_ROWS
 from .threads import call, entry, launch
 
 PACKED, LOW, SUMMED, DRAWN = range(4)
@@ -32,50 +35,32 @@ PACK = 512
 
 @part
 def packed_few_forward(samples, inputs, outputs, rank, workers, array):
-    """Elements that packing and sums take: x in groups and in panels, mask∘x and u in groups, z of every job."""
+    """Elements that packing and sums take, in the order of `_places`; `array` is any of its dtype."""
     sums = sum_jobs(inputs, workers) * padded(outputs, array)
-    return samples * (3 * padded(inputs, array) + padded(rank, array) + sums)
+    return samples * (3 * padded(inputs, array) + padded(rank, array) + sums) + inputs * rank
 
 
 @part
 def _places(task):
-    """Where x in panels, mask∘x in groups, u in groups and the sums begin; x in groups begins at 0."""
-    N, inputs = task.x.shape
-    size = padded(inputs, task.packed) * N
-    return size, 2 * size if task.masked else 0, 3 * size, 3 * size + padded(task.u.shape[1], task.packed) * N
+    """Where x in panels, mask∘x in panels, u in groups, the sums and Aᵀ begin; x in groups begins at 0."""
+    (N, inputs), (_, outputs), array = task.x.shape, task.y.shape, task.packed
+    size = padded(inputs, array) * N
+    sums = 3 * size + padded(task.u.shape[1], array) * N
+    jobs = sum_jobs(inputs, task.scratch.shape[0])
+    return size, 2 * size if task.masked else size, 3 * size, sums, sums + jobs * padded(outputs, array) * N
 
 
 @part
 def _pack(task, f0, f1):
-    width, (panels, low, _, _) = panel_width(task.packed), _places(task)
-    if task.transposed:
-        pack_samples(task.packed, panels, width, task.x, f0, f1)
-    if not task.transposed or (task.has_low_rank and not task.masked):
-        pack_samples(task.packed, 0, GROUP, task.x, f0, f1)
-    if task.has_low_rank and task.masked:
-        pack_samples(task.packed, low, GROUP, task.x_low, f0, f1)
-
-
-@part
-def _low_job(task, n0, n1, Z, edge):
-    """u[n0:n1] = s·x_low[n0:n1]·A, also in groups."""
-    (N, rank), A, s, width = task.u.shape, task.A, task.y.dtype.type(task.s), panel_width(Z)
-    _, low, at, _ = _places(task)
-    block = Z.shape[0] // N // width * width
-    for r0 in range(0, rank, block):
-        r1 = min(r0 + block, rank)
-        begin_panels(Z, N, r0, r1, task.bias, False)
-        add_sums(
-            task.row_tiles, A, A, s, False, 0, A.shape[0], r0, r1, task.packed, low, Z, n0, n1, N, edge, A, -1
-        )  # fmt: skip
-        for n in range(n0, n1):
-            for r in range(r0, r1):
-                value = s * Z[((r - r0) // width * N + n) * width + (r - r0) % width]
-                task.u[n, r] = value
-                task.packed[at + (r // GROUP * N + n) * GROUP + r % GROUP] = value
-    for n in range(n0, n1):
-        for r in range(rank, padded(rank, Z)):
-            task.packed[at + (r // GROUP * N + n) * GROUP + r % GROUP] = 0
+    panels, low, _, _, A_at = _places(task)
+    if task.transposed or (task.has_low_rank and not task.masked):
+        pack_panels(task.packed, panels, task.x, f0, f1)
+    if not task.transposed:
+        pack_groups(task.packed, 0, task.x, f0, f1)
+    if task.has_low_rank:
+        pack_transposed(task.packed, A_at, task.A, f0, min(f1, task.A.shape[0]))
+        if task.masked:
+            pack_panels(task.packed, low, task.x_low, f0, f1)
 
 
 @part
@@ -84,7 +69,7 @@ def _sum_job(task, job, block, edge):
     (N, inputs), outputs = task.x.shape, task.y.shape[1]
     packed, p0 = task.packed, min(job * block, inputs)
     at = _places(task)[3] + job * padded(outputs, packed) * N
-    begin_panels(packed[at:], N, 0, padded(outputs, packed), task.bias, False)
+    begin_panels(packed[at:], N, 0, padded(outputs, packed), task.bias, task.has_bias and job == 0)
     span = span_of(N, packed)
     for q0 in range(0, outputs, span):
         q1 = min(q0 + span, outputs)
@@ -95,26 +80,35 @@ def _sum_job(task, job, block, edge):
 
 
 @part
+def _dots(task, o0, o1, Z, edge):
+    """FullyConnected: Z = b + x M for a block of rows of M."""
+    (N, inputs), S, c, at = task.x.shape, task.S, task.y.dtype.type(task.c), _places(task)[0]
+    span, width = span_of(N, Z), panel_width(Z)
+    begin_panels(Z, N, o0, o1, task.bias, task.has_bias)
+    for q0 in range(0, inputs, span):
+        for p in range(o0, o1, DOT_ROWS):
+            to, following = (p - o0) // width * N * width + (p - o0) % width, (p + DOT_ROWS) * inputs + q0
+            add_dots(
+                task.row_tiles, S, task.D, c, task.has_delta, p, min(DOT_ROWS, o1 - p), q0, min(q0 + span, inputs),
+                task.packed, at, Z, to, N, edge, S.reshape(-1), following,
+            )  # fmt: skip
+
+
+@part
 def _output_job(task, o0, o1, jobs, Z, edge):
     """z and y for a block of outputs."""
-    N, inputs = task.x.shape
-    S, B, c, tiles, packed = task.S, task.B, task.y.dtype.type(task.c), task.row_tiles, task.packed
-    panels, _, u_at, sums_at = _places(task)
-    begin_panels(Z, N, o0, o1, task.bias, task.has_bias)
+    (N, outputs), B, packed = task.y.shape, task.B, task.packed
+    _, _, u_at, at, _ = _places(task)
     if task.transposed:
-        span, width = span_of(N, Z), panel_width(Z)
-        weight = S.reshape(-1)
-        for q0 in range(0, inputs, span):
-            for p in range(o0, o1, DOT_ROWS):
-                at, following = (p - o0) // width * N * width + (p - o0) % width, (p + DOT_ROWS) * inputs + q0
-                add_dots(
-                    tiles, S, task.D, c, task.has_delta, p, min(DOT_ROWS, o1 - p), q0, min(q0 + span, inputs),
-                    packed, panels, Z, at, N, edge, weight, following,
-                )  # fmt: skip
+        _dots(task, o0, o1, Z, edge)
     else:
-        add_partial_sums(Z, packed, sums_at, padded(task.y.shape[1], packed) * N, jobs, o0, o1, N)
+        add_partial_sums(packed, at, padded(outputs, packed) * N, jobs, o0, o1, N)
+        Z = packed[at + o0 * N :]
     if task.has_low_rank:
-        add_sums(tiles, B, B, c, False, 0, B.shape[0], o0, o1, packed, u_at, Z, 0, N, N, edge, B, -1)
+        zero = B.dtype.type(0)
+        add_sums(
+            task.row_tiles, B, B, zero, False, 0, B.shape[0], o0, o1, packed, u_at, Z, 0, N, N, edge, B, -1
+        )  # fmt: skip
     unpack_panels(task.z, Z, o0, o1)
     if task.activation != elementwise.IDENTITY:
         for n in range(N):
@@ -135,13 +129,17 @@ def few_forward_worker(task, worker, workers):
         _pack(task, job * PACK, min(job * PACK + PACK, padded(inputs, Z)))
         fetch_add(task.counters, PACKED, 1)
     wait_for(task.counters, PACKED, packs)
-    piece = max((N + 2 * workers - 1) // (2 * workers), 8)
-    lows = (N + piece - 1) // piece if task.has_low_rank else 0
+    rank = task.u.shape[1]
+    lows = (rank + DOT_ROWS - 1) // DOT_ROWS if task.has_low_rank else 0
+    _, low_at, u_at, _, A_at = _places(task)
     while True:
         job = draw(task.counters, DRAWN + workers, lows, worker, workers)
         if job < 0:
             break
-        _low_job(task, job * piece, min(job * piece + piece, N), Z, edge)
+        low_job(
+            task.row_tiles, task.packed, A_at, inputs, Z.dtype.type(task.s), task.packed, low_at, task.u, task.packed,
+            u_at, job * DOT_ROWS, edge,
+        )  # fmt: skip
         fetch_add(task.counters, LOW, 1)
     jobs = 0 if task.transposed else sum_jobs(inputs, workers)
     rows = sum_block(inputs, max(jobs, 1))

@@ -13,7 +13,10 @@ from .few import (
     add_sums,
     begin_panels,
     block_of,
-    pack_samples,
+    low_job,
+    pack_groups,
+    pack_panels,
+    pack_transposed,
     padded,
     span_of,
     sum_block,
@@ -22,9 +25,9 @@ from .few import (
     use_gradients,
 )
 from .functions import slope_row
-from .machine import BLOCK
+from .machine import BLOCK, GROUP
 from .products import PART, panel_width, scratch_work
-from .rowtiles import DOT_ROWS, GROUP
+from .rowtiles import DOT_ROWS
 from .sweep import bias_job, factor_job
 from .threads import call, entry, launch
 
@@ -35,57 +38,51 @@ PACK = 512
 
 @part
 def packed_few_sweep(samples, inputs, outputs, rank, workers, array):
-    """Elements that packing and sums take: gz in panels and in groups, x, t in panels, gx of every job."""
+    """Elements that packing and sums take, in the order of `_places`; `array` is any of its dtype."""
     sums = sum_jobs(outputs, workers) * padded(inputs, array)
-    return samples * (2 * padded(outputs, array) + padded(inputs, array) + padded(rank, array) + sums)
+    features = 2 * padded(outputs, array) + padded(inputs, array) + padded(rank, array)
+    return samples * (features + sums) + inputs * rank
 
 
 @part
 def _places(task):
-    """Where gz in groups, x, t and the sums begin; gz in panels begins at 0."""
-    (N, inputs), array = task.x.shape, task.packed
-    outputs, inputs = padded(task.gz.shape[1], array) * N, padded(inputs, array) * N
-    t = 2 * outputs + inputs
-    return outputs, 2 * outputs, t, t + padded(task.t.shape[1], array) * N
+    """Where gz in groups, x, t in groups, the sums and Aᵀ begin; gz in panels begins at 0."""
+    (N, inputs), (_, outputs), array = task.x.shape, task.gz.shape, task.packed
+    jobs = sum_jobs(outputs, task.scratch.shape[0])
+    gz, x = padded(outputs, array) * N, padded(inputs, array) * N
+    sums = 2 * gz + x + padded(task.t.shape[1], array) * N
+    return gz, 2 * gz, 2 * gz + x, sums, sums + jobs * x
 
 
 @part
 def _pack_gz(task, f0, f1):
-    (N, outputs), (groups, _, _, _) = task.gz.shape, _places(task)
+    (N, outputs), groups = task.gz.shape, _places(task)[0]
     if task.activation != elementwise.IDENTITY:
         end = min(f1, outputs)
         for n in range(N):
             slope_row(task.gz[n, f0:end], task.gy[n, f0:end], task.z[n, f0:end], task.activation)
-    pack_samples(task.packed, 0, panel_width(task.packed), task.gz, f0, f1)
+    pack_panels(task.packed, 0, task.gz, f0, f1)
     if task.transposed:
-        pack_samples(task.packed, groups, GROUP, task.gz, f0, f1)
+        pack_groups(task.packed, groups, task.gz, f0, f1)
 
 
 @part
-def _low_job(task, r0, r1, edge):
-    """t[:, r0:r1] = s·gz·Bᵀ, also in panels, up to `DOT_ROWS` columns of one panel."""
-    (N, rank), B, s, width = task.t.shape, task.B, task.t.dtype.type(task.s), panel_width(task.packed)
-    at = _places(task)[2] + r0 // width * N * width + r0 % width
-    for n in range(N):
-        for r in range(padded(rank, task.packed) - r0 if r1 == rank else r1 - r0):
-            task.packed[at + ((r0 % width + r) // width * N + n) * width + (r0 + r) % width - r0 % width] = 0
-    outputs = B.shape[1]
-    add_dots(
-        task.row_tiles, B, B, s, False, r0, r1 - r0, 0, outputs, task.packed, 0, task.packed, at, N, edge,
-        B.reshape(-1), r1 * outputs,
-    )  # fmt: skip
-    for n in range(N):
-        for r in range(r1 - r0):
-            value = s * task.packed[at + n * width + r]
-            task.packed[at + n * width + r] = value
-            task.t[n, r0 + r] = value
+def _pack_x(task, f0, f1):
+    _, x_at, _, _, A_at = _places(task)
+    if task.has_delta or task.train:
+        if task.transposed:
+            pack_panels(task.packed, x_at, task.x, f0, f1)
+        else:
+            pack_groups(task.packed, x_at, task.x, f0, f1)
+    if task.has_low_rank and not task.masked:
+        pack_transposed(task.packed, A_at, task.A, f0, min(f1, task.A.shape[0]))
 
 
 @part
 def _rows_job(task, i0, i1, Z, edge, other_edge):
     """Dense: gz Mᵀ for some rows of M, and their gradient."""
     (N, outputs), width = task.gz.shape, panel_width(Z)
-    S, D, c, packed, (_, x_at, _, _) = task.S, task.D, task.gx.dtype.type(task.c), task.packed, _places(task)
+    S, D, c, packed, x_at = task.S, task.D, task.gx.dtype.type(task.c), task.packed, _places(task)[1]
     span, pitch = span_of(N, Z), S.shape[1]
     velocity = task.V.reshape(-1) if task.has_delta and task.update else S.reshape(-1)
     step = 0 if task.has_delta and task.update else DOT_ROWS
@@ -106,7 +103,7 @@ def _rows_job(task, i0, i1, Z, edge, other_edge):
 def _sum_job(task, job, block, edge, other_edge):
     """FullyConnected: the part of gz M that belongs to a block of rows of M, and their gradient."""
     (N, outputs), inputs = task.gz.shape, task.x.shape[1]
-    S, D, c, packed, (gz_at, x_at, _, at) = task.S, task.D, task.gx.dtype.type(task.c), task.packed, _places(task)
+    S, D, c, packed, (gz_at, x_at, _, at, _) = task.S, task.D, task.gx.dtype.type(task.c), task.packed, _places(task)
     at += job * padded(inputs, packed) * N
     begin_panels(packed[at:], N, 0, padded(inputs, packed), task.db, False)
     span, pitch, has_gradient = span_of(N, packed), S.shape[1], task.has_delta or task.train
@@ -127,34 +124,30 @@ def _sum_job(task, job, block, edge, other_edge):
 @part
 def _input_job(task, i0, i1, low_jobs, sums, Z, edge, other_edge):
     """The input gradient of a block of inputs; for Dense also the gradient of these rows of M."""
-    N, A, width = task.x.shape[0], task.A, panel_width(Z)
-    _, _, t_at, at = _places(task)
-    begin_panels(Z, N, i0, i1, task.db, False)
+    (N, inputs), rank, packed = task.x.shape, task.t.shape[1], task.packed
+    _, _, t_at, at, A_at = _places(task)
     if task.transposed:
-        add_partial_sums(Z, task.packed, at, padded(task.x.shape[1], Z) * N, sums, i0, i1, N)
+        add_partial_sums(packed, at, padded(inputs, packed) * N, sums, i0, i1, N)
+        Z = packed[at + i0 * N :]
     else:
+        begin_panels(Z, N, i0, i1, task.db, False)
         _rows_job(task, i0, i1, Z, edge, other_edge)
     if task.has_low_rank and not task.masked:
         wait_for(task.counters, LOW, low_jobs)
-        rank = A.shape[1]
-        for p in range(i0, i1, DOT_ROWS):
-            at = (p - i0) // width * N * width + (p - i0) % width
-            add_dots(
-                task.row_tiles, A, A, A.dtype.type(0), False, p, min(DOT_ROWS, i1 - p), 0, rank, task.packed, t_at,
-                Z, at, N, edge, A.reshape(-1), (p + DOT_ROWS) * rank,
-            )  # fmt: skip
+        At = packed[A_at : A_at + rank * inputs].reshape(rank, inputs)
+        add_sums(
+            task.row_tiles, At, At, At.dtype.type(0), False, 0, rank, i0, i1, packed, t_at, Z, 0, N, N, edge, At, -1
+        )  # fmt: skip
     unpack_panels(task.gx, Z, i0, i1)
 
 
 @part
 def _pack_job(task, job, gz_packs):
-    unit = task.packed
     if job < gz_packs:
-        _pack_gz(task, job * PACK, min(job * PACK + PACK, padded(task.gz.shape[1], unit)))
+        _pack_gz(task, job * PACK, min(job * PACK + PACK, padded(task.gz.shape[1], task.packed)))
     else:
         f0 = (job - gz_packs) * PACK
-        width = panel_width(unit) if task.transposed else GROUP
-        pack_samples(task.packed, _places(task)[1], width, task.x, f0, min(f0 + PACK, padded(task.x.shape[1], unit)))
+        _pack_x(task, f0, min(f0 + PACK, padded(task.x.shape[1], task.packed)))
 
 
 @part
@@ -176,7 +169,7 @@ def few_sweep_worker(task, worker, workers):
     Z, edge, other_edge = scratch[7 * PART :], scratch[:PART], scratch[PART : 2 * PART]
     (N, inputs), outputs, rank = task.x.shape, task.gz.shape[1], task.t.shape[1]
     gz_packs = (outputs + PACK - 1) // PACK
-    packs = gz_packs + ((inputs + PACK - 1) // PACK if task.has_delta or task.train else 0)
+    packs = gz_packs + (inputs + PACK - 1) // PACK
     while True:
         job = draw(task.counters, DRAWN, packs, worker, workers)
         if job < 0:
@@ -184,12 +177,16 @@ def few_sweep_worker(task, worker, workers):
         _pack_job(task, job, gz_packs)
         fetch_add(task.counters, PACKED, 1)
     wait_for(task.counters, PACKED, packs)
+    t_at = _places(task)[2]
     lows = (rank + DOT_ROWS - 1) // DOT_ROWS if task.has_low_rank else 0
     while True:
         job = draw(task.counters, DRAWN + workers, lows, worker, workers)
         if job < 0:
             break
-        _low_job(task, job * DOT_ROWS, min(job * DOT_ROWS + DOT_ROWS, rank), edge)
+        low_job(
+            task.row_tiles, task.B.reshape(-1), 0, outputs, Z.dtype.type(task.s), task.packed, 0, task.t, task.packed,
+            t_at, job * DOT_ROWS, edge,
+        )  # fmt: skip
         fetch_add(task.counters, LOW, 1)
     sums = sum_jobs(outputs, workers) if task.transposed else 0
     rows = sum_block(outputs, max(sums, 1))

@@ -30,6 +30,8 @@ def _vector_bits() -> int:
 VECTOR_BITS = _vector_bits()
 REGISTERS = 16 if VECTOR_BITS < 512 and platform.machine().lower() in ("x86_64", "amd64") else 32
 TILE_ROWS = 12 if REGISTERS == 32 else 6
+GROUP = 8 if REGISTERS == 32 else 4
+"""Rows of a weight that a tile of `rowtiles` holds in registers, or whose gradient it does."""
 DEPTH = 256
 ROW_STRIDE = DEPTH + VECTOR_BITS // 32  # not a power of two: rows of a panel fall into different cache sets
 BLOCK = 256

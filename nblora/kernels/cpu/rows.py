@@ -33,6 +33,14 @@ def add_row(target, left, right):
 
 
 @part
+def accumulate_row(target, source):
+    """target += source."""
+    once()
+    for j in range(target.shape[0]):
+        target[j] += source[j]
+
+
+@part
 def combine_row(target, weight, delta, scaling):
     """target = weight + scaling·delta."""
     once()

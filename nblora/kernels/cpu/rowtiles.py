@@ -19,7 +19,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ..jit import JIT_DISABLED, kernel
-from .machine import REGISTERS, VECTOR_BITS
+from .machine import GROUP, REGISTERS, VECTOR_BITS
 from .microkernel import (
     I64,
     LINE,
@@ -33,8 +33,6 @@ from .microkernel import (
     vector_of,
 )
 
-GROUP = 8 if REGISTERS == 32 else 4
-"""Rows that `sum_rows` holds in registers, and whose gradient `update_rows` does."""
 DOT_ROWS = 4
 DOT_SAMPLES = 6 if REGISTERS == 32 else 2
 """Rows and samples whose products `dot_rows` adds up in registers."""

@@ -10,6 +10,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ..jit import JIT_DISABLED
+from .machine import GROUP
 from .microkernel import I8P, I32, I64, element_pointer, fma_of, lanes, load_vector, splat, store_vector, vector_of
 
 
@@ -27,6 +28,22 @@ def _copy(vectors):
         return types.void(target, types.intp, source, types.intp), generate
 
     return copy
+
+
+def _copy_group(typing_context, target, target_at, source, source_at):
+    def generate(context, builder, signature, args):
+        kinds = signature.args
+        to = element_pointer(context, builder, kinds[0], args[0], args[1])
+        origin = element_pointer(context, builder, kinds[2], args[2], args[3])
+        vector = ir.VectorType(to.type.pointee, GROUP)
+        store_vector(builder, load_vector(builder, origin, 0, vector), to, 0)
+        return context.get_dummy_value()
+
+    return types.void(target, types.intp, source, types.intp), generate
+
+
+def _copy_group_twin(target, target_at, source, source_at):
+    target[target_at : target_at + GROUP] = source[source_at : source_at + GROUP]
 
 
 def _copy_twin(vectors):
@@ -116,10 +133,13 @@ def _prefetch_twin(array, at):
 
 if JIT_DISABLED:
     copy_vector, copy_pair, combine_pair = _copy_twin(1), _copy_twin(2), _combine_pair_twin
+    copy_group = _copy_group_twin
     transpose_square, prefetch = _transpose_square_twin, _prefetch_twin
 else:
     copy_vector, copy_pair = intrinsic(_copy(1)), intrinsic(_copy(2))
     """copy_vector and copy_pair(target, target_at, source, source_at): one vector and two."""
+    copy_group = intrinsic(_copy_group)
+    """copy_group(target, target_at, source, source_at): `GROUP` elements."""
     combine_pair = intrinsic(_combine_pair)
     """combine_pair(target, target_at, weight, delta, at, scaling): two vectors of W + c D."""
     transpose_square = intrinsic(_transpose_square)
