@@ -10,7 +10,7 @@ from ..jit import part
 from .machine import GROUP
 from .microkernel import once
 from .products import panel_width
-from .rows import accumulate_row
+from .rows import accumulate_row, combine_row
 from .rowtiles import DESCEND, DOT_ROWS, DOT_SAMPLES, MOMENTUM, STORE, dot_rows, sum_rows, update_rows
 from .vectors import copy_group, copy_pair
 
@@ -18,6 +18,10 @@ FEW = 64
 """Samples up to which weights are read where they lie."""
 SPAN = 1 << 16
 """Packed samples, in elements, that a job goes through again and again: 256 KB of float32 stay in a level-2 cache."""
+COMBINED = 4096
+"""Elements of scratch that stay free before the rows that `add_dots` combines."""
+LONGEST = 2048
+"""Columns that a job goes through at once, so that combined rows stay in the level-1 cache."""
 PIECE = 32
 """Features of a piece of sums that are added up at once, which stays in the level-1 cache."""
 SHORT = 32
@@ -164,7 +168,9 @@ def add_sums(tiles, S, D, c, combined, p0, p1, q0, q1, L, l_at, Z, n0, n1, sampl
 
 
 @part
-def _dot_tiles(tile, W, D, at, pitch, c, combined, height, R, r_at, Z, z_at, samples, panels, ahead, ahead_at):
+def _dot_tiles(
+    tile, W, D, at, pitch, c, combined, height, R, r_at, Z, z_at, samples, panels, ahead, ahead_at, ahead_pitch
+):
     width = panel_width(Z)
     count = (samples + DOT_SAMPLES - 1) // DOT_SAMPLES
     n = 0
@@ -173,35 +179,63 @@ def _dot_tiles(tile, W, D, at, pitch, c, combined, height, R, r_at, Z, z_at, sam
         variant = 2 * ((DOT_SAMPLES if height == DOT_ROWS else 0) + size - 1) + combined
         to = z_at + n * width
         dot_rows(
-            tile, variant, W, D, at, pitch, c, R, r_at + n * width, Z, to, samples, panels, ahead, ahead_at
+            tile, variant, W, D, at, pitch, c, R, r_at + n * width, Z, to, samples, panels,
+            ahead, ahead_at, ahead_pitch,
         )  # fmt: skip
         n += size
 
 
 @part
-def add_dots(tiles, S, D, c, combined, p, rows, q0, q1, R, r_at, Z, z_at, samples, edge, ahead, ahead_at):
+def add_dots(tiles, S, D, c, combined, p, rows, q0, q1, R, r_at, Z, z_at, samples, scratch, ahead, ahead_at):
     """Z[n, p + r] += Σ_q M[p + r, q] R[n, q] for r < rows <= `DOT_ROWS`, q0 <= q < q1, all in one panel of Z at `z_at`.
 
-    Meanwhile the elements of `ahead` from `ahead_at` on are fetched, row by row of M's length.
+    Meanwhile the elements of `ahead` from `ahead_at` on are fetched, row by row of M's length. Where several tiles of
+    samples need the rows W + c D, these are combined in scratch once.
     """
     weight, delta = S.reshape(-1), D.reshape(-1)
     pitch, width = S.shape[1], panel_width(Z)
-    panels, at = (q1 - q0) // width, p * S.shape[1] + q0
+    panels, at, row_pitch = (q1 - q0) // width, p * S.shape[1] + q0, S.shape[1]
     r_at += q0 * samples
-    if panels and rows == DOT_ROWS:
-        _dot_tiles(
-            tiles[1], weight, delta, at, pitch, c, combined, rows, R, r_at, Z, z_at, samples, panels, ahead, ahead_at
-        )
-    elif panels:
+    if panels and combined and samples > DOT_SAMPLES:
+        row_pitch = panels * width
+        rows_held = scratch[COMBINED:]
         for r in range(rows):
-            row = at + r * pitch
-            _dot_tiles(
-                tiles[1], weight, delta, row, pitch, c, combined, 1, R, r_at, Z, z_at + r, samples, panels, weight, row
-            )
+            begin = at + r * pitch
+            combine_row(
+                rows_held[r * row_pitch : (r + 1) * row_pitch],
+                weight[begin : begin + row_pitch], delta[begin : begin + row_pitch], c,
+            )  # fmt: skip
+        _add_dots(
+            tiles, rows_held, rows_held, 0, row_pitch, c, False, rows, R, r_at, Z, z_at, samples, panels,
+            ahead, ahead_at, pitch,
+        )  # fmt: skip
+    elif panels:
+        _add_dots(
+            tiles, weight, delta, at, pitch, c, combined, rows, R, r_at, Z, z_at, samples, panels,
+            ahead, ahead_at, pitch,
+        )  # fmt: skip
     if panels * width < q1 - q0:
-        _copy_edge(edge, S, D, c, combined, p, rows, DOT_ROWS, q0 + panels * width, q1)
+        _copy_edge(scratch, S, D, c, combined, p, rows, DOT_ROWS, q0 + panels * width, q1)
         r_at += panels * width * samples
-        _dot_tiles(tiles[1], edge, edge, 0, width, c, False, DOT_ROWS, R, r_at, Z, z_at, samples, 1, edge, 0)
+        _dot_tiles(
+            tiles[1], scratch, scratch, 0, width, c, False, DOT_ROWS, R, r_at, Z, z_at, samples, 1, scratch, 0, 0
+        )  # fmt: skip
+
+
+@part
+def _add_dots(
+    tiles, W, D, at, pitch, c, combined, rows, R, r_at, Z, z_at, samples, panels, ahead, ahead_at, ahead_pitch
+):
+    if rows == DOT_ROWS:
+        _dot_tiles(
+            tiles[1], W, D, at, pitch, c, combined, rows, R, r_at, Z, z_at, samples, panels,
+            ahead, ahead_at, ahead_pitch,
+        )  # fmt: skip
+        return
+    for r in range(rows):
+        _dot_tiles(
+            tiles[1], W, D, at + r * pitch, pitch, c, combined, 1, R, r_at, Z, z_at + r, samples, panels, ahead, 0, 0
+        )  # fmt: skip
 
 
 @part
@@ -290,7 +324,7 @@ def use_gradients(task, p, rows, q0, q1, L, l_at, R, r_at, samples, edge, other_
 def span_of(samples, array):
     """Features of packed samples that stay in the level-2 cache, a multiple of the quantum."""
     unit = quantum(array)
-    return max(SPAN * 4 // array.itemsize // samples // unit, 512 // unit, 1) * unit
+    return min(max(SPAN * 4 // array.itemsize // samples // unit, 512 // unit, 1), LONGEST // unit) * unit
 
 
 @part

@@ -34,7 +34,7 @@ from .microkernel import (
 )
 
 DOT_ROWS = 4
-DOT_SAMPLES = 6 if REGISTERS == 32 else 2
+DOT_SAMPLES = 5 if REGISTERS == 32 else 2
 """Rows and samples whose products `dot_rows` adds up in registers."""
 MOMENTUM, DESCEND, STORE = range(3)
 """What `update_rows` does with G: V = momentum·V + gain·G and D -= lr·V; V += gain·G; V = gain·G."""
@@ -149,9 +149,10 @@ class _Emitter:
         _loop(builder, groups, [], group)
         builder.ret_void()
 
-    def dot_rows(self, height, count, combined, W, D, pitch, c, R, Z, samples, panels, ahead):
+    def dot_rows(self, height, count, combined, W, D, pitch, c, R, Z, samples, panels, ahead, ahead_pitch):
         builder, factor = self.builder, self.splat(c)
-        Ws, Ds, fetched = (_rows(builder, pointer, pitch, height) for pointer in (W, D, ahead))
+        Ws, Ds = (_rows(builder, pointer, pitch, height) for pointer in (W, D))
+        fetched = _rows(builder, ahead, ahead_pitch, height)
 
         def panel(j, sums):
             sums, first = list(sums), self.panel(R, builder.mul(j, samples))
@@ -234,7 +235,7 @@ def _operand_kinds(name, scalar):
     p = scalar.as_pointer()
     return {
         "sum_rows": [p, p, I64, scalar, p, p, I64, I64, I64, I64, p, p],
-        "dot_rows": [p, p, I64, scalar, p, p, I64, I64, p],
+        "dot_rows": [p, p, I64, scalar, p, p, I64, I64, p, I64],
         "update_rows": [p, p, I64, p, p, I64, I64, scalar, scalar, scalar, p, p],
     }[name]
 
@@ -297,8 +298,10 @@ def _sum_rows(
     return types.void(*kinds), _generator("sum_rows", {2: 4, 3: 4, 7: 8, 9: 10, 15: 17, 16: 17})
 
 
-def _dot_rows(typing_context, tile, variant, W, D, at, pitch, c, R, r_at, Z, z_at, samples, panels, ahead, ahead_at):
-    kinds = _n, _n, W, D, _n, _n, W.dtype, R, _n, Z, _n, _n, _n, ahead, _n
+def _dot_rows(
+    typing_context, tile, variant, W, D, at, pitch, c, R, r_at, Z, z_at, samples, panels, ahead, ahead_at, ahead_pitch
+):  # fmt: skip
+    kinds = _n, _n, W, D, _n, _n, W.dtype, R, _n, Z, _n, _n, _n, ahead, _n, _n
     return types.void(*kinds), _generator("dot_rows", {2: 4, 3: 4, 7: 8, 9: 10, 13: 14})
 
 
