@@ -5,13 +5,9 @@ that each kernel has one specialisation a dtype. Scratch is kept between calls, 
 """
 
 import functools
-import os
-import threading
 from typing import Any, cast
 
-import numba
 import numpy as np
-from numba.np.ufunc import parallel
 
 from ..kernels.cpu import forward as forward_kernel
 from ..kernels.cpu import losses as loss_kernel
@@ -23,6 +19,7 @@ from ..kernels.cpu.few_sweep import few_sweep, packed_few_sweep
 from ..kernels.cpu.microkernel import tile_functions
 from ..kernels.cpu.products import PART, PARTS
 from ..kernels.cpu.rowtiles import row_tiles
+from .crew import Crew, thread_count
 from .protocol import Array, Base, Gradients, Operands, Saved
 
 SERIAL_WORK = 1 << 17
@@ -41,46 +38,6 @@ class _Writable:
 def _plain(array: np.ndarray) -> np.ndarray:
     """The array itself, or a writable view of a read-only one's memory, for kernels that only read it."""
     return array if array.flags.writeable else np.asarray(_Writable(array))
-
-
-class _Pool:
-    """Numba's threads: how many a call may use, and the locks that concurrent callers need."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._concurrent = False
-        self._started = False
-        self._forked = False
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._after_fork)
-
-    def _after_fork(self) -> None:
-        # The threads stayed with the parent, and GNU OpenMP aborts a child that asks for them.
-        self._lock = threading.Lock()
-        self._forked = parallel._is_initialized  # whoever started them
-
-    def workers(self, work: int) -> int:
-        """Threads for a call of `work` multiply-adds."""
-        return 1 if self._forked or work < SERIAL_WORK else int(numba.get_num_threads())
-
-    def run(self, kernel: Any, *arguments: Any) -> None:
-        """Call a kernel whose last argument is the number of workers."""
-        if arguments[-1] == 1 or self._concurrent:
-            kernel(*arguments)
-            return
-        with self._lock:
-            # The first launch chooses the threading layer; 'workqueue' never bears two callers.
-            kernel(*arguments)
-            if not self._started:
-                self._started = True
-                self._concurrent = self._layer() != "workqueue"
-
-    @staticmethod
-    def _layer() -> str:
-        try:
-            return str(numba.threading_layer())
-        except ValueError:  # without machine code nothing was launched
-            return "none"
 
 
 KEPT = 1 << 26
@@ -118,6 +75,11 @@ class _Scratch:
 
 
 @functools.lru_cache
+def _workers(work: int) -> int:
+    """Shares for a call of `work` multiply-adds."""
+    return 1 if work < SERIAL_WORK else thread_count()
+
+
 def _packed_size(function: Any, dtype: np.dtype, *arguments: int) -> int:
     """Elements that packing takes, by the kernel's own rule."""
     return int(function(*arguments, np.empty(0, dtype)))
@@ -137,7 +99,7 @@ class CPUBackend:
     precision = "float32"
 
     def __init__(self) -> None:
-        self._pool = _Pool()
+        self._crew = Crew()
         self._scratch = _Scratch()
         self._tile_functions: dict[np.dtype, tuple[int, int]] = {}
         self._row_tile_addresses: dict[np.dtype, tuple[int, int, int]] = {}
@@ -201,7 +163,7 @@ class CPUBackend:
         u = np.empty((samples, rank), dtype)
         if samples:
             inner = (inputs if base is not None else 0) + rank
-            workers = self._pool.workers(samples * outputs * inner)
+            workers = _workers(samples * outputs * inner)
             few = base is not None and samples <= FEW
             if few:
                 size = _packed_size(packed_few_forward, dtype, samples, inputs, outputs, rank, workers)
@@ -234,7 +196,7 @@ class CPUBackend:
                 bias is not None,
                 x_low is not x,
             )
-            self._pool.run(few_forward if few else forward_kernel.forward, task, workers)
+            self._crew.run(few_forward if few else forward_kernel.forward, task, workers)
             self._scratch.give(scratch, packed)
         if not keep:
             return y, None
@@ -282,7 +244,7 @@ class CPUBackend:
             dW = np.empty(weight.shape, dtype) if train else None
         gy = _plain(grad_output)
         work = samples * outputs * ((inputs if base is not None else 0) + rank) + (weight.size if delta else 0)
-        workers = self._pool.workers(work)
+        workers = _workers(work)
         transposed = base is not None and base.transposed
         few = base is not None and 0 < samples <= FEW
         if few:
@@ -329,7 +291,7 @@ class CPUBackend:
             masked,
             update,
         )
-        self._pool.run(few_sweep if few else sweep_kernel.sweep, task, workers)
+        self._crew.run(few_sweep if few else sweep_kernel.sweep, task, workers)
         self._scratch.give(scratch, packed)
         if masked:
             update_kernel.add_masked_low_rank(gx, _plain(cast(np.ndarray, mask)), t, A)
@@ -352,15 +314,20 @@ class CPUBackend:
             if base.transposed:
                 left, right = np.ascontiguousarray(right.T), np.ascontiguousarray(left.T)
         deltas = (_plain(delta.delta), float(delta.scaling), True) if delta is not None else (weight, 0.0, False)
-        workers = self._pool.workers(out.size * (1 + left.shape[1]))
-        arguments = out, weight, deltas[0], _plain(left), _plain(right), float(s), *deltas[1:], workers
-        self._pool.run(update_kernel.merge, *arguments)
+        workers = _workers(out.size * (1 + left.shape[1]))
+        counters = np.zeros(workers, np.int64)
+        task = update_kernel.MergeTask(
+            out, weight, deltas[0], _plain(left), _plain(right), float(s), *deltas[1:], counters
+        )
+        self._crew.run(update_kernel.merge, task, workers)
         return out
 
     def _update(self, code: int, p: Array, g: Array, first: Array, second: Array, *scalars: float) -> None:
         padded = (*map(float, scalars), 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)[:6]
-        flat = (_plain(a).reshape(-1) for a in (p, g, first, second))
-        self._pool.run(update_kernel.update, code, *flat, padded, self._pool.workers(p.size))
+        flat = [_plain(a).reshape(-1) for a in (p, g, first, second)]
+        workers = _workers(p.size)
+        task = update_kernel.UpdateTask(code, flat[0], flat[1], flat[2], flat[3], padded, np.zeros(workers, np.int64))
+        self._crew.run(update_kernel.update, task, workers)
 
     def sgd_update(self, parameter: Array, gradient: Array, lr: float) -> None:
         """parameter -= lr gradient, in place."""

@@ -23,6 +23,22 @@ def _fetch_add_twin(counters, index, amount):
     return before
 
 
+def _exchange_if(typing_context, counters, index, expected, value):
+    def generate(context, builder, signature, args):
+        address = element_pointer(context, builder, signature.args[0], args[0], args[1])
+        pair = builder.cmpxchg(address, args[2], args[3], "seq_cst", "seq_cst")
+        return builder.zext(builder.extract_value(pair, 1), context.get_value_type(types.boolean))
+
+    return types.boolean(counters, types.intp, types.int64, types.int64), generate
+
+
+def _exchange_if_twin(counters, index, expected, value):
+    found = counters[index] == expected
+    if found:
+        counters[index] = value
+    return bool(found)
+
+
 def _pause(typing_context):
     """The processor's hint for a spinning loop, where it has one."""
 
@@ -48,7 +64,7 @@ def _give_way(typing_context):
 
 
 if JIT_DISABLED:
-    fetch_add = _fetch_add_twin
+    fetch_add, exchange_if = _fetch_add_twin, _exchange_if_twin
 
     def give_way():
         """Nothing: without machine code there is one thread."""
@@ -58,6 +74,8 @@ if JIT_DISABLED:
 else:
     fetch_add = intrinsic(_fetch_add)
     """fetch_add(counters, index, amount): add to an int64 element and return what it was, in one step."""
+    exchange_if = intrinsic(_exchange_if)
+    """exchange_if(counters, index, expected, value): where the element is `expected`, set it; whether it was."""
     pause, give_way = intrinsic(_pause), intrinsic(_give_way)
 
 PATIENCE = 2000
@@ -70,11 +88,17 @@ def wait_for(counters, index, count):
     """Return once `counters[index]` has reached `count`."""
     turns = 0
     while fetch_add(counters, index, 0) < count:
-        turns += 1
-        if turns > PATIENCE:
-            give_way()
-        else:
-            pause()
+        turns = idle(turns)
+
+
+@part
+def idle(turns):
+    """One turn of a spinning loop; return the number of turns."""
+    if turns > PATIENCE:
+        give_way()
+    else:
+        pause()
+    return turns + 1
 
 
 @part

@@ -26,7 +26,7 @@ from .few import (
 from .functions import activate_row
 from .products import PART, panel_width
 from .rowtiles import DOT_ROWS
-from .threads import call, entry, launch
+from .threads import entry, launch
 
 PACKED, LOW, SUMMED, DRAWN = range(4)
 PACK = 512
@@ -163,10 +163,7 @@ _entry = entry(few_forward_worker)
 
 
 @kernel
-def few_forward(task, workers):
-    """Run a `ForwardTask` of few samples with so many workers, in the calling thread where it is one."""
+def few_forward(task, workers, board, helpers):
+    """Work off a `ForwardTask` of few samples in so many shares, with helpers that stand by at the board."""
     function, address = _entry(task)
-    if workers == 1:
-        call(function, address, 0, 1)
-    else:
-        launch(function, address, workers)
+    launch(function, address, workers, board, helpers)

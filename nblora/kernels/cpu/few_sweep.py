@@ -29,7 +29,7 @@ from .machine import BLOCK, GROUP
 from .products import PART, panel_width, scratch_work
 from .rowtiles import DOT_ROWS
 from .sweep import bias_job, factor_job
-from .threads import call, entry, launch
+from .threads import entry, launch
 
 PACKED, LOW, SUMMED, DRAWN = range(4)
 PACK = 512
@@ -220,10 +220,7 @@ _entry = entry(few_sweep_worker)
 
 
 @kernel
-def few_sweep(task, workers):
-    """Run a `SweepTask` of few samples with so many workers, in the calling thread where it is one."""
+def few_sweep(task, workers, board, helpers):
+    """Work off a `SweepTask` of few samples in so many shares, with helpers that stand by at the board."""
     function, address = _entry(task)
-    if workers == 1:
-        call(function, address, 0, 1)
-    else:
-        launch(function, address, workers)
+    launch(function, address, workers, board, helpers)

@@ -31,7 +31,7 @@ from .products import (
     transpose_block,
 )
 from .rows import add_row, copy_row
-from .threads import call, entry, launch
+from .threads import entry, launch
 
 
 class ForwardTask(NamedTuple):
@@ -204,10 +204,7 @@ _entry = entry(forward_worker)
 
 
 @kernel
-def forward(task, workers):
-    """Run a `ForwardTask` with so many workers, in the calling thread where it is one."""
+def forward(task, workers, board, helpers):
+    """Work off a `ForwardTask` in so many shares, with helpers that stand by at the board."""
     function, address = _entry(task)
-    if workers == 1:
-        call(function, address, 0, 1)
-    else:
-        launch(function, address, workers)
+    launch(function, address, workers, board, helpers)

@@ -53,7 +53,7 @@ from .products import (
     with_stream,
 )
 from .rows import descend_row, momentum_row, scale_row
-from .threads import call, entry, launch
+from .threads import entry, launch
 
 PREPARED, CROSSED, DRAWN = range(3)
 
@@ -399,10 +399,7 @@ _entry = entry(sweep_worker)
 
 
 @kernel
-def sweep(task, workers):
-    """Run a `SweepTask` with so many workers, in the calling thread where it is one."""
+def sweep(task, workers, board, helpers):
+    """Work off a `SweepTask` in so many shares, with helpers that stand by at the board."""
     function, address = _entry(task)
-    if workers == 1:
-        call(function, address, 0, 1)
-    else:
-        launch(function, address, workers)
+    launch(function, address, workers, board, helpers)

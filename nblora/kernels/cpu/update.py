@@ -5,12 +5,14 @@ gradient held in memory, the fused form is in `sweep`.
 """
 
 import math
+from typing import NamedTuple
 
 import numpy as np
-from numba import prange
 
 from .. import elementwise
 from ..jit import kernel, part
+from .atomics import draw
+from .threads import entry, launch
 
 SGD, MOMENTUM, ADAMW, ADD, SCALE, MULTIPLY = range(6)
 
@@ -62,23 +64,42 @@ def _update_chunk(code, p, g, first, second, scalars):
             p[i] *= g[i]
 
 
-@kernel(parallel=True)
-def update(code, p, g, first, second, scalars, workers):
-    """Update flat `p` in place by the rule `code`.
+class UpdateTask(NamedTuple):
+    """Flat arrays, updated in place by the rule `code`.
 
     SGD: p -= lr g. MOMENTUM: first = m first + (1 - m) g, p -= lr first. ADAMW: moments `first` and `second`.
-    ADD: p += g. SCALE: p *= factor. MULTIPLY: p *= g. `scalars`: lr or factor, m or beta1, beta2, eps, decay, step.
+    ADD: p += g. SCALE: p *= factor. MULTIPLY: p *= g.
     """
-    size = p.shape[0]
-    if workers == 1:
-        for start in range(0, size, CHUNK):
-            end = min(size, start + CHUNK)
-            _update_chunk(code, p[start:end], g[start:end], first[start:end], second[start:end], scalars)
-    else:
-        for chunk in prange((size + CHUNK - 1) // CHUNK):
-            start = chunk * CHUNK
-            end = min(size, start + CHUNK)
-            _update_chunk(code, p[start:end], g[start:end], first[start:end], second[start:end], scalars)
+
+    code: int
+    p: object
+    g: object
+    first: object
+    second: object
+    scalars: object  # six: lr or factor, m or beta1, beta2, eps, decay, step
+    counters: object  # (workers,) int64 zeros: chunks drawn
+
+
+@part
+def _update_worker(task, worker, workers):
+    chunks = (task.p.shape[0] + CHUNK - 1) // CHUNK
+    while True:
+        chunk = draw(task.counters, 0, chunks, worker, workers)
+        if chunk < 0:
+            break
+        start, end = chunk * CHUNK, min(task.p.shape[0], chunk * CHUNK + CHUNK)
+        arrays = task.p[start:end], task.g[start:end], task.first[start:end], task.second[start:end]
+        _update_chunk(task.code, arrays[0], arrays[1], arrays[2], arrays[3], task.scalars)
+
+
+_update_entry = entry(_update_worker)
+
+
+@kernel
+def update(task, workers, board, helpers):
+    """Work off an `UpdateTask` in so many shares, with helpers that stand by at the board."""
+    function, address = _update_entry(task)
+    launch(function, address, workers, board, helpers)
 
 
 @part(fastmath={"contract", "reassoc"})
@@ -109,16 +130,45 @@ def _merge_row(out, weight, delta, left, right, s, c, has_delta):
             out[q] += factor * row[q]
 
 
-@kernel(parallel=True)
-def merge(out, S, D, left, right, s, c, has_delta, workers):
+MERGED_ROWS = 16
+"""Rows of a job of `merge`."""
+
+
+class MergeTask(NamedTuple):
     """out = S + c D + s·left·right, stored (P, Q): left (P, rank), right (rank, Q); for FullyConnected Bᵀ and Aᵀ."""
-    kind = out.dtype.type
-    if workers == 1:
-        for p in range(out.shape[0]):
-            _merge_row(out[p], S[p], D[p], left[p], right, kind(s), kind(c), has_delta)
-    else:
-        for p in prange(out.shape[0]):
-            _merge_row(out[p], S[p], D[p], left[p], right, kind(s), kind(c), has_delta)
+
+    out: object
+    S: object
+    D: object
+    left: object
+    right: object
+    s: float
+    c: float
+    has_delta: bool
+    counters: object  # (workers,) int64 zeros: jobs drawn
+
+
+@part
+def _merge_worker(task, worker, workers):
+    kind, rows = task.out.dtype.type, task.out.shape[0]
+    while True:
+        job = draw(task.counters, 0, (rows + MERGED_ROWS - 1) // MERGED_ROWS, worker, workers)
+        if job < 0:
+            break
+        for p in range(job * MERGED_ROWS, min(rows, job * MERGED_ROWS + MERGED_ROWS)):
+            _merge_row(
+                task.out[p], task.S[p], task.D[p], task.left[p], task.right, kind(task.s), kind(task.c), task.has_delta
+            )
+
+
+_merge_entry = entry(_merge_worker)
+
+
+@kernel
+def merge(task, workers, board, helpers):
+    """Work off a `MergeTask` in so many shares, with helpers that stand by at the board."""
+    function, address = _merge_entry(task)
+    launch(function, address, workers, board, helpers)
 
 
 @kernel(fastmath={"contract", "reassoc"})
