@@ -1,7 +1,6 @@
-"""Threads and processes: every installed threading layer, several callers at once, and forked children."""
+"""Threads and processes: helpers that come and that do not, several callers at once, and forked children."""
 
 import os
-import sys
 
 import pytest
 
@@ -9,9 +8,6 @@ from nblora.kernels import jit
 from tests.processes import run
 
 pytestmark = pytest.mark.skipif(jit.JIT_DISABLED, reason="there are no threads under NUMBA_DISABLE_JIT=1")
-
-# Libraries of wheels (TBB) lie in the environment's lib folder, where the loader does not look by itself.
-LIBRARIES = os.pathsep.join(filter(None, [os.path.join(sys.prefix, "lib"), os.environ.get("LD_LIBRARY_PATH")]))
 
 PREPARE = """
 import os, sys, threading
@@ -100,35 +96,40 @@ if __name__ == "__main__":
         assert pool.map(work, range(3)) == here
 """
 
-NAME = "import numba; print(numba.threading_layer())"
+NO_LAYER = """
+from numba.np.ufunc import parallel
+assert not parallel._is_initialized
+"""
+
+NOBODY_COMES = """
+from nblora.backends.crew import Crew
+class Deserted(Crew):
+    def _start(self, count):
+        self._board = np.zeros((count + 1) * 16, np.int64)
+        self._bells = [None] * count
+adapter._backend._crew = Deserted()
+"""
 
 
-@pytest.fixture(scope="module", params=["workqueue", "omp", "tbb"])
-def layer(request):
-    """The environment of one threading layer, where Numba can load it."""
-    environment = {"NUMBA_THREADING_LAYER": request.param, "NUMBA_NUM_THREADS": "2", "LD_LIBRARY_PATH": LIBRARIES}
-    probe = "import numba; numba.get_num_threads()"
-    if run(probe, check=False, **environment).returncode:
-        pytest.skip(f"Numba's threading layer {request.param} is not installed")
-    return environment
+def test_numbas_own_threads_are_not_started():
+    run(PREPARE + ALONE + NO_LAYER)
 
 
-def test_a_call_under_every_layer(layer):
-    done = run(PREPARE + ALONE + NAME, **layer)
-    assert done.stdout.strip() == layer["NUMBA_THREADING_LAYER"]
+def test_helpers_that_never_get_a_core_hold_nothing_up():
+    run(PREPARE + NOBODY_COMES + ALONE)
 
 
-def test_several_callers_at_once(layer):
-    done = run(PREPARE + TOGETHER + NAME, **layer)
-    assert done.stdout.strip() == layer["NUMBA_THREADING_LAYER"]
+def test_several_callers_at_once():
+    run(PREPARE + TOGETHER)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-def test_a_forked_child(layer):
-    run(PREPARE + FORKED, **layer)
+def test_a_forked_child():
+    run(PREPARE + FORKED)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@pytest.mark.parametrize("layer", ["workqueue", "omp"])
 def test_a_child_forked_after_another_librarys_kernel(layer):
     """The parent's threads may have been started by any parallel function of Numba's, not by nblora."""
     other = """
@@ -141,7 +142,8 @@ def total(n):
     return found
 assert total(1000) == 499500
 """
-    run(PREPARE + other + FORKED.replace("adapter.forward(x)\nchild", "child", 1), **layer)
+    code = PREPARE + other + FORKED.replace("adapter.forward(x)\nchild", "child", 1)
+    run(code, NUMBA_THREADING_LAYER=layer)
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])

@@ -74,12 +74,12 @@ class _Scratch:
             self._packed.setdefault(key[0], []).append(packed)
 
 
-@functools.lru_cache
 def _workers(work: int) -> int:
     """Shares for a call of `work` multiply-adds."""
     return 1 if work < SERIAL_WORK else thread_count()
 
 
+@functools.lru_cache
 def _packed_size(function: Any, dtype: np.dtype, *arguments: int) -> int:
     """Elements that packing takes, by the kernel's own rule."""
     return int(function(*arguments, np.empty(0, dtype)))
