@@ -1,6 +1,6 @@
 """The cache of compiled kernels: found again, never stale, never in the way. Each case is a fresh process.
 
-`jit.py` and `linking.py` know their folder alone, so copies beside two small kernels stand in for the real ones.
+`jit.py` and what it needs know their folder alone, so copies beside two small kernels stand in for the real ones.
 """
 
 import shutil
@@ -8,38 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from nblora.kernels import jit, linking
+from nblora.kernels import jit
+from tests.kernels.support import CALL, HELPER, call
 from tests.processes import run
 
 pytestmark = pytest.mark.skipif(jit.JIT_DISABLED, reason="compiles nothing under NUMBA_DISABLE_JIT=1")
-
-HELPER = "from .jit import kernel\n@kernel(inline='always')\ndef add(a, b):\n    return a + b\n"
-MAIN = "from .helper import add\nfrom .jit import kernel\n@kernel\ndef total(a, b):\n    return add(a, b)\n"
-CALL = """
-from package.main import total
-from package.jit import cache_folder
-print(total(2, 3), sum(total.stats.cache_hits.values()), sum(total.stats.cache_misses.values()), cache_folder())
-"""
-
-
-@pytest.fixture
-def package(tmp_path):
-    folder = tmp_path / "site" / "package"
-    folder.mkdir(parents=True)
-    for module in (jit, linking):
-        shutil.copy(module.__file__, folder)
-    (folder / "__init__.py").touch()
-    (folder / "helper.py").write_text(HELPER)
-    (folder / "main.py").write_text(MAIN)
-    return folder
-
-
-def call(package, code=CALL, **environment):
-    """Result, cache hits, cache misses and folder of one process."""
-    defaults = {"NUMBA_CACHE_DIR": None, "XDG_CACHE_HOME": str(package.parent / "user"), "NUMBA_DISABLE_JIT": None}
-    done = run(code, path=package.parent, **(defaults | environment))
-    result, hits, misses, folder = done.stdout.split()
-    return int(result), int(hits), int(misses), folder
 
 
 def read_only(package):
