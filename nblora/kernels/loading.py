@@ -50,6 +50,7 @@ def load(context, packed):
         function()
     _make_known(context, needed)
     library = _LoadedLibrary(context.codegen(), *library)
+    library._reload_init.update(reload_init)  # what links this function will need them too
     for held in environments:
         library.codegen.set_env(held.env_name, held)
     return compile_result(
@@ -69,8 +70,11 @@ def load(context, packed):
 
 
 def _make_known(context, names):
-    """Let the linker find every name: it ends the process over one that it does not find."""
+    """Let the linker find every name: code with one that it did not find would end the process when called."""
     for prepare in (rtsys.initialize, type(context).refresh):
-        if all(llvm.address_of_symbol(name) for name in names):
+        if all(map(llvm.address_of_symbol, names)):
             return
         prepare(context)
+    missing = [name for name in names if not llvm.address_of_symbol(name)]
+    if missing:
+        raise RuntimeError(f"cached code calls what is not there: {', '.join(missing)}")

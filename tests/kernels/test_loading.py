@@ -62,6 +62,36 @@ def test_a_kernel_that_needs_what_only_numbas_implementations_bring(package):
     assert call(package, CALL + "assert 'numba.cpython.hashing' in __import__('sys').modules\n")[:3] == (5, 1, 0)
 
 
+PARALLEL = """
+from numba import prange
+from .jit import kernel
+@kernel(parallel=True)
+def add(a, b):
+    found = 0
+    for i in prange(2):
+        found += a if i else b
+    return found
+"""
+
+
+def test_what_calls_a_loaded_parallel_kernel_starts_its_threads_too(package):
+    """Compiled in a process that had loaded its callee, and then loaded itself."""
+    (package / "helper.py").write_text(PARALLEL)
+    of_floats = CALL.replace("print(total(2, 3)", "print(int(total(2.0, 3.0))")
+    assert call(package)[:3] == (5, 0, 1)
+    assert call(package, of_floats)[:3] == (5, 0, 1)
+    assert call(package, of_floats)[:3] == (5, 1, 0)
+
+
+def test_code_that_calls_what_is_nowhere_is_compiled_again(package):
+    nowhere = "from package import loading\n"
+    nowhere += "pack = loading.pack\ndef packed(c):\n    library, needed, rest = pack(c)\n"
+    nowhere += "    return library, [*needed, 'nblora_nowhere'], rest\nloading.pack = packed\n"
+    assert call(package, nowhere + CALL)[:3] == (5, 0, 1)
+    assert call(package)[:3] == (5, 0, 1)
+    assert call(package)[:3] == (5, 1, 0)
+
+
 def test_an_error_in_a_loaded_kernel_is_raised(package):
     kernels(package, "    if a > 2:\n        raise ValueError('more than two', a)\n    return a + b\n")
     code = "import contextlib\nfrom package.main import total\n"
