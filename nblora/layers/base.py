@@ -397,8 +397,8 @@ class Layer(NamedParameters):
         Runs one step on a clone, so nothing of this object changes.
         """
         twin = self.clone().train()
-        zeros = np.zeros((1, self.in_features), self.dtype)
-        for samples in (zeros, np.zeros((64, self.in_features), self.dtype)):
+        for count in (1, 256):  # few samples and many have kernels of their own
+            samples = np.zeros((count, self.in_features), self.dtype)
             grad = np.zeros_like(twin.forward(samples))
             twin.backward(grad)
             twin.update_parameters(0.0)
