@@ -183,7 +183,7 @@ for shape in [(1, 33, 17, 2), (16, 100, 97, 5), (64, 270, 133, 4), (300, 65, 129
 
 
 def in_float64(bits):
-    """A case of a length in float64; each compiles kernels of its own, and float32 has all the numbers of lanes but 2."""
+    """A length in float64. Each compiles kernels of its own; float32 has all their numbers of lanes but 2."""
     return pytest.param(bits, "float64", marks=[] if bits == VECTOR_BITS else pytest.mark.slow)
 
 

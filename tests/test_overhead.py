@@ -174,7 +174,7 @@ def test_a_step_changes_no_thread_setting(chosen):
 
 
 def test_an_error_changes_no_thread_setting_and_the_next_step_works(chosen, monkeypatch):
-    adapter, x, grad = made()
+    adapter, x, grad = made(samples=300)
     adapter.forward(x)
     with pytest.raises(ValueError, match="grad_output"):
         adapter.backward_update(grad[:, 1:], 0.1)
