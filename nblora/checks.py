@@ -23,6 +23,8 @@ def check_integer(name: str, value: Any, low: int, high: int | None = None, reme
 
 def check_number(name: str, value: Any) -> float:
     """Return `value` as a float; TypeError for what is not a real number. NaN passes."""
+    if type(value) is float:  # as a rule; asking `numbers.Real` takes ten times as long
+        return value
     if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a real number, got {_describe(value)}")
     return float(value)
@@ -143,7 +145,7 @@ def is_device_array(value: Any) -> bool:
 
 def as_rows(array: np.ndarray) -> np.ndarray:
     """View (..., features) as (N, features), C-contiguous and aligned; copies only what is neither."""
-    rows = array.reshape((math.prod(array.shape[:-1]), array.shape[-1]))
+    rows = array if array.ndim == 2 else array.reshape((math.prod(array.shape[:-1]), array.shape[-1]))
     if rows.flags.c_contiguous and rows.flags.aligned:
         return rows
     return np.require(rows, requirements=["C", "A"])

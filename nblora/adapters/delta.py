@@ -100,8 +100,9 @@ class DeltaLoRAAdapter(Adapter):
 
     def _own_parameters(self) -> Iterator[Parameter]:
         yield from super()._own_parameters()
-        yield Parameter("delta", self._delta, self._transposed, momentum=True)
-        yield Parameter("velocity", self._velocity, self._transposed, trainable=False, optional=True)
+        transposed = self._transposed
+        yield Parameter("delta", self._delta, transposed, momentum=True)
+        yield Parameter("velocity", self._velocity, transposed, trainable=False, optional=True)
 
     def _apply_momentum(self, lr: float) -> None:
         super()._apply_momentum(lr)

@@ -26,6 +26,9 @@ SERIAL_WORK = 1 << 17
 """Multiply-adds below which a call runs in the calling thread: waking another costs 5 to 10 µs, 2^17 take 3 µs."""
 
 
+_NO_SCALARS = (0.0,) * 6
+
+
 class _Writable:
     """The memory of a read-only array, for `numpy.asarray`: Numba compiles every kernel anew for read-only types."""
 
@@ -65,13 +68,13 @@ class _Scratch:
 
     def give(self, scratch: np.ndarray, packed: np.ndarray) -> None:
         """Hand both back; sets of a number of workers that is no longer used are dropped."""
-        key = scratch.dtype, len(scratch)
-        stale = [other for other in self._free if other[0] == key[0] and other[1] not in (1, key[1]) and key[1] > 1]
-        for other in stale:
-            self._free.pop(other, None)
+        dtype, workers = key = scratch.dtype, len(scratch)
+        if key not in self._free:
+            for other in [k for k in self._free if k[0] == dtype and 1 != k[1] != workers != 1]:
+                self._free.pop(other, None)
         self._free.setdefault(key, []).append(scratch)
         if packed.nbytes <= KEPT:
-            self._packed.setdefault(key[0], []).append(packed)
+            self._packed.setdefault(dtype, []).append(packed)
 
 
 def _workers(work: int) -> int:
@@ -300,7 +303,7 @@ class CPUBackend:
     def _masked(self, x: Array, mask: Array) -> Array:
         """mask∘x."""
         out = x.copy()
-        self._update(update_kernel.MULTIPLY, out, mask, out, out)
+        self._update(update_kernel.MULTIPLY, out, mask, None, None)
         return out
 
     def merge(self, operands: Operands) -> Array:
@@ -322,20 +325,25 @@ class CPUBackend:
         self._crew.run(update_kernel.merge, task, workers)
         return out
 
-    def _update(self, code: int, p: Array, g: Array, first: Array, second: Array, *scalars: float) -> None:
-        padded = (*map(float, scalars), 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)[:6]
-        flat = [_plain(a).reshape(-1) for a in (p, g, first, second)]
+    def _update(
+        self, code: int, p: Array, g: Array, first: Array | None, second: Array | None, *scalars: float
+    ) -> None:
+        """Call the update kernel; `first` and `second` are None where the rule has no such array."""
+        flat = p.reshape(-1)
+        one, two = (flat if array is None else array.reshape(-1) for array in (first, second))
+        padded = (*scalars, *_NO_SCALARS[len(scalars) :])
         workers = _workers(p.size)
-        task = update_kernel.UpdateTask(code, flat[0], flat[1], flat[2], flat[3], padded, np.zeros(workers, np.int64))
+        counters = np.zeros(workers, np.int64)
+        task = update_kernel.UpdateTask(code, flat, _plain(g).reshape(-1), one, two, padded, counters)
         self._crew.run(update_kernel.update, task, workers)
 
     def sgd_update(self, parameter: Array, gradient: Array, lr: float) -> None:
         """parameter -= lr gradient, in place."""
-        self._update(update_kernel.SGD, parameter, gradient, parameter, parameter, lr)
+        self._update(update_kernel.SGD, parameter, gradient, None, None, float(lr))
 
     def momentum_update(self, delta: Array, velocity: Array, gradient: Array, momentum: float, lr: float) -> None:
         """V = m V + (1-m) gradient; D -= lr V, in place."""
-        self._update(update_kernel.MOMENTUM, delta, gradient, velocity, delta, lr, momentum)
+        self._update(update_kernel.MOMENTUM, delta, gradient, velocity, None, float(lr), float(momentum))
 
     def adamw_update(
         self,
@@ -350,15 +358,16 @@ class CPUBackend:
         step: int,
     ) -> None:
         """AdamW with decoupled decay (Loshchilov and Hutter, 2019), `step` counted from 1, in place."""
-        self._update(update_kernel.ADAMW, parameter, gradient, first, second, lr, *betas, eps, weight_decay, step)
+        scalars = map(float, (lr, *betas, eps, weight_decay, step))
+        self._update(update_kernel.ADAMW, parameter, gradient, first, second, *scalars)
 
     def add(self, target: Array, source: Array) -> None:
         """target += source, in place."""
-        self._update(update_kernel.ADD, target, source, target, target)
+        self._update(update_kernel.ADD, target, source, None, None)
 
     def scale(self, target: Array, factor: float) -> None:
         """target *= factor, in place."""
-        self._update(update_kernel.SCALE, target, target, target, target, factor)
+        self._update(update_kernel.SCALE, target, target, None, None, float(factor))
 
     def sum_of_squares(self, array: Array) -> float:
         """Σ a², accumulated in float64."""

@@ -1,15 +1,18 @@
 """`nblora warmup`: every kernel compiled into the cache, for images and CI."""
 
+import functools
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import click
+import numpy as np
 
 import nblora
 from nblora.kernels.jit import cache_folder
 from nblora.layers.activations import ACTIVATIONS
 from nblora.layers.base import Layer
+from nblora.training.losses import LOSSES
 
 DTYPES = ("float32", "float64")
 SIZES = 32, 48
@@ -26,13 +29,31 @@ def command(dtypes: tuple[str, ...]) -> None:
     """
     begin = time.perf_counter()
     for dtype in dtypes or DTYPES:
-        for label, layer in _layers(dtype):
+        for label, warm in _work(dtype):
             start = time.perf_counter()
-            layer.compile()
+            warm()
             click.echo(f"{time.perf_counter() - start:8.2f} s  {dtype}  {label}")
     folder = cache_folder()
     where = "nowhere, for no folder is writable: set NUMBA_CACHE_DIR" if folder is None else str(folder)
     click.echo(f"{time.perf_counter() - begin:8.2f} s  in all; cached in {where}")
+
+
+def _work(dtype: str) -> Iterator[tuple[str, Callable[[], object]]]:
+    """What compiles, and its name: every kind of layer, then what training needs beside them."""
+    for label, layer in _layers(dtype):
+        yield label, layer.compile
+    for loss in LOSSES:
+        yield f"fit, {loss}", functools.partial(_fit, dtype, loss)
+    base = nblora.Dense.random(*SIZES, dtype=dtype, seed=0)
+    yield "merging", nblora.DeltaLoRAAdapter(base, RANK, seed=0).merge_to_original_layer
+
+
+def _fit(dtype: str, loss: str) -> None:
+    """One step of training, with a limit of the gradient's norm."""
+    model = nblora.LoRAAdapter(nblora.Dense.random(*SIZES, dtype=dtype, seed=0), RANK, seed=0)
+    x, y = np.zeros((2, SIZES[0]), dtype), np.zeros((2, SIZES[1]), dtype)
+    labels = loss == "cross_entropy"
+    nblora.fit(model, x, np.zeros(2, int) if labels else y, loss=loss, epochs=1, clip_norm=1.0, progress=False)
 
 
 def _layers(dtype: str) -> Iterator[tuple[str, Layer]]:

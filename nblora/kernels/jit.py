@@ -26,6 +26,7 @@ import numba.extending
 from numba.core import config
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, NullCache, _CacheLocator
 
+from . import loading
 from .linking import PartCompiler
 
 KERNELS = Path(__file__).parent
@@ -107,9 +108,20 @@ class _Locator(_CacheLocator):
 class _Implementation(CompileResultCacheImpl):
     _locator_classes = [_Locator]  # noqa: RUF012 - Numba's own attribute
 
+    def reduce(self, compiled):
+        return loading.pack(compiled)
+
+    def rebuild(self, target_context, packed):
+        return loading.load(target_context, packed)
+
 
 class _Cache(FunctionCache):
     _impl_class = _Implementation
+
+    def load_overload(self, sig, target_context):
+        """Load without preparing the target for compiling, as Numba would."""
+        with self._guard_against_spurious_io_errors():
+            return self._load_overload(sig, target_context)
 
 
 class _LazyCache(NullCache):

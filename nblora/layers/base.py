@@ -1,7 +1,7 @@
 """`Layer`: what every layer, adapter and model does, whatever it computes."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
@@ -110,9 +110,10 @@ class Layer(NamedParameters):
             Gradient with respect to the last forward's input.
         """
         rate = checks.check_not_negative("lr", lr)
-        self._check_trainable_memory()
+        trainable = self._check_trainable_memory()
         grad_input = self._sweep(grad_output, rate, rate)
-        self._apply_gradients(rate)
+        self._descend(trainable, rate)
+        self._apply_momentum(rate)
         self._forget_gradients()
         return grad_input
 
@@ -138,11 +139,15 @@ class Layer(NamedParameters):
 
     def _apply_gradients(self, lr: float) -> None:
         """Update in place every trainable parameter whose gradient is held."""
+        self._descend(self._trainable(), lr)
+        self._apply_momentum(lr)
+
+    def _descend(self, parameters: Iterable[Parameter], lr: float) -> None:
+        """Update in place those of `parameters` whose gradient is held and which follow no velocity."""
         gradients = self._held_gradients()
-        for parameter in self._trainable():
+        for parameter in parameters:
             if parameter.name in gradients and not parameter.momentum:
                 self._backend.sgd_update(parameter.array, gradients[parameter.name], lr)
-        self._apply_momentum(lr)
 
     def _apply_momentum(self, lr: float) -> None:
         """Update in place what follows a velocity, where its gradient is held: nothing but in delta adapters."""
@@ -222,18 +227,21 @@ class Layer(NamedParameters):
             raise RuntimeError("there are no gradients: call forward and backward first")
         return self._gradients
 
-    def _store_gradients(self, gradients: Mapping[str, Any], accumulate: bool) -> None:
-        """Keep those of `gradients` that are not None, added to the held ones where `accumulate`."""
-        new = {name: gradient for name, gradient in gradients.items() if gradient is not None}
+    def _store_gradients(self, gradients: Iterable[tuple[str, Any]], accumulate: bool) -> None:
+        """Keep those of the pairs of name and gradient that are not None, added to the held ones where `accumulate`."""
+        new = {name: gradient for name, gradient in gradients if gradient is not None}
         if accumulate and self._gradients is not None:
             for name, gradient in self._gradients.items():
                 self._backend.add(gradient, new[name])
         else:
             self._gradients = new
 
-    def _check_trainable_memory(self) -> None:
-        for parameter in self._trainable():
+    def _check_trainable_memory(self) -> list[Parameter]:
+        """Return the trainable parameters, once all of them can be updated in place."""
+        trainable = list(self._trainable())
+        for parameter in trainable:
             checks.check_writeable(parameter.name, parameter.array)
+        return trainable
 
     # --- modes and life ----------------------------------------------------------------------------------------
 
@@ -389,8 +397,8 @@ class Layer(NamedParameters):
         Runs one step on a clone, so nothing of this object changes.
         """
         twin = self.clone().train()
-        zeros = np.zeros((1, self.in_features), self.dtype)
-        for samples in (zeros, np.zeros((64, self.in_features), self.dtype)):
+        for count in (1, 256):  # few samples and many have kernels of their own
+            samples = np.zeros((count, self.in_features), self.dtype)
             grad = np.zeros_like(twin.forward(samples))
             twin.backward(grad)
             twin.update_parameters(0.0)

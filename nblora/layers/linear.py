@@ -43,7 +43,7 @@ class Linear(Layer, abstract=True):
         checks.check_flag("accumulate", accumulate)
         grad, on_device, saved, shape, operands = self._checked_gradient(grad_output)
         gradients = self._backend.backward(grad, saved, operands)
-        self._store_gradients(dict(self._named_gradients(gradients)), accumulate)
+        self._store_gradients(self._named_gradients(gradients), accumulate)
         return self._leave(gradients.x, on_device).reshape(shape)
 
     def _onnx_operands(self) -> Operands:
@@ -75,7 +75,7 @@ class Linear(Layer, abstract=True):
     def _sweep(self, grad_output: Any, lr: float, delta_lr: float) -> np.ndarray:
         grad, on_device, saved, shape, operands = self._checked_gradient(grad_output)
         gradients = self._backend.backward_update(grad, saved, operands, lr, delta_lr)
-        self._store_gradients(dict(self._named_gradients(gradients)), accumulate=False)
+        self._store_gradients(self._named_gradients(gradients), accumulate=False)
         self._saved = None
         return self._leave(gradients.x, on_device).reshape(shape)
 

@@ -1,6 +1,6 @@
 """The cache of compiled kernels: found again, never stale, never in the way. Each case is a fresh process.
 
-`jit.py` and `linking.py` know their folder alone, so copies beside two small kernels stand in for the real ones.
+`jit.py` and what it needs know their folder alone, so copies beside two small kernels stand in for the real ones.
 """
 
 import shutil
@@ -8,38 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from nblora.kernels import jit, linking
+from nblora.kernels import jit
+from tests.kernels.support import CALL, HELPER, call
 from tests.processes import run
 
 pytestmark = pytest.mark.skipif(jit.JIT_DISABLED, reason="compiles nothing under NUMBA_DISABLE_JIT=1")
-
-HELPER = "from .jit import kernel\n@kernel(inline='always')\ndef add(a, b):\n    return a + b\n"
-MAIN = "from .helper import add\nfrom .jit import kernel\n@kernel\ndef total(a, b):\n    return add(a, b)\n"
-CALL = """
-from package.main import total
-from package.jit import cache_folder
-print(total(2, 3), sum(total.stats.cache_hits.values()), sum(total.stats.cache_misses.values()), cache_folder())
-"""
-
-
-@pytest.fixture
-def package(tmp_path):
-    folder = tmp_path / "site" / "package"
-    folder.mkdir(parents=True)
-    for module in (jit, linking):
-        shutil.copy(module.__file__, folder)
-    (folder / "__init__.py").touch()
-    (folder / "helper.py").write_text(HELPER)
-    (folder / "main.py").write_text(MAIN)
-    return folder
-
-
-def call(package, code=CALL, **environment):
-    """Result, cache hits, cache misses and folder of one process."""
-    defaults = {"NUMBA_CACHE_DIR": None, "XDG_CACHE_HOME": str(package.parent / "user"), "NUMBA_DISABLE_JIT": None}
-    done = run(code, path=package.parent, **(defaults | environment))
-    result, hits, misses, folder = done.stdout.split()
-    return int(result), int(hits), int(misses), folder
 
 
 def read_only(package):
@@ -174,7 +147,50 @@ def test_a_second_process_compiles_no_kernel_of_nblora():
     assert run(STEP).stdout.startswith("0 ")
 
 
+SPECIALISED = """
+import gc
+import numpy as np
+from numba.core.dispatcher import Dispatcher
+import nblora
+def specialised():  # compiled or loaded
+    kernels = [o for o in gc.get_objects() if isinstance(o, Dispatcher) and o.__module__.startswith("nblora.")]
+    return {(kernel.__name__, str(signature)) for kernel in kernels for signature in kernel.signatures}
+"""
+
+COMPILE = """
+adapter = nblora.DeltaLoRAAdapter(nblora.Dense.random(70, 50, activation="gelu"), 4).compile()
+warm = specialised()
+for samples in (1, 40, 300):
+    adapter(np.ones((samples, 70), "float32"))
+    adapter.backward_update(np.ones((samples, 50), "float32"), 0.1)
+print(len(warm), sorted(specialised() - warm))
+"""
+
+
 def test_compile_leaves_nothing_for_the_first_call():
-    code = STEP.replace("        adapter(x)\n", "        compiled.clear()\n        adapter(x)\n", 1)
-    code = code.replace('("float32", "float64")', '("float32",)').replace(", nblora.FullyConnected)", ",)")
-    assert run(code).stdout.startswith("0 ")
+    warm, *new = run(SPECIALISED + COMPILE).stdout.split()
+    assert int(warm) > 4
+    assert new == ["[]"]
+
+
+WARM = """
+from nblora.cli.warmup import command
+command(["--dtype", "float32"], standalone_mode=False)
+warm = specialised()
+assert len(warm) > 8
+for layout, kind in ((nblora.Dense, nblora.DeltaLoRAAdapter), (nblora.FullyConnected, nblora.LoRAAdapter)):
+    for samples in (1, 8, 33, 300):
+        adapter = kind(layout.random(70, 50, activation="tanh"), 4)
+        x, y = np.ones((samples, 70), "float32"), np.zeros((samples, 50), "float32")
+        adapter.forward(x)
+        adapter.backward_update(y, 0.1)
+        for loss in ("mse", "cross_entropy", "binary_cross_entropy"):
+            target = np.zeros(samples, int) if loss == "cross_entropy" else y
+            nblora.fit(adapter, x, target, loss=loss, optimizer="adamw", epochs=1, clip_norm=1.0, progress=False)
+        adapter.merge_to_original_layer()
+print(sorted(specialised() - warm))
+"""
+
+
+def test_warmup_leaves_nothing_for_the_first_step_and_fit():
+    assert run(SPECIALISED + WARM).stdout.splitlines()[-1] == "[]"
