@@ -153,7 +153,7 @@ class Stream:
 
     def prepare(self, working: Iterable[type]) -> None:
         """Load, or compile, the kernels for these working types on a thread of its own while tensors are copied."""
-        threading.Thread(target=_load, args=(set(working),), name="nblora-load", daemon=True).start()
+        threading.Thread(target=_load, args=(set(working),), name="nblora-load").start()
 
     def copy(self, matrix: Matrix, sink: Sink, start: int) -> None:
         """Copy a tensor as it is to the sink's byte `start`."""
