@@ -5,11 +5,13 @@ import time
 from collections.abc import Iterator
 
 import click
+import numpy as np
 
 import nblora
 from nblora.kernels.jit import cache_folder
 from nblora.layers.activations import ACTIVATIONS
 from nblora.layers.base import Layer
+from nblora.weights.stream import load_kernels
 
 DTYPES = ("float32", "float64")
 SIZES = 32, 48
@@ -30,6 +32,9 @@ def command(dtypes: tuple[str, ...]) -> None:
             start = time.perf_counter()
             layer.compile()
             click.echo(f"{time.perf_counter() - start:8.2f} s  {dtype}  {label}")
+        start = time.perf_counter()
+        load_kernels([np.dtype(dtype).type])
+        click.echo(f"{time.perf_counter() - start:8.2f} s  {dtype}  nblora merge")
     folder = cache_folder()
     where = "nowhere, for no folder is writable: set NUMBA_CACHE_DIR" if folder is None else str(folder)
     click.echo(f"{time.perf_counter() - begin:8.2f} s  in all; cached in {where}")

@@ -153,7 +153,7 @@ class Stream:
 
     def prepare(self, working: Iterable[type]) -> None:
         """Load, or compile, the kernels for these working types on a thread of its own while tensors are copied."""
-        threading.Thread(target=_load, args=(set(working),), name="nblora-load").start()
+        threading.Thread(target=load_kernels, args=(set(working),), name="nblora-load").start()
 
     def copy(self, matrix: Matrix, sink: Sink, start: int) -> None:
         """Copy a tensor as it is to the sink's byte `start`."""
@@ -307,8 +307,8 @@ def _kernels() -> Any:
     return weights_merge
 
 
-def _load(working: set[type]) -> None:
-    """Have the kernels ready by merging one number."""
+def load_kernels(working: Iterable[type]) -> None:
+    """Load, or compile, what `Stream.merge` needs for these working types, by merging one number."""
     kernels = _kernels()
     one, none = np.ones((1, 1)), np.empty(0)
     for kind in working:
