@@ -1,13 +1,18 @@
 """LoRA and Delta-LoRA adapters on NumPy arrays, trained and merged by fused Numba kernels."""
 
-from nblora import errors, training
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from nblora._version import __version__
-from nblora.adapters import DeltaLoRAAdapter, LoRAAdapter
-from nblora.backends import devices, set_device
-from nblora.layers import Dense, FullyConnected, LoRALayer
-from nblora.layers import read_layer as load
-from nblora.models import Sequential
-from nblora.training import fit
+
+if TYPE_CHECKING:
+    from nblora import errors, training
+    from nblora.adapters import DeltaLoRAAdapter, LoRAAdapter
+    from nblora.backends import devices, set_device
+    from nblora.layers import Dense, FullyConnected, LoRALayer
+    from nblora.layers import read_layer as load
+    from nblora.models import Sequential
+    from nblora.training import fit  # type: ignore[no-redef]
 
 __all__ = [
     "DeltaLoRAAdapter",
@@ -24,3 +29,37 @@ __all__ = [
     "set_device",
     "training",
 ]
+
+_PLACES = {
+    "DeltaLoRAAdapter": "adapters",
+    "Dense": "layers",
+    "FullyConnected": "layers",
+    "LoRAAdapter": "adapters",
+    "LoRALayer": "layers",
+    "Sequential": "models",
+    "devices": "backends",
+    "fit": "training",
+    "load": "layers.read_layer",
+    "set_device": "backends",
+}
+"""Where a public name comes from: a room, and the name there if it is another."""
+_ROOMS = ("adapters", "backends", "checks", "errors", "kernels", "layers", "models", "storage", "training")
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name, or a room, when it is first asked for.
+
+    Half of what the command line waits for at its start is Numba, and some commands have work to do meanwhile.
+    """
+    if name in _ROOMS:
+        return importlib.import_module(f"nblora.{name}")
+    if name not in _PLACES:
+        raise AttributeError(f"module 'nblora' has no attribute {name!r}")
+    room, _, other = _PLACES[name].partition(".")
+    value = getattr(importlib.import_module(f"nblora.{room}"), other or name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_ROOMS})

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import json
 import os
 import sys
@@ -76,6 +77,8 @@ def command(function: Callable) -> Callable:
         if "numpy" not in sys.modules:
             # These commands multiply nothing with BLAS on hot paths; its threads would only take address space.
             os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+        # A run makes no cycles; looking for them among Numba's many objects took a tenth of it.
+        gc.disable()
         from nblora.errors import NbloraError
 
         try:

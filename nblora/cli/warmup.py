@@ -13,6 +13,7 @@ from nblora.kernels.jit import cache_folder
 from nblora.layers.activations import ACTIVATIONS
 from nblora.layers.base import Layer
 from nblora.training.losses import LOSSES
+from nblora.weights.stream import load_kernels
 
 DTYPES = ("float32", "float64")
 SIZES = 32, 48
@@ -45,6 +46,7 @@ def _work(dtype: str) -> Iterator[tuple[str, Callable[[], object]]]:
     for loss in LOSSES:
         yield f"fit, {loss}", functools.partial(_fit, dtype, loss)
     base = nblora.Dense.random(*SIZES, dtype=dtype, seed=0)
+    yield "nblora merge", functools.partial(load_kernels, [np.dtype(dtype).type])
     yield "merging", nblora.DeltaLoRAAdapter(base, RANK, seed=0).merge_to_original_layer
 
 

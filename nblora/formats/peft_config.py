@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ class PeftConfig:
     use_rslora, use_dora, lora_bias, fan_in_fan_out : bool
     bias : str
         "none", "all" or "lora_only".
+    modules_to_save : tuple of str
     """
 
     path: Path
@@ -71,6 +73,22 @@ class PeftConfig:
     lora_bias: bool
     fan_in_fan_out: bool
     bias: str
+    modules_to_save: tuple[str, ...] = ()
+
+    def targets(self, modules: Iterable[str]) -> bool:
+        """Whether `target_modules`, where the file has it, names one of the modules."""
+        target = self.raw.get("target_modules")
+        if not target or target == "all-linear":
+            return True
+        if isinstance(target, str):
+            return any(self._fullmatch("target_modules", target, module) for module in modules)
+        return any(module == name or module.endswith(f".{name}") for module in modules for name in target)
+
+    @property
+    def unknown(self) -> dict[str, Any]:
+        """Fields that nblora does not know and that hold a number or a text."""
+        known = INERT | UNSUPPORTED.keys()
+        return {field: value for field, value in self.raw.items() if field not in known and value not in (None, False)}
 
     def module_rank(self, module: str) -> int:
         """Rank of the module of this name."""
@@ -87,14 +105,15 @@ class PeftConfig:
 
     def _matched(self, field: str, patterns: dict[str, Any], module: str, default: Any) -> Any:
         for pattern, value in patterns.items():
-            try:
-                if re.match(rf"(.*\.)?({pattern})$", module):
-                    return value
-            except re.error as error:
-                raise FormatError(
-                    f"{self.path}: {field} holds {pattern!r}, not a regular expression: {error}"
-                ) from None
+            if self._fullmatch(field, pattern, module, r"(.*\.)?({})$"):
+                return value
         return default
+
+    def _fullmatch(self, field: str, pattern: str, module: str, form: str = "{}") -> bool:
+        try:
+            return re.fullmatch(form.format(pattern), module) is not None
+        except re.error as error:
+            raise FormatError(f"{self.path}: {field} holds {pattern!r}, not a regular expression: {error}") from None
 
 
 def parse_config(data: bytes, path: Path) -> PeftConfig:
@@ -141,7 +160,10 @@ def config_from_dict(raw: dict[str, Any], path: Path) -> PeftConfig:
         lora_bias=_typed(raw, "lora_bias", path, bool, False),
         fan_in_fan_out=_typed(raw, "fan_in_fan_out", path, bool, False),
         bias=bias,
+        modules_to_save=tuple(_names(raw, "modules_to_save", path)),
     )
+    if not isinstance(raw.get("target_modules"), str):
+        _names(raw, "target_modules", path)
     if config.use_dora and config.lora_bias:
         raise FormatError(f"{path}: use_dora and lora_bias exclude each other; PEFT cannot load such an adapter either")
     return config
@@ -178,6 +200,13 @@ def _typed(raw: dict[str, Any], field: str, path: Path, kind: type, default: Any
     if not isinstance(value, kind):
         raise FormatError(f"{path}: {field} is {value!r}; expected a {kind.__name__}")
     return value
+
+
+def _names(raw: dict[str, Any], field: str, path: Path) -> list[str]:
+    names = raw.get(field) or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise FormatError(f"{path}: {field} is {names!r}; expected a list of names")
+    return names
 
 
 def _pattern(raw: dict[str, Any], field: str, path: Path) -> Any:

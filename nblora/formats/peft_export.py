@@ -13,7 +13,8 @@ from nblora import checks
 from nblora.adapters import DeltaLoRAAdapter, LoRAAdapter
 from nblora.formats.peft_config import config_from_dict
 from nblora.formats.peft_tensors import PREFIX
-from nblora.formats.peft_writer import narrow, only_these, pattern_fields, write_adapter
+from nblora.formats.peft_writer import only_these, pattern_fields, write_adapter
+from nblora.formats.rounding import narrow
 from nblora.layers import Dense
 
 Adapter = LoRAAdapter | DeltaLoRAAdapter

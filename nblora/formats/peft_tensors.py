@@ -20,6 +20,11 @@ _PARTS = {
 }
 _SUFFIX = re.compile(rf"(?:(.*)\.)?({'|'.join(re.escape(part) for part in _PARTS)})")
 
+_WRAPPERS = re.compile(r"(^|\.)(?:base_layer|modules_to_save(?:\.default)?)\.")
+_ORIGINAL = re.compile(r"(^|\.)original_module\.")
+"""Parts of names that PEFT's wrappers add. With `bias="all"` a bias of `modules_to_save` is saved three times: as its
+own, as the wrapper's, and as the original module's, which the merged model does not have."""
+
 
 @dataclass
 class LoraModule:
@@ -91,6 +96,7 @@ def sort_tensors(file: SafetensorsFile, config: PeftConfig) -> SortedTensors:
         If a tensor is missing, unknown, of a dtype or shape that cannot be, or contradicts the configuration.
     """
     parts: dict[str, dict[str, TensorInfo]] = {}
+    superseded: dict[str, str] = {}
     embeddings: set[str] = set()
     result = SortedTensors()
     for name, info in file.tensors.items():
@@ -99,7 +105,11 @@ def sort_tensors(file: SafetensorsFile, config: PeftConfig) -> SortedTensors:
         short = name.removeprefix(PREFIX)
         match = _SUFFIX.fullmatch(short)
         if match is None:
-            _sort_replaced(file, result, name, short, info)
+            parameter = _ORIGINAL.sub(r"\1", short)
+            if parameter != short:
+                superseded[parameter] = name
+            else:
+                _sort_replaced(file, config, result, name, short, info)
             continue
         module, part = match[1] or "", _PARTS[match[2]]
         if part in parts.setdefault(module, {}):
@@ -109,18 +119,30 @@ def sort_tensors(file: SafetensorsFile, config: PeftConfig) -> SortedTensors:
             embeddings.add(module)
     for module, found in parts.items():
         result.modules[module] = _module(file, config, module, found, module in embeddings)
+    if parts and not config.targets(parts):
+        raise FormatError(
+            f"{config.path}: target_modules is {config.raw['target_modules']!r}, which names none of the modules that "
+            f"{file.path.name} holds factors for ({', '.join(list(parts)[:3])}, ...)"
+        )
+    for parameter, name in superseded.items():
+        if parameter not in result.replaced:
+            raise FormatError(f"{file.path}: {name} is what modules_to_save replaces, but nothing replaces {parameter}")
     if not file.tensors:
         raise FormatError(f"{file.path}: holds no tensors")
     return result
 
 
-def _sort_replaced(file: SafetensorsFile, result: SortedTensors, name: str, short: str, info: TensorInfo) -> None:
-    if re.search(r"(^|\.)lora_[A-Za-z_]+(\.|$)", short):
+def _sort_replaced(
+    file: SafetensorsFile, config: PeftConfig, result: SortedTensors, name: str, short: str, info: TensorInfo
+) -> None:
+    parameter = _WRAPPERS.sub(r"\1", short)
+    unknown = {part for part in parameter.split(".") if re.fullmatch("lora_[A-Za-z_]+", part)}
+    if unknown - set(config.modules_to_save):
         raise FormatError(f"{file.path}: {name} is not a tensor of a LoRA adapter that nblora knows")
-    parameter = re.sub(r"(^|\.)base_layer\.", r"\1", short)
-    if parameter in result.replaced:
-        raise FormatError(f"{file.path}: {name} is one of two tensors that replace {parameter}")
-    result.replaced[parameter] = info
+    known = result.replaced.get(parameter)
+    if known and (known.dtype != info.dtype or file.read(known.name).tobytes() != file.read(name).tobytes()):
+        raise FormatError(f"{file.path}: {name} and {known.name} replace {parameter} by different numbers")
+    result.replaced.setdefault(parameter, info)
 
 
 def _module(

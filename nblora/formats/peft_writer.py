@@ -13,29 +13,7 @@ import numpy as np
 from nblora.formats.peft_config import CONFIG_NAME
 from nblora.formats.peft_tensors import TENSORS_NAME
 from nblora.formats.replace import replace_folder
-from nblora.formats.safetensors_reader import FLOATS
 from nblora.formats.safetensors_writer import write_safetensors
-from nblora.kernels.cpu.weights_numbers import CODES, encode
-
-
-def narrow(numbers: np.ndarray, dtype: str) -> np.ndarray:
-    """Round float64 numbers to a stored dtype, once.
-
-    Parameters
-    ----------
-    numbers : ndarray of float64
-    dtype : {"F64", "F32", "F16", "BF16"}
-
-    Returns
-    -------
-    ndarray
-        Of the same shape; bfloat16 as the uint16 of its bits.
-    """
-    flat = np.ascontiguousarray(numbers, np.float64).reshape(-1)
-    result = np.empty(flat.shape, FLOATS[dtype])
-    scratch = np.empty(flat.shape, np.float32), np.empty(flat.shape, np.float32)
-    encode(flat, CODES[dtype], *scratch, result.view(np.uint8))
-    return result.reshape(numbers.shape)
 
 
 def write_adapter(folder: str | os.PathLike[str], config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:

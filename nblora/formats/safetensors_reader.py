@@ -150,7 +150,10 @@ class SafetensorsFile:
         raw = np.empty(info.nbytes, np.uint8)
         self.pread(raw.data, info.start)
         dtype = FLOATS.get(info.dtype)
-        return raw if dtype is None else raw.view(dtype).reshape(info.shape)
+        try:
+            return raw if dtype is None else raw.view(dtype).reshape(info.shape)
+        except ValueError:  # no numbers, in a shape whose other sizes are beyond an array's
+            raise self._fault(f"tensor {name!r} has the shape {list(info.shape)}, which no array can have") from None
 
     def read_wide(self, name: str) -> np.ndarray:
         """Return one floating-point tensor as float64, exactly."""
@@ -204,7 +207,8 @@ def parse_header(header: bytes, path: Path, nbytes: int | None = None) -> tuple[
         raise FormatError(f"{path}: the header is not valid: {error}") from None
     if not isinstance(parsed, dict):
         raise FormatError(f"{path}: the header is not a JSON object")
-    metadata = parsed.pop("__metadata__", None) or {}
+    metadata = parsed.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise FormatError(f"{path}: __metadata__ must map strings to strings")
     infos = [_check_tensor(path, len(header), name, entry) for name, entry in parsed.items()]

@@ -12,8 +12,9 @@ import numpy as np
 from nblora.errors import FormatError
 from nblora.formats.peft import CONFIG_NAME, TENSORS_NAME
 from nblora.formats.peft_tensors import LoraModule
-from nblora.formats.peft_writer import narrow, only_these, pattern_fields, write_adapter
+from nblora.formats.peft_writer import only_these, pattern_fields, write_adapter
 from nblora.formats.replace import check_output
+from nblora.formats.rounding import narrow
 from nblora.weights.algebra import read_factors, truncate
 from nblora.weights.merging import AdapterSpec, PathLike, adapter_files, open_adapters, stored_dtype
 from nblora.weights.names import same_bytes

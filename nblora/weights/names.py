@@ -13,6 +13,7 @@ from nblora.formats.safetensors_reader import SafetensorsFile, TensorInfo, itera
 
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared", "embeddings")
 HEADS = ("lm_head", "embed_out", "output")
+DECODERS = ("lm_head", "predictions")  # whose `decoder` is the head
 _PROBED, _COMPARED = 4096, 2**20  # bytes compared first, and at a time
 
 
@@ -27,7 +28,7 @@ def parse_maps(maps: Iterable[str]) -> list[tuple[list[str], list[str]]]:
     rules = []
     for text in maps:
         old, equals, new = text.partition("=")
-        parts = _parts(old.removeprefix(PREFIX))
+        parts = _parts(old.removeprefix(PREFIX) or old)
         if not equals or not parts:
             raise ValueError(f"--map {text!r}: expected OLD=NEW, such as transformer.=  or  fc1=dense1")
         rules.append((parts, _parts(new)))
@@ -89,18 +90,28 @@ def find_ties(model: ModelFiles, targets: Iterable[str]) -> Ties:
                 ties.absent[alias] = name
     tied = model.config.get("tie_word_embeddings")
     for target in targets:
-        if target not in tensors and target not in ties.absent and model.config and tied is not False:
-            embedding = _embedding_of(target, tensors)
-            if embedding:
-                ties.absent[target] = embedding
+        if target not in tensors and target not in ties.absent:
+            shared = _bias_of(target, tensors)
+            if shared is None and model.config and tied is not False:
+                shared = _embedding_of(target, tensors)
+            if shared:
+                ties.absent[target] = shared
     if tied is not False:
         ties.stored = _twins(tensors, {ties.absent.get(target, target) for target in targets} & tensors.keys())
     return ties
 
 
+def _bias_of(target: str, tensors: Mapping[str, object]) -> str | None:
+    """The stored bias that a masked language model's decoder shares: that of the head around it."""
+    head, decoder, _ = target.rpartition(".decoder.bias")
+    return f"{head}.bias" if decoder and f"{head}.bias" in tensors else None
+
+
 def _embedding_of(head: str, tensors: Mapping[str, object]) -> str | None:
     """The input embedding that a head of this name is tied to, if there is exactly one candidate."""
     parts = head.split(".")
+    if len(parts) > 2 and parts[-2] == "decoder" and parts[-3] in DECODERS:
+        parts[-2] = HEADS[0]
     if len(parts) < 2 or parts[-2] not in HEADS or parts[-1] != "weight":
         return None
     found = [name for name in tensors if name.split(".")[-2:-1] and name.split(".")[-2] in EMBEDDINGS]

@@ -153,7 +153,7 @@ class _Targets:
 
     @property
     def names(self) -> list[str]:
-        return [*self.replaced, *self.weights]
+        return [*self.replaced, *self.weights, *self.biases]
 
     def check_known(self, planner: "_Planner") -> None:
         """Raise FormatError for every tensor that matches nothing."""
@@ -199,6 +199,9 @@ class _Planner:
         file = weighted.adapter.file
         if info.shape != old.shape:
             raise FormatError(f"{label}: {info.name} has shape {info.shape}, but {stored} has {old.shape}")
+        is_parameter = ".base_layer." in info.name  # saved as it is, not trained apart from what it is tied to
+        if is_parameter and info.dtype == old.dtype and same_bytes(*self.tensors[stored], file, info):
+            return
         if weighted.weight != 1:
             raise FormatError(
                 f"{label}: {info.name} replaces {stored} whole and cannot have the weight {weighted.weight:g}; "
@@ -211,7 +214,7 @@ class _Planner:
                     f"{label} and {recipe.replaced_by} replace {stored} by different numbers; merge one of them"
                 )
             return
-        if stored != name and name not in self.tensors:
+        if stored != name and name not in self.tensors and not is_parameter:
             own = weighted.adapter.replaced.get(stored)
             if own is None or not same_bytes(file, info, file, own):
                 raise FormatError(
@@ -221,16 +224,22 @@ class _Planner:
             return
         rows, columns = _matrix(old)
         self.plan.recipes[stored] = Recipe(rows, columns, (file, info), label)
-        if stored in self.plan.ties.stored:
-            twins = ", ".join(self.plan.ties.stored[stored])
-            self.plan.warnings.append(f"{stored} is replaced by {label} and no longer tied to {twins}")
+        twins = self.plan.ties.stored.get(stored, [])
+        if is_parameter:
+            self.plan.recipes |= {twin: Recipe(rows, columns, (file, info), label) for twin in twins}
+        elif twins:
+            self.plan.warnings.append(f"{stored} is replaced by {label} and no longer tied to {', '.join(twins)}")
 
     def add_modules(self, targets: _Targets) -> None:
         """Add an adapter's low-rank terms and its `lora_bias`."""
         label, weight = targets.weighted.label, targets.weighted.weight
-        file = targets.weighted.adapter.file
+        file, config = targets.weighted.adapter.file, targets.weighted.adapter.config
+        for field_name, value in config.unknown.items():
+            self.plan.warnings.append(
+                f"{label}: {config.path.name} holds {field_name} ({value!r}), which nblora does not know and skips"
+            )
         stored = {name: self.stored(label, name) for name in targets.weights}
-        layouts = Layouts(self.model, targets.weighted.adapter.config, self.plan.warnings)
+        layouts = Layouts(self.model, config, self.plan.warnings)
         shapes = {name: info.shape for name, (_, info) in stored.items()}
         transposed = layouts.resolve(label, targets.weights, shapes)
         for name, module in targets.weights.items():
@@ -258,11 +267,11 @@ class _Planner:
 
     def _append(self, label: str, stored: str, info: TensorInfo, term: Term) -> None:
         rows, columns = _matrix(info)
+        own = self.plan.recipes.setdefault(stored, Recipe(rows, columns))
         for name in (stored, *self.plan.ties.stored.get(stored, [])):
-            recipe = self.plan.recipes.get(name)
-            if name != stored and recipe and recipe.replacement:
-                continue
             recipe = self.plan.recipes.setdefault(name, Recipe(rows, columns))
+            if recipe.replacement and recipe.replacement != own.replacement:
+                continue
             if term.magnitude and recipe.dora:
                 raise FormatError(
                     f"{label} and {recipe.dora.label} are both DoRA on {stored}; their norms exclude each other"

@@ -7,32 +7,25 @@ is computed. No result depends on the number of threads or on the size of a bloc
 import functools
 import os
 import queue
+import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import numpy as np
-from numba.core import config
 
 from nblora.formats.safetensors_reader import SafetensorsFile, TensorInfo
-from nblora.kernels.cpu import weights_merge as kernels
-from nblora.kernels.cpu.weights_numbers import CODES
+from nblora.kernels.cpu.weights_codes import BY_COLUMN, BY_ROW, CODES, SEGMENT
 from nblora.weights.factors import Stack, held
 from nblora.weights.plan import COLUMNS, Recipe
+from nblora.weights.sinks import Sink
 
 MIN_MEMORY = 2**20
 _PIECE = 2**20  # bytes of a buffer: large enough for the disk, small enough for the cache
 _MAX_THREADS = 16
-
-
-class Sink(Protocol):
-    """Where finished bytes go; called from several threads at once."""
-
-    def write(self, data: memoryview, offset: int) -> None:
-        """Take `data` for the output's byte `offset` on."""
 
 
 @dataclass(frozen=True)
@@ -135,16 +128,17 @@ class Stream:
     ) -> None:
         if max_memory < MIN_MEMORY:
             raise ValueError(f"max_memory is {max_memory} bytes; at least {MIN_MEMORY} (1MiB) are needed")
-        settings: Any = config  # Numba fills the module when it is loaded
-        wanted = threads or min(settings.NUMBA_NUM_THREADS, _MAX_THREADS)
+        wanted = threads or min(_numba_threads(), _MAX_THREADS)
         self.threads = max(1, min(wanted, max_memory // MIN_MEMORY))
-        self._piece = min(_PIECE, max_memory // (8 * self.threads))
-        self._factor_limit = max_memory // (8 * (self.threads + 1))
+        # One more than compute: writes come one after the other, and who waits for one should not leave a core idle.
+        workers = self.threads + 1
+        self._piece = min(_PIECE, max_memory // (8 * workers))
+        self._factor_limit = max_memory // (8 * (workers + 1))
         self._stack_limit = max_memory // 4
         self._progress = progress
-        self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="nblora")
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="nblora")
         self._buffers: queue.SimpleQueue[list[np.ndarray]] = queue.SimpleQueue()
-        for _ in range(self.threads):
+        for _ in range(workers):
             self._buffers.put([np.empty(self._piece, np.uint8) for _ in range(3)])
         self._pending: deque[tuple[Future, Change, int, int]] = deque()
         self._held = 0
@@ -156,6 +150,10 @@ class Stream:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._pool.shutdown(cancel_futures=True)
+
+    def prepare(self, working: Iterable[type]) -> None:
+        """Load, or compile, the kernels for these working types on a thread of its own while tensors are copied."""
+        threading.Thread(target=load_kernels, args=(set(working),), name="nblora-load").start()
 
     def copy(self, matrix: Matrix, sink: Sink, start: int) -> None:
         """Copy a tensor as it is to the sink's byte `start`."""
@@ -188,8 +186,7 @@ class Stream:
             Complete once `wait` has returned.
         """
         source = replace(base, file=recipe.replacement[0], info=recipe.replacement[1]) if recipe.replacement else base
-        narrow = dtype in ("F16", "BF16") and "F64" not in (source.info.dtype, base.info.dtype)
-        working = np.empty(0, np.float32 if narrow else np.float64)
+        working: np.ndarray = np.empty(0, working_type(source.info.dtype, base.info.dtype, dtype))
         stack = self._stack(source, recipe)
         codes = CODES[source.info.dtype], CODES[base.info.dtype], CODES[dtype]
         change = Change.none()
@@ -204,7 +201,7 @@ class Stream:
                 start = old if source is base else source.read(buffers[1], rows, columns)
                 new = buffers[2][: (rows[1] - rows[0]) * (columns[1] - columns[0]) * _ITEMSIZE[dtype]]
                 row_scale, column_scale = stack.row_scale[slice(*rows)], stack.column_scale[slice(*columns)]
-                kernels.merge_block(
+                _kernels().merge_block(
                     start, codes[0], old, codes[1], P, stack.Q(*columns), row_scale, column_scale, working,
                     new, codes[2], sums, counts,
                 )  # fmt: skip
@@ -238,7 +235,7 @@ class Stream:
         alone = Recipe(recipe.rows, recipe.columns, terms=[replace(term, magnitude=None)])
         stack = Stack(alone, self._factor_limit)
         by_column = term.axis == COLUMNS
-        axis = kernels.BY_COLUMN if by_column else kernels.BY_ROW
+        axis = BY_COLUMN if by_column else BY_ROW
         squares = np.zeros(recipe.columns if by_column else recipe.rows)
         height, width = self._block_shape(alone, source.itemsize)
 
@@ -248,7 +245,7 @@ class Stream:
                 columns = left, min(left + width, recipe.columns)
                 part = source.read(buffers[0], rows, columns)
                 total = squares[slice(*columns)] if by_column else squares[slice(*rows)]
-                kernels.norm_block(part, CODES[source.info.dtype], P, stack.Q(*columns), axis, total)
+                _kernels().norm_block(part, CODES[source.info.dtype], P, stack.Q(*columns), axis, total)
 
         for first in range(0, recipe.rows, height):
             rows = first, min(first + height, recipe.rows)
@@ -260,11 +257,10 @@ class Stream:
 
     def _block_shape(self, recipe: Recipe, item: int) -> tuple[int, int]:
         """Rows and columns of a block: whole rows wherever they fit, else whole segments of them."""
-        segment = kernels.SEGMENT
-        width = max(self._piece // item // segment, 1) * segment
+        width = max(self._piece // item // SEGMENT, 1) * SEGMENT
         per_line = recipe.rank * 8
         if not held(recipe.columns, recipe, self._factor_limit):
-            width = min(width, max(self._factor_limit // per_line // segment, 1) * segment)
+            width = min(width, max(self._factor_limit // per_line // SEGMENT, 1) * SEGMENT)
         width = min(width, max(recipe.columns, 1))
         height = max(self._piece // (item * width), 1)
         if not held(recipe.rows, recipe, self._factor_limit):
@@ -289,7 +285,7 @@ class Stream:
         measured = future.result()
         self._held -= held
         if measured is not None:
-            kernels.fold_rows(measured[0], change.squares)
+            _kernels().fold_rows(measured[0], change.squares)
             change.counts += measured[1]
             change.measured += measured[2:]
         self._progress(count)
@@ -298,24 +294,36 @@ class Stream:
 _ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
-class FileSink:
-    """Positioned writes to a descriptor, and a hint to the kernel to start writing early.
+def working_type(source: str, base: str, target: str) -> type:
+    """What a merge computes in: float32 for 16-bit results, unless something that goes into them is float64."""
+    narrow = target in ("F16", "BF16") and "F64" not in (source, base)
+    return np.float32 if narrow else np.float64
 
-    Parameters
-    ----------
-    descriptor : int
-    path : str
-        The output's name, for messages.
-    """
 
-    def __init__(self, descriptor: int, path: str) -> None:
-        self._descriptor, self._path = descriptor, path
+def _kernels() -> Any:
+    """Return the kernels, imported at the first call: loading Numba takes as long as copying some 500 MB."""
+    from nblora.kernels.cpu import weights_merge
 
-    def write(self, data: memoryview, offset: int) -> None:
-        """Write `data` at `offset`; safe in several threads at once."""
-        try:
-            while len(data):
-                count = os.pwrite(self._descriptor, data, offset)
-                data, offset = data[count:], offset + count
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, self._path) from None
+    return weights_merge
+
+
+def load_kernels(working: Iterable[type]) -> None:
+    """Load, or compile, what `Stream.merge` needs for these working types, by merging one number."""
+    kernels = _kernels()
+    one, none = np.ones((1, 1)), np.empty(0)
+    for kind in working:
+        number, sums = np.zeros(2, np.uint8), np.zeros((1, 2))
+        code = CODES["BF16"]
+        kernels.merge_block(
+            number, code, number, code, one, one, none, none, np.empty(0, kind), number.copy(), code, sums,
+            np.zeros(2, np.int64),
+        )  # fmt: skip
+        kernels.fold_rows(sums, np.zeros(2))
+
+
+def _numba_threads() -> int:
+    """As many threads as Numba would use, found out without it."""
+    wanted = os.environ.get("NUMBA_NUM_THREADS", "")
+    if wanted.isdecimal() and int(wanted) > 0:
+        return int(wanted)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -13,6 +13,7 @@ import numpy as np
 from nblora.errors import FormatError
 from nblora.formats.model_files import ModelFiles, is_plain_name, open_model
 from nblora.formats.safetensors_reader import SafetensorsFile, parse_header
+from nblora.kernels.cpu.weights_codes import CODES
 from nblora.kernels.cpu.weights_compare import spacing_block
 from nblora.weights.merging import (
     DEFAULT_MEMORY,
@@ -28,7 +29,7 @@ from nblora.weights.output import OutputShard, Placed, build_index, lay_out
 from nblora.weights.plan import Plan, WeightedAdapter, make_plan
 from nblora.weights.report import MergeReport
 from nblora.weights.sizes import parse_size
-from nblora.weights.stream import CODES, Block, Change, Stream
+from nblora.weights.stream import Block, Change, Stream
 from nblora.weights.writer import CheckpointWriter
 
 

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import os
 import shutil
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -19,10 +18,10 @@ from nblora.weights.originals import Originals, originals_path
 from nblora.weights.output import OutputShard, Placed, output_place
 from nblora.weights.plan import Recipe
 from nblora.weights.report import TensorReport
-from nblora.weights.stream import Block, Change, FileSink, Matrix, Stream
+from nblora.weights.sinks import FileSink, FlushingSink
+from nblora.weights.stream import Block, Change, Matrix, Stream, working_type
 
 _NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_FLUSH_EVERY = 64 * 2**20
 
 
 class CheckpointWriter:
@@ -95,6 +94,7 @@ class CheckpointWriter:
 
     def write(self, stream: Stream) -> dict[str, Change]:
         """Write everything; return what happened to the tensors that recipes change."""
+        stream.prepare(self._working_types())
         with self._output() as (folder, open_shard):
             changes: dict[str, Change] = {}
             with self._originals_sink(folder) as kept:
@@ -157,18 +157,33 @@ class CheckpointWriter:
             sink.write(memoryview(self._originals.header), 0)
             yield sink
 
+    def _is_copied(self, placed: Placed) -> bool:
+        return placed.info.name not in self._recipes and placed.dtype == placed.info.dtype
+
+    def _working_types(self) -> set[type]:
+        """What the kernels will compute in."""
+        types = set()
+        for shard in self._shards:
+            for placed in shard.tensors:
+                if not self._is_copied(placed):
+                    recipe = self._recipes.get(placed.info.name)
+                    source = recipe.replacement[1] if recipe and recipe.replacement else placed.info
+                    types.add(working_type(source.dtype, placed.info.dtype, placed.dtype))
+        return types
+
     def _write_shard(
         self, stream: Stream, shard: OutputShard, file: BinaryIO, kept: FileSink | None
     ) -> dict[str, Change]:
         changes = {}
         with FlushingSink(file.fileno(), str(self.place)) as sink:
             sink.write(memoryview(shard.header), 0)
-            for placed in shard.tensors:
+            # What is copied comes first: it fills the time in which the kernels are loaded.
+            for placed in sorted(shard.tensors, key=self._is_copied, reverse=True):
                 name, info = placed.info.name, placed.info
                 rows = info.shape[0] if len(info.shape) > 1 else 1
                 matrix = Matrix(placed.file, info, rows, info.size // max(rows, 1))
                 recipe = self._recipes.get(name)
-                if recipe is None and placed.dtype == info.dtype:
+                if self._is_copied(placed):
                     stream.copy(matrix, sink, placed.start)
                     continue
                 keep = (kept, self._originals.starts[name]) if kept and self._originals else None
@@ -204,45 +219,3 @@ def _new_file(path: Path) -> Iterator[BinaryIO]:
         yield file
         file.flush()
         os.fsync(file.fileno())
-
-
-class FlushingSink(FileSink):
-    """A sink that has the disk write while later blocks are computed, so that the last flush finds little to do."""
-
-    def __init__(self, descriptor: int, path: str) -> None:
-        super().__init__(descriptor, path)
-        self._written, self._flushed = 0, 0
-        self._more = threading.Condition()
-        self._done = False
-        self._thread = threading.Thread(target=self._flush, name="nblora-flush", daemon=True)
-
-    def __enter__(self) -> "FlushingSink":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *failure: object) -> None:
-        with self._more:
-            self._done = True
-            self._more.notify()
-        self._thread.join()
-
-    def write(self, data: memoryview, offset: int) -> None:
-        """Write `data` at `offset`; safe in several threads at once."""
-        super().write(data, offset)
-        with self._more:
-            self._written += len(data)
-            if self._written - self._flushed >= _FLUSH_EVERY:
-                self._more.notify()
-
-    def _flush(self) -> None:
-        while True:
-            with self._more:
-                while not self._done and self._written - self._flushed < _FLUSH_EVERY:
-                    self._more.wait()
-                if self._done:
-                    return
-                written = self._written
-            # What cannot be flushed now is flushed, and its fault reported, by the owner's last fsync.
-            with contextlib.suppress(OSError):
-                os.fdatasync(self._descriptor)
-            self._flushed = written

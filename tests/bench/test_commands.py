@@ -96,6 +96,7 @@ def test_warmup_says_what_took_how_long(run):
         "Dense, relu",
         "LoRAAdapter on FullyConnected, gelu",
         "DeltaLoRAAdapter on Dense, identity",
+        "nblora merge",
     ):
         assert any(f" s  float32  {name}" in line for line in lines)
     assert "float64" not in result.output

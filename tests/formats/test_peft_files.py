@@ -84,10 +84,22 @@ def test_unknown_switch_is_named_and_unknown_note_is_kept(value, adapter):
         ({"use_rslora": "yes"}, ["use_rslora", "'yes'"]),
         ({"bias": "some"}, ["bias", "'some'"]),
         ({"use_dora": True, "lora_bias": True}, ["use_dora", "lora_bias"]),
+        ({"modules_to_save": "head"}, ["modules_to_save", "list of names"]),
+        ({"modules_to_save": [["head"]]}, ["modules_to_save", "list of names"]),
+        ({"target_modules": [1]}, ["target_modules", "list of names"]),
+        ({"target_modules": ["other", "in"]}, ["target_modules", "none of the modules", "net.lin"]),
+        ({"target_modules": r".*\.other"}, ["target_modules", "none of the modules", "net.lin"]),
+        ({"target_modules": "("}, ["target_modules", "not a regular expression"]),
     ],
 )
 def test_configuration_that_contradicts_the_tensors_or_itself_is_refused(config, words, adapter):
     refused(adapter(**config), *words)
+
+
+@pytest.mark.parametrize("target", [["lin"], ["other", "net.lin"], r".*\.l.n", "all-linear", None, []])
+def test_targets_that_name_a_module_are_read(target, adapter):
+    with PeftAdapter(adapter(target_modules=target)) as opened:
+        assert list(opened.modules) == ["net.lin"]
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,27 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path):
             file.read("a")
 
 
+@pytest.mark.parametrize("metadata", ["[]", '""', "0", "false", '{"a": null}', '{"a": 1}'])
+def test_metadata_that_is_no_map_of_strings_is_refused(metadata, tmp_path):
+    text = f'{{"__metadata__": {metadata}}}'.encode()
+    blob = len(text).to_bytes(8, "little") + text
+    with pytest.raises(safetensors.SafetensorError):
+        safetensors.deserialize(blob)
+    path = tmp_path / "t.safetensors"
+    path.write_bytes(blob)
+    with pytest.raises(FormatError, match=r"t\.safetensors: __metadata__"):
+        SafetensorsFile(path)
+
+
+def test_an_empty_tensor_of_an_impossible_shape_is_an_error_when_it_is_read(tmp_path):
+    header = {"t": {"dtype": "F32", "shape": [0, 2**63], "data_offsets": [0, 0]}}
+    text = json.dumps(header).encode()
+    path = tmp_path / "t.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    with SafetensorsFile(path) as file, pytest.raises(FormatError, match=r"t\.safetensors: tensor 't' has the shape"):
+        file.read("t")
+
+
 def test_every_dtype_is_read_as_its_bits(tmp_path, rng):
     arrays = {
         "F64": rng.standard_normal((2, 3)), "F32": rng.standard_normal(5).astype(np.float32),

@@ -5,7 +5,10 @@ import numpy as np
 import pytest
 
 from nblora.errors import FormatError
-from nblora.kernels.cpu.weights_numbers import BFLOAT16, CODES, FLOAT16, decode, encode
+from nblora.kernels.cpu import weights_numbers
+from nblora.kernels.cpu.weights_codes import BFLOAT16, CODES, FLOAT16
+from nblora.kernels.cpu.weights_numbers import encode_all
+from nblora.kernels.jit import kernel
 from nblora.weights import merge
 from tests.weights.support import (
     DTYPES,
@@ -17,6 +20,12 @@ from tests.weights.support import (
     write_file,
 )
 
+
+@kernel
+def decode(source, number, narrow, numbers):
+    weights_numbers.decode(source, number, narrow, numbers)
+
+
 NUMPY = {FLOAT16: np.float16, BFLOAT16: ml_dtypes.bfloat16}
 BITS = np.arange(2**16, dtype=np.uint16)
 
@@ -24,7 +33,7 @@ BITS = np.arange(2**16, dtype=np.uint16)
 def encoded(numbers, code):
     target = np.empty(len(numbers) * {0: 8, 1: 4, 2: 2, 3: 2}[code], np.uint8)
     scratch = np.empty(len(numbers), np.float32), np.empty(len(numbers), np.float32)
-    encode(numbers, code, *scratch, target)
+    encode_all(numbers, code, *scratch, target)
     return target
 
 

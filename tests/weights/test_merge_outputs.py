@@ -138,6 +138,14 @@ def test_map_renames_parts_of_names(model, tmp_path, rng):
             merge(base, adapter, tmp_path / "out", maps=[bad])
 
 
+def test_prefix_that_was_put_twice_is_dropped_by_a_map(model, tmp_path):
+    base, _, tensors = model
+    twice = {f"base_model.model.{name}": array for name, array in tensors.items()}
+    adapter = write_adapter(tmp_path / "twice", twice)
+    merge(base, adapter, tmp_path / "out", maps=["base_model.model.="])
+    check_merged(tmp_path / "out", base, tensors)
+
+
 @pytest.mark.parametrize(("name", "hint"), [("model.net.0", "--map model="), ("0", "--map 0=net.0")])
 def test_unmatched_tensor_lists_nearest_names_and_the_map_that_helps(name, hint, model, tmp_path, rng):
     base, _, _ = model

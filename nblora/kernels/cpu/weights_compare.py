@@ -4,12 +4,13 @@ import math
 
 import numpy as np
 
-from nblora.kernels.cpu.weights_merge import SEGMENT, itemsize
-from nblora.kernels.cpu.weights_numbers import BFLOAT16, FLOAT16, FLOAT32, decode, encode
-from nblora.kernels.jit import kernel
+from nblora.kernels.cpu.weights_codes import BFLOAT16, FLOAT16, FLOAT32, SEGMENT
+from nblora.kernels.cpu.weights_merge import itemsize
+from nblora.kernels.cpu.weights_numbers import decode, encode
+from nblora.kernels.jit import kernel, part
 
 
-@kernel
+@part
 def spacing(number, magnitude):
     """The distance from |value| to the next larger number of the stored type; magnitude float64, not negative."""
     digits, smallest = 52, -1074

@@ -6,77 +6,17 @@ gives every element and every per-row sum the bits that any other division into 
 """
 
 import numpy as np
-from numba.extending import intrinsic
 
-from nblora.kernels.cpu.weights_numbers import BFLOAT16, FLOAT32, FLOAT64, decode, encode, round_to_odd
-from nblora.kernels.jit import JIT_DISABLED, kernel
+from nblora.kernels.cpu.weights_codes import BASE, BFLOAT16, BY_ROW, CHANGE, FLOAT32, FLOAT64, LOST, NOT_FINITE, SEGMENT
+from nblora.kernels.cpu.weights_numbers import decode, encode, round_to_odd
+from nblora.kernels.cpu.weights_product import GROUP, PADDING, fma, largest, low_rank_rows, pack_segment, sum_error
+from nblora.kernels.jit import kernel, part
 
-SEGMENT = 1024
-BY_ROW, BY_COLUMN = 0, 1
-CHANGE, BASE = 0, 1
-LOST, NOT_FINITE = 0, 1
-
-
-if JIT_DISABLED:
-
-    def fma(a, b, c):
-        """a·b + c; without the compiler the product is rounded too."""
-        return a * b + c
-
-else:
-
-    @intrinsic
-    def fma(typing_context, a, b, c):
-        """a·b + c, rounded once on every machine; a, b, c and the result of one float type."""
-
-        def code(context, builder, signature, arguments):
-            return builder.fma(*arguments)
-
-        return a(a, a, a), code
+FLAGS = 64
+"""Flags of near ties that are looked at together."""
 
 
-@kernel
-def low_rank_segment(P, Q, total):
-    """total = Σ_k P[k] · Q[k]; P (K,), Q (K, ≥ n), total (n,), summed from k = 0 upwards in their one float type."""
-    n = total.shape[0]
-    for j in range(n):
-        total[j] = 0
-    whole = P.shape[0] - P.shape[0] % 4
-    for k in range(0, whole, 4):
-        p0, p1, p2, p3 = P[k], P[k + 1], P[k + 2], P[k + 3]
-        q0, q1, q2, q3 = Q[k], Q[k + 1], Q[k + 2], Q[k + 3]
-        for j in range(n):
-            total[j] = fma(p3, q3[j], fma(p2, q2[j], fma(p1, q1[j], fma(p0, q0[j], total[j]))))
-    for k in range(whole, P.shape[0]):
-        p, q = P[k], Q[k]
-        for j in range(n):
-            total[j] = fma(p, q[j], total[j])
-
-
-@kernel(fastmath={"nnan", "nsz"})
-def largest(numbers):
-    """The largest magnitude among numbers (n,)."""
-    result = abs(numbers[0])
-    for j in range(numbers.shape[0]):
-        result = max(result, abs(numbers[j]))
-    return result
-
-
-@kernel
-def pack_segment(Q, first, n, packed, peaks):
-    """packed[:, :n] = Q[:, first : first + n] in the type of `packed`, and peaks[k] the largest magnitude of its row k.
-
-    Q float64 (K, columns), packed (K, ≥ n), peaks float64 (K,). Rows of Q that lie a power of two apart share cache
-    sets; packed they do not (0.51 against 0.75 ns an element).
-    """
-    for k in range(Q.shape[0]):
-        row, column = packed[k, :n], Q[k, first : first + n]
-        for j in range(n):
-            row[j] = column[j]
-        peaks[k] = largest(row)
-
-
-@kernel
+@part
 def flag_near_ties(bits, powers, mask, half, doubt, flags):
     """flags[j] = 1 where a number lies within its `doubt` of a tie of the 16-bit rounding, else 0.
 
@@ -92,7 +32,7 @@ def flag_near_ties(bits, powers, mask, half, doubt, flags):
         flags[j] = steps * powers[j] <= doubt
 
 
-@kernel
+@part
 def settle_ties(P, i, Q, start, row_scale, column_scale, first, number, error, powers, flags, value):
     """Compute again in float64 what float32 sums leave too close to a tie to be rounded to 16 bits.
 
@@ -102,19 +42,21 @@ def settle_ties(P, i, Q, start, row_scale, column_scale, first, number, error, p
     P float64 (rows, K), of which row i; Q float64 (K, columns); start float32 (n,), what the sum is added to, times
     row_scale and column_scale[j] (unless empty); first: the segment's column; number: the stored type; error: what
     float32 may have lost in any entry before the last addition, in units of 2⁻²⁴; powers float32 (n,) and flags uint8
-    (a multiple of 8 ≥ n,), scratch; value float32 (n,), updated.
+    (a multiple of FLAGS ≥ n,), scratch; value float32 (n,), updated.
     """
     bits = value.view(np.int32)
     dropped = np.int32(16 if number == BFLOAT16 else 13)
     mask, half = np.int32((1 << dropped) - 1), np.float32(1 << (dropped - 1))
+    n = value.shape[0]
     words = flags.view(np.uint64)
-    used = (value.shape[0] + 7) // 8
-    words[used - 1] = 0
+    for j in range(n, flags.shape[0]):
+        flags[j] = 0
     flag_near_ties(bits, powers, mask, half, np.float32(error / 2), flags)
-    for word in range(used):  # eight flags at a time: nearly all are zero
-        if words[word] == 0:
+    for left in range(0, n, FLAGS):  # nearly all flags are zero
+        w = words[left >> 3 : (left + FLAGS) >> 3]
+        if w[0] | w[1] | w[2] | w[3] | w[4] | w[5] | w[6] | w[7] == 0:
             continue
-        for j in range(8 * word, min(8 * word + 8, value.shape[0])):
+        for j in range(left, min(left + FLAGS, n)):
             if flags[j]:
                 total = 0.0
                 for k in range(P.shape[1]):
@@ -123,21 +65,7 @@ def settle_ties(P, i, Q, start, row_scale, column_scale, first, number, error, p
                 round_to_odd(fma(scale, np.float64(start[j]), total), value, bits, j)
 
 
-@kernel
-def sum_error(P, i, peaks):
-    """What a float32 sum of K products may lose, in units of 2⁻²⁴: for products of one sign, and of random ones.
-
-    P float64 (rows, K), of which row i; peaks float64 (K,), the largest magnitude that P[i, k] is multiplied by.
-    """
-    total, squares = 0.0, 0.0
-    for k in range(P.shape[1]):
-        product = abs(P[i, k]) * peaks[k]
-        total += product
-        squares += product * product
-    return total + (1 + np.sqrt(P.shape[1]) / 4) * np.sqrt(squares)
-
-
-@kernel(fastmath={"reassoc", "nsz"})
+@part(fastmath={"reassoc", "nsz"})
 def sum_of_squares(numbers):
     """Σ_j numbers[j]² in float64; numbers float32 or float64 (n,)."""
     total = 0.0
@@ -146,7 +74,7 @@ def sum_of_squares(numbers):
     return total
 
 
-@kernel(fastmath={"reassoc", "nsz"})
+@part(fastmath={"reassoc", "nsz"})
 def count_lost(change, target, before, exponent, counts):
     """Count what rounding did to a segment; counts int64 (2,), [LOST, NOT_FINITE], is added to.
 
@@ -164,7 +92,7 @@ def count_lost(change, target, before, exponent, counts):
     counts[NOT_FINITE] += np.int64(not_finite)
 
 
-@kernel
+@part
 def count_stored(change, number, target, before, counts):
     """`count_lost` on bytes; number: the code of the stored type; target, before uint8 (n · itemsize,)."""
     if number == FLOAT64:
@@ -177,7 +105,7 @@ def count_stored(change, number, target, before, counts):
         count_lost(change, target.view(np.uint16), before.view(np.uint16), infinity, counts)
 
 
-@kernel
+@part
 def itemsize(number):
     """Bytes of one number of the type with this code."""
     if number == FLOAT64:
@@ -185,17 +113,18 @@ def itemsize(number):
     return 4 if number == FLOAT32 else 2
 
 
-@kernel
+@part
 def add_plain(start, rank, change, value):
     """value = start + change, all (n,) of one float type; of rank 0 the start itself, whose -0.0 a sum would lose."""
     if rank == 0:
-        value[:] = start
+        for j in range(value.shape[0]):
+            value[j] = start[j]
         return
     for j in range(value.shape[0]):
         value[j] = start[j] + change[j]
 
 
-@kernel
+@part
 def add_scaled(start, row_scale, column_scale, first, change, scaled, value):
     """value = row_scale · column_scale ∘ start + change; returns what float32 may lose in it, in units of 2⁻²⁴.
 
@@ -244,15 +173,18 @@ def merge_block(
     width = min(SEGMENT, columns)
     narrow, scratch = np.empty(width, np.float32), np.empty(width, np.float32)
     before, start = np.empty(width, working.dtype), np.empty(width, working.dtype)
-    change, value = np.empty(width, working.dtype), np.empty(width, working.dtype)
-    g, p = np.ones(width, working.dtype), np.empty(P.shape[1], working.dtype)
-    packed, peaks = np.empty((Q.shape[0], width + 16), working.dtype), np.empty(Q.shape[0])
-    rounded, flags = np.empty(width * 8, np.uint8), np.empty(width + 8 - width % 8, np.uint8)
+    value, g = np.empty(width, working.dtype), np.ones(width, working.dtype)
+    packed, peaks = np.empty((Q.shape[0], width + PADDING), working.dtype), np.empty(Q.shape[0])
+    factors, changes = np.zeros((GROUP, P.shape[1]), working.dtype), np.empty((GROUP, width + PADDING), working.dtype)
+    rounded, flags = np.empty(width * 8, np.uint8), np.empty(-(-width // FLAGS) * FLAGS, np.uint8)
     for first in range(0, columns, SEGMENT):
         n = min(SEGMENT, columns - first)
         pack_segment(Q, first, n, packed, peaks)
-        w, x, d, v, h, near, far = before[:n], start[:n], change[:n], value[:n], g[:n], narrow[:n], scratch[:n]
+        w, x, v, h, near, far = before[:n], start[:n], value[:n], g[:n], narrow[:n], scratch[:n]
         for i in range(rows):
+            if i % GROUP == 0:
+                low_rank_rows(P, i, min(GROUP, rows - i), packed, n, factors, changes)
+            d = changes[i % GROUP, :n]
             at = i * columns + first
             stored = base[at * b_size : (at + n) * b_size]
             decode(stored, base_number, near, w)
@@ -261,9 +193,6 @@ def merge_block(
             else:
                 decode(source[at * s_size : (at + n) * s_size], source_number, near, x)
             error = sum_error(P, i, peaks)
-            for k in range(P.shape[1]):
-                p[k] = P[i, k]
-            low_rank_segment(p, packed, d)
             scale = row_scale[i] if row_scale.shape[0] else 1.0
             if scaled:
                 error += add_scaled(x, scale, column_scale, first, d, h, v)
@@ -295,16 +224,19 @@ def norm_block(source, source_number, P, Q, axis, squares):
     rows, columns = P.shape[0], Q.shape[1]
     size = itemsize(source_number)
     width = min(SEGMENT, columns)
-    narrow, start, change = np.empty(width, np.float32), np.empty(width, P.dtype), np.empty(width, P.dtype)
-    packed, peaks = np.empty((Q.shape[0], width + 16), P.dtype), np.empty(Q.shape[0])
+    narrow, start = np.empty(width, np.float32), np.empty(width, P.dtype)
+    packed, peaks = np.empty((Q.shape[0], width + PADDING), P.dtype), np.empty(Q.shape[0])
+    factors, changes = np.zeros((GROUP, P.shape[1]), P.dtype), np.empty((GROUP, width + PADDING), P.dtype)
     for first in range(0, columns, SEGMENT):
         n = min(SEGMENT, columns - first)
         pack_segment(Q, first, n, packed, peaks)
-        x, d, total = start[:n], change[:n], squares[first : first + n]
+        x, total = start[:n], squares[first : first + n]
         for i in range(rows):
+            if i % GROUP == 0:
+                low_rank_rows(P, i, min(GROUP, rows - i), packed, n, factors, changes)
+            d = changes[i % GROUP, :n]
             at = i * columns + first
             decode(source[at * size : (at + n) * size], source_number, narrow[:n], x)
-            low_rank_segment(P[i], packed, d)
             for j in range(n):
                 d[j] += x[j]
             if axis == BY_ROW:

@@ -8,21 +8,18 @@ vectors (measured: 0.25 against 0.12 ns a bfloat16).
 
 import numpy as np
 
-from nblora.kernels.jit import kernel
-
-FLOAT64, FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2, 3
-CODES = {"F64": FLOAT64, "F32": FLOAT32, "F16": FLOAT16, "BF16": BFLOAT16}
-"""The codes that tell kernels how numbers are stored, by the names that safetensors gives the types."""
+from nblora.kernels.cpu.weights_codes import BFLOAT16, FLOAT32, FLOAT64
+from nblora.kernels.jit import kernel, part
 
 
-@kernel
+@part
 def _widen_bfloat16(source, bits):
     """bits = source; source uint16 (n,) of bfloat16; bits uint32 (n,) of float32."""
     for j in range(bits.shape[0]):
         bits[j] = np.uint32(source[j]) << np.uint32(16)
 
 
-@kernel
+@part
 def _widen_float16(source, bits, numbers):
     """numbers = source; source uint16 (n,) of float16; bits uint32 (n,), the memory of numbers float32 (n,).
 
@@ -37,7 +34,7 @@ def _widen_float16(source, bits, numbers):
         bits[j] = bits[j] | special | np.uint32(source[j] & np.uint16(0x8000)) << np.uint32(16)
 
 
-@kernel
+@part
 def decode(source, number, narrow, numbers):
     """numbers = source, exactly where `numbers` is at least as wide.
 
@@ -67,7 +64,7 @@ def decode(source, number, narrow, numbers):
             numbers[j] = narrow[j]
 
 
-@kernel
+@part
 def _round_bfloat16(bits, target):
     """target = bits; bits int32 (n,) of float32; target uint16 (n,) of bfloat16."""
     for j in range(target.shape[0]):
@@ -78,7 +75,7 @@ def _round_bfloat16(bits, target):
         target[j] = np.uint16((high | np.int32(0x40)) if nan else (high + carry))
 
 
-@kernel
+@part
 def _round_float16(bits, scaled, target):
     """target = bits; bits int32 (n,) of float32; scaled float32 (n,), scratch; target uint16 (n,) of float16.
 
@@ -101,7 +98,7 @@ def _round_float16(bits, scaled, target):
         target[j] = np.uint16(sign | magnitude)
 
 
-@kernel
+@part
 def round_to_odd(number, narrow, bits, j):
     """narrow[j] = number, rounded to odd: what a later rounding to 16 bits needs in order to be the only one.
 
@@ -113,7 +110,7 @@ def round_to_odd(number, narrow, bits, j):
         bits[j] += np.int32(1) if (error > 0) == (bits[j] < 0) else np.int32(-1)
 
 
-@kernel
+@part
 def encode(numbers, number, narrow, scratch, target):
     """target = numbers, rounded once.
 
@@ -135,11 +132,17 @@ def encode(numbers, number, narrow, scratch, target):
         for j in range(numbers.shape[0]):
             round_to_odd(np.float64(numbers[j]), narrow, bits, j)
     else:
-        for j in range(numbers.shape[0]):
-            narrow[j] = np.float32(numbers[j])
+        bits = numbers.view(np.int32)
     if number == BFLOAT16:
-        _round_bfloat16(narrow.view(np.int32), target.view(np.uint16))
+        _round_bfloat16(bits, target.view(np.uint16))
     else:
+        magnitudes = bits.view(np.float32)
         for j in range(numbers.shape[0]):
-            scratch[j] = narrow[j]
-        _round_float16(narrow.view(np.int32), scratch, target.view(np.uint16))
+            scratch[j] = magnitudes[j]
+        _round_float16(bits, scratch, target.view(np.uint16))
+
+
+@kernel
+def encode_all(numbers, number, narrow, scratch, target):
+    """`encode` for callers in Python."""
+    encode(numbers, number, narrow, scratch, target)

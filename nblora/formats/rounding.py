@@ -1,0 +1,27 @@
+"""Numbers rounded to the types that files hold."""
+
+import numpy as np
+
+from nblora.formats.safetensors_reader import FLOATS
+from nblora.kernels.cpu.weights_codes import CODES
+from nblora.kernels.cpu.weights_numbers import encode_all
+
+
+def narrow(numbers: np.ndarray, dtype: str) -> np.ndarray:
+    """Round float64 numbers to a stored dtype, once.
+
+    Parameters
+    ----------
+    numbers : ndarray of float64
+    dtype : {"F64", "F32", "F16", "BF16"}
+
+    Returns
+    -------
+    ndarray
+        Of the same shape; bfloat16 as the uint16 of its bits.
+    """
+    flat = np.ascontiguousarray(numbers, np.float64).reshape(-1)
+    result = np.empty(flat.shape, FLOATS[dtype])
+    scratch = np.empty(flat.shape, np.float32), np.empty(flat.shape, np.float32)
+    encode_all(flat, CODES[dtype], *scratch, result.view(np.uint8))
+    return result.reshape(numbers.shape)
