@@ -2,14 +2,10 @@
 
 import functools
 
-from numba.core import types
-
 from .intrinsics import add_scaled, load, part, store, zeros
 from .rules import rules
-from .target import COMPILED, cuda, kernel
+from .target import COMPILED, cuda, int32, int64, kernel
 from .tiles import Tile, accumulator, geometry
-
-int32, int64 = types.int32, types.int64
 
 # What a launch says in `flags`: which arrays may be read in aligned vectors, and which parts there are.
 X, WEIGHT, LOW, FACTOR, OUT, HAS_BASE, HAS_LOW, KEEP = (1 << bit for bit in range(8))

@@ -6,15 +6,11 @@ stream. No kernel here writes a gradient of the size of W unless it is asked for
 
 import functools
 
-from numba.core import types
-
 from .forward import FACTOR, HAS_BASE, HAS_LOW, LOW, OUT, WEIGHT, X
 from .intrinsics import add_scaled, load, multiply, part, scale, store, with_part, zeros
 from .rules import rules
-from .target import COMPILED, cuda, kernel
+from .target import COMPILED, cuda, int32, int64, kernel
 from .tiles import Tile, accumulator, geometry
-
-int32, int64 = types.int32, types.int64
 
 
 @functools.cache

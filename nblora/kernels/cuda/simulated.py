@@ -1,6 +1,7 @@
 """The building blocks of `intrinsics` in plain Python, for Numba's simulator and for the tests' emulator.
 
-Guards are stricter than on a device: an access outside an array, or a misaligned vector, raises.
+Guards are stricter than on a device: an access outside an array, or a misaligned vector, raises. What is a tuple on a
+device may be a NumPy vector here, which is never changed in place: that halves the time.
 """
 
 import numpy as np
@@ -65,44 +66,44 @@ def store_shared(array, offset, values):
 
 
 def zeros(count, zero):
-    """A tuple of `count` times `zero`."""
-    return (zero,) * count
+    """`count` times `zero`."""
+    return np.full(count, zero)
 
 
 def outer_accumulate(sums, x, y):
-    """sums[i, j] + x[i] y[j], the tuple `sums` being row-major."""
-    x, y = np.asarray(x), np.asarray(y)
+    """sums[i, j] + x[i] y[j], `sums` being row-major."""
     with np.errstate(all="ignore"):
-        return tuple((np.asarray(sums, x.dtype).reshape(x.size, y.size) + np.multiply.outer(x, y)).ravel())
+        return np.asarray(sums) + np.multiply.outer(x, y).ravel()
 
 
 def add_scaled(values, others, factor):
     """values + factor others, lane by lane."""
     with np.errstate(all="ignore"):
-        return tuple(np.asarray(values) + factor * np.asarray(others))
+        return np.asarray(values) + factor * np.asarray(others)
 
 
 def multiply(values, others):
     """Values times others, lane by lane."""
     with np.errstate(all="ignore"):
-        return tuple(np.asarray(values) * np.asarray(others))
+        return np.asarray(values) * np.asarray(others)
 
 
 def scale(values, factor):
     """Values times a scalar."""
     with np.errstate(all="ignore"):
-        return tuple(np.asarray(values) * factor)
+        return np.asarray(values) * factor
 
 
 def part(values, index, lanes):
-    """The `index`-th group of `lanes` elements of a tuple."""
-    return tuple(values[index * lanes : (index + 1) * lanes])
+    """The `index`-th group of `lanes` elements."""
+    return values[index * lanes : (index + 1) * lanes]
 
 
 def with_part(values, index, group):
     """`values` with its `index`-th group replaced."""
-    start = index * len(group)
-    return (*values[:start], *group, *values[start + len(group) :])
+    changed = np.array(values)
+    changed[index * len(group) : (index + 1) * len(group)] = group
+    return changed
 
 
 def to_tf32(x):

@@ -30,9 +30,7 @@ from .intrinsics import (
     with_part,
     zeros,
 )
-from .target import cuda, device_function
-
-int32, int64 = types.int32, types.int64
+from .target import cuda, device_function, int32, int64
 
 
 @dataclass(frozen=True)
