@@ -59,6 +59,14 @@ def resolve(device: Any, precision: str = "float32") -> "Backend":
     return _cuda(int(device.partition(":")[2] or 0), precision)
 
 
+def describe(device: str) -> str:
+    """Say what the GPU "cuda" or "cuda:N" is; DeviceUnavailableError where it cannot be used."""
+    resolve(device)
+    from .device import open_device
+
+    return open_device(int(device.partition(":")[2] or 0)).description
+
+
 def cuda_problem() -> str | None:
     """What keeps CUDA from running here, in words; None where a GPU, or the simulator, is there."""
     try:

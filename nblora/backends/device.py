@@ -148,6 +148,20 @@ class Device:
                 self.multiprocessors = found.MULTIPROCESSOR_COUNT
                 self.compute_capability = tuple(found.compute_capability)
 
+    @property
+    def description(self) -> str:
+        """What the device is, for people."""
+        if SIMULATED:
+            return "Numba's simulator of a GPU, whose times say nothing of any GPU"
+        with self._gpu:
+            found = cuda.get_current_device()
+            total = cuda.current_context().get_memory_info()[1]
+        name = found.name.decode() if isinstance(found.name, bytes) else str(found.name)
+        capability = ".".join(map(str, self.compute_capability))
+        return (
+            f"{name}, compute capability {capability}, {self.multiprocessors} multiprocessors, {total / 2**30:.0f} GiB"
+        )
+
     def _allocate(self, shape: tuple[int, ...], dtype: Any) -> Any:
         try:
             with self._gpu:
