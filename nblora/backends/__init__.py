@@ -74,9 +74,8 @@ def cuda_problem() -> str | None:
 
         return missing()
     except Exception as error:  # a broken toolkit fails at import, with errors of any kind
-        return (
-            f"the CUDA packages fail at import ({type(error).__name__}: {error}): reinstall nblora[cuda12] or [cuda13]"
-        )
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        return f"the CUDA packages fail at import ({why}): pip install 'nblora[cuda12]' or 'nblora[cuda13]'"
 
 
 def _cuda_count() -> int:

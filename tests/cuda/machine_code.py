@@ -1,6 +1,7 @@
 """Machine code without a GPU: compile a kernel for any architecture, link it in process, disassemble it."""
 
 import contextlib
+import functools
 import glob
 import re
 import shutil
@@ -78,6 +79,7 @@ def pretended_device(architecture):
         yield
 
 
+@functools.cache  # the variants of a layer share most of their kernels
 def compile_kernel(kernel, argument_types, architecture, output):
     """Compile a kernel's Python function for `architecture` and return its `Code`."""
     from numba import cuda, types

@@ -11,7 +11,7 @@ pytest.importorskip("greenlet", reason="the emulator needs greenlet (extra test)
 from nblora.kernels.cuda.target import COMPILED
 from tests.cuda import machine_code
 from tests.cuda.machine_code import ARCHITECTURES, OUTPUTS, compile_kernel
-from tests.cuda.recorded import record, recording_backend
+from tests.cuda.recorded import record, record_updates, recording_backend
 
 needs_compiler = pytest.mark.skipif(
     not COMPILED or machine_code.disassembler() is None,
@@ -94,6 +94,22 @@ def test_every_kernel(variant, architecture, output):
             assert_tiled(code, dtype, tensor)
             if dtype == "float32":
                 assert not [op for op in code.opcodes if op in ("DFMA", "DADD", "DMUL")], name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_updates_and_losses(dtype, architecture, output):
+    found = record_updates(recording_backend(), dtype)
+    names = {name for name, *_ in found}
+    assert len(names) == 11
+    for name, kernel, threads, types in found:
+        code = compile_kernel(kernel, types, architecture, output)
+        assert_fits(code, threads, 2)
+        if name in ("sgd", "momentum", "add", "times", "masked"):
+            assert code.count("LDG.E.128") > 0, name
+            assert code.count("STG.E.128") > 0, name
 
 
 def test_rules_keep_float32():
