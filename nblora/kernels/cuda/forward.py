@@ -19,7 +19,7 @@ def forward(tile: Tile, transposed: bool, delta: bool):
     z, y (N, out). Grid (⌈out / columns⌉, ⌈N / rows⌉, splits). With more than one split each sums `chunk` of `in` and
     writes its sums to y (splits·N, out), which `update.finish` adds up.
     """
-    LANES, PARTS, SUMS, SHARED = tile.part_lanes, tile.sums // tile.part_lanes, tile.sums, tile.shared_elements
+    LANES, PARTS, SUMS, SHARED = tile.lanes, tile.sums // tile.lanes, tile.sums, tile.shared_elements
     ROWS, COLUMNS, TYPE = tile.rows, tile.columns, tile.type
     ZERO, ONE = TYPE(0), TYPE(1)
     dense = accumulator(tile, True, transposed, None, "delta" if delta else None)
