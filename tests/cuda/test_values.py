@@ -192,3 +192,38 @@ def test_traffic_of_weight_sized_arrays(samples, transposed):
     backend.backward_update(gy, saved, operands, 0.1, 0.1)
     total = sum(moved(name, direction) for name in "WDV" for direction in ("read", "written"))
     assert total == 2 * rows + 4
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("samples", [7, 40])
+def test_traffic_of_activations(samples, transposed):
+    """x and gz are read once for each tile that lies across them, as docs/gpu.md derives."""
+    from tests.test_kernels import Problem, brought
+
+    inputs, outputs, rank = 20, 24, 3
+    problem = Problem((samples, inputs, outputs, rank), "float32", transposed, Case())
+    backend = make_backend()
+    backend._device.multiprocessors = 1
+    operands = brought(problem.operands(), backend.from_host)
+    x, gy = (backend.from_host(problem.arrays[name]) for name in ("x", "gy"))
+    traffic = backend._device.traffic
+    wide, narrow = backend._shapes["float32"].wide, backend._shapes["float32"].narrow
+    tile = backend._tile(samples, np.dtype(np.float32))
+
+    def reads(array):
+        return traffic[id(array.memory.base), "read"] / array.size
+
+    def tiles(extent, size):
+        return -(-extent // size)
+
+    _, saved = backend.forward(x, operands, None, True)
+    assert reads(x) == tiles(rank, narrow.columns) + tiles(outputs, tile.columns)
+    traffic.clear()
+    backend.backward_update(gy, saved, operands, 0.1, 0.1)
+    rows_of, columns_of = (outputs, inputs) if transposed else (inputs, outputs)  # of the weight as it is stored
+    update = {"x": tiles(columns_of, wide.columns), "gz": tiles(rows_of, wide.rows)}
+    if transposed:
+        update = {"x": tiles(rows_of, wide.rows), "gz": tiles(columns_of, wide.columns)}
+    assert reads(x) == tiles(rank, narrow.columns) + update["x"]
+    skinny = tiles(rank, narrow.columns) + tiles(rank, narrow.rows)
+    assert reads(gy) == skinny + tiles(inputs, tile.columns) + update["gz"]
