@@ -59,6 +59,14 @@ def resolve(device: Any, precision: str = "float32") -> "Backend":
     return _cuda(int(device.partition(":")[2] or 0), precision)
 
 
+def describe(device: str) -> str:
+    """Say what the GPU "cuda" or "cuda:N" is; DeviceUnavailableError where it cannot be used."""
+    resolve(device)
+    from .device import open_device
+
+    return open_device(int(device.partition(":")[2] or 0)).description
+
+
 def cuda_problem() -> str | None:
     """What keeps CUDA from running here, in words; None where a GPU, or the simulator, is there."""
     try:
@@ -66,9 +74,8 @@ def cuda_problem() -> str | None:
 
         return missing()
     except Exception as error:  # a broken toolkit fails at import, with errors of any kind
-        return (
-            f"the CUDA packages fail at import ({type(error).__name__}: {error}): reinstall nblora[cuda12] or [cuda13]"
-        )
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        return f"the CUDA packages fail at import ({why}): pip install 'nblora[cuda12]' or 'nblora[cuda13]'"
 
 
 def _cuda_count() -> int:

@@ -40,7 +40,7 @@ TENSOR = PLAIN | {
     "float32": Shapes(Tile(128, 64, 16, tensor=True), Tile(32, 128, 16, tensor=True), Tile(64, 32, 8), 256)
 }
 # Numba's simulator makes a Python thread of each thread: blocks of 32, few of them.
-_TINY, _TINY_64 = Tile(32, 64, 8), Tile(16, 32, 4, "float64")
+_TINY, _TINY_64 = Tile(32, 64, 16), Tile(16, 32, 8, "float64")
 SIMULATED = {
     "float32": Shapes(_TINY, _TINY, _TINY, 32),
     "float64": Shapes(_TINY_64, _TINY_64, _TINY_64, 32),
@@ -97,7 +97,7 @@ class CUDABackend:
 
     def _blocks(self, work: int, threads: int) -> int:
         """Blocks for a kernel whose grid strides over `work`."""
-        return max(1, min(-(-work // threads), 8 * self._device.multiprocessors))
+        return max(1, min(-(-work // threads), self._device.waves * self._device.multiprocessors))
 
     def _stride(self, kernel: Any, first: Array, *arguments: Any) -> None:
         """Launch an element-wise kernel over the vectors of `first`."""

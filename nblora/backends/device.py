@@ -1,5 +1,8 @@
 """One CUDA device: what is missing to use it, its memory, and launches. Only the CUDA backend imports this."""
 
+import contextlib
+import sys
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,7 +10,8 @@ import numpy as np
 
 from nblora.errors import DeviceMemoryError, DeviceUnavailableError
 from nblora.kernels.cuda.simulated import from_bfloat16, to_bfloat16
-from nblora.kernels.cuda.target import COMPILED, SIMULATED, cuda
+from nblora.kernels.cuda.target import COMPILED, SIMULATED
+from nblora.kernels.cuda.target import module as cuda
 
 
 def missing() -> str | None:
@@ -114,10 +118,24 @@ def as_argument(value: Any) -> Any:
     return np.int32(value) if isinstance(value, int) else value
 
 
+@contextlib.contextmanager
+def _prompt_threads() -> Iterator[None]:
+    """Let Python's threads take turns of 0.1 ms: the simulator has one for each thread of a block, and another that
+    looks in a loop whether all have come to a barrier, for 5 ms each time where nothing is changed."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+
+
 class Device:
     """A CUDA device, or Numba's simulator of one."""
 
     simulated = SIMULATED
+    waves = 2 if SIMULATED else 8
+    """Blocks a multiprocessor where a grid strides over its work. To the simulator a thread is the dearest thing."""
 
     def __init__(self, index: int) -> None:
         self.index, self.name = index, f"cuda:{index}"
@@ -129,6 +147,20 @@ class Device:
                 found = cuda.get_current_device()
                 self.multiprocessors = found.MULTIPROCESSOR_COUNT
                 self.compute_capability = tuple(found.compute_capability)
+
+    @property
+    def description(self) -> str:
+        """What the device is, for people."""
+        if SIMULATED:
+            return "Numba's simulator of a GPU, whose times say nothing of any GPU"
+        with self._gpu:
+            found = cuda.get_current_device()
+            total = cuda.current_context().get_memory_info()[1]
+        name = found.name.decode() if isinstance(found.name, bytes) else str(found.name)
+        capability = ".".join(map(str, self.compute_capability))
+        return (
+            f"{name}, compute capability {capability}, {self.multiprocessors} multiprocessors, {total / 2**30:.0f} GiB"
+        )
 
     def _allocate(self, shape: tuple[int, ...], dtype: Any) -> Any:
         try:
@@ -209,7 +241,7 @@ class Device:
 
     def launch(self, kernel: Any, grid: Any, threads: int, *arguments: Any) -> None:
         """Run a kernel on the default stream; the host waits only where it reads."""
-        with self._gpu:
+        with self._gpu, _prompt_threads() if SIMULATED else contextlib.nullcontext():
             kernel[grid, threads](*map(as_argument, arguments))
 
     def release(self) -> None:

@@ -11,6 +11,7 @@ from nblora import checks
 KINDS = ("step", "forward", "lora-step")
 LAYOUTS = ("dense", "fullyconnected")
 DTYPES = ("float32", "float64")
+DEVICES = r"cpu|cuda(:\d+)?"
 DEFAULT_RANK = 8
 
 DELTA_SCALING = 0.1
@@ -42,11 +43,14 @@ class Case:
     dtype: str = "float32"
     layout: str = "dense"
     threads: int = 1
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         checks.check_choice("kind", self.kind, KINDS)
         checks.check_choice("dtype", self.dtype, DTYPES)
         checks.check_choice("layout", self.layout, LAYOUTS)
+        if not re.fullmatch(DEVICES, self.device):
+            raise ValueError(f"device must be 'cpu', 'cuda' or 'cuda:N', got {self.device!r}")
         for name in ("n", "in_features", "out_features", "threads"):
             checks.check_integer(name, getattr(self, name), 1)
         checks.check_rank(self.rank, self.in_features, self.out_features)

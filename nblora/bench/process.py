@@ -50,6 +50,10 @@ class PeerMissingError(PeerError):
     """The peer's library is not installed for its interpreter."""
 
 
+class DeviceMissingError(PeerMissingError):
+    """The library is there, but cannot use the device."""
+
+
 def environment(spec: PeerSpec, threads: int, extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return the environment of a peer's process: every thread pool as large as `threads`."""
     folders = [*spec.folders, *([str(NBLORA_ROOT)] if spec.module == ".nblora_peer" else [])]
@@ -128,6 +132,8 @@ class Worker:
         answer: dict[str, Any] = json.loads(line)
         if "missing" in answer:
             raise PeerMissingError(f"{answer['missing']} is not installed")
+        if "unavailable" in answer:
+            raise DeviceMissingError(answer["unavailable"])
         if "error" in answer:
             raise PeerError(answer["error"].strip())
         return answer

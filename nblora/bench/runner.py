@@ -82,6 +82,8 @@ class Bench:
         Takes one line of progress.
     deadline : float, optional
         `time.monotonic()` after which no new case begins.
+    device : str
+        Where the cases run: "cpu", "cuda" or "cuda:N".
     """
 
     def __init__(
@@ -92,11 +94,13 @@ class Bench:
         own_python: str,
         say: Callable[[str], None],
         deadline: float | None = None,
+        device: str = "cpu",
     ) -> None:
-        self.peers, self.effort, self.say = dict(peers), effort, say
+        self.peers, self.effort, self.say, self.device = dict(peers), effort, say, device
         self._python, self._own_python, self.deadline = python, own_python, deadline
         self.skipped: dict[str, str] = {}
         self.versions: dict[str, dict[str, str]] = {}
+        self.device_description = ""
         self.machines: dict[tuple[str, int], Machine] = {}
 
     def python(self, name: str) -> str:
@@ -149,7 +153,7 @@ class Crew:
         spec = self.bench.peers[name]
         worker = Worker(spec, self.threads, self.bench.python(name))
         try:
-            about = worker.ask("start", distributions=list(spec.distributions))
+            about = worker.ask("start", distributions=list(spec.distributions), device=self.bench.device)
         except PeerError as error:
             worker.stop()
             if isinstance(error, PeerMissingError) and name not in self.bench.skipped:
@@ -158,6 +162,7 @@ class Crew:
             raise
         self._workers[name] = worker
         self.bench.versions[name] = {"python": about["python"], **about["versions"]}
+        self.bench.device_description = about["device"] or self.bench.device_description
         return worker
 
     def stop(self) -> None:
@@ -167,14 +172,16 @@ class Crew:
         self._workers.clear()
 
     def measure_machine(self, dtype: str) -> Machine | None:
-        """Measure P and BW, by NumPy's BLAS and by PyTorch where installed, and keep the best so far."""
-        key = (dtype, self.threads)
-        for name in ("numpy", "torch-manual"):
+        """Measure P and BW, by NumPy's BLAS and by PyTorch where installed (on a GPU by PyTorch, CuPy and nblora),
+        and keep the best so far."""
+        key, device = (dtype, self.threads), self.bench.device
+        for name in ("numpy", "torch-manual") if device == "cpu" else ("torch-manual", "cupy", BASELINE):
             spec = self.bench.peers.get(name, PEERS[name])
             try:
                 with Worker(spec, self.threads, self.bench.python(name)) as worker:
-                    worker.ask("start", distributions=[])
-                    got = worker.ask("rates", dtype=dtype, threads=self.threads, seconds=self.bench.effort.rates)
+                    worker.ask("start", distributions=[], device=device)
+                    seconds = self.bench.effort.rates
+                    got = worker.ask("rates", dtype=dtype, threads=self.threads, seconds=seconds, device=device)
             except PeerError:
                 continue
             label = spec.distributions[0]

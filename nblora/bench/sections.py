@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def startup(bench: Bench, threads: int, repeats: int, cold: bool, sizes: tuple[i
         if bench.late():
             bench.say("out of time: start-up left out for the remaining peers")
             break
-        case = Case(_kind_for(bench, name), *sizes, threads=threads)
+        case = Case(_kind_for(bench, name), *sizes, threads=threads, device=bench.device)
         caches = ("warm", "cold") if cold and name in CACHES else ("warm",)
         for cache in caches:
             try:
@@ -132,15 +133,18 @@ def memory(bench: Bench, threads: int, sizes: tuple[int, int, int]) -> list[dict
 # --- growth ------------------------------------------------------------------------------------------------------
 
 
-def growth_curves(threads: int, full: bool) -> dict[str, list[Case]]:
-    """Cases in which one size doubles and the others stay."""
+def growth_curves(threads: int, full: bool, device: str = "cpu") -> dict[str, list[Case]]:
+    """Cases in which one size doubles and the others stay; the number of threads, too, on the CPU."""
     top = 4096 if full else 2048
+    step = partial(Case, "step", threads=threads, device=device)
     doubled = {
-        "N": [Case("step", n, 1024, 1024, threads=threads) for n in _doublings(1, top)],
-        "in": [Case("step", 256, n_in, 1024, threads=threads) for n_in in _doublings(256, top)],
-        "out": [Case("step", 256, 1024, n_out, threads=threads) for n_out in _doublings(256, top)],
-        "rank": [Case("step", 256, 1024, 1024, rank, threads=threads) for rank in _doublings(1, 64)],
+        "N": [step(n, 1024, 1024) for n in _doublings(1, top)],
+        "in": [step(256, n_in, 1024) for n_in in _doublings(256, top)],
+        "out": [step(256, 1024, n_out) for n_out in _doublings(256, top)],
+        "rank": [step(256, 1024, 1024, rank) for rank in _doublings(1, 64)],
     }
+    if device != "cpu":
+        return doubled
     counts = [*_doublings(1, threads)]
     if counts[-1] != threads:
         counts.append(threads)
@@ -154,11 +158,11 @@ def _doublings(low: int, high: int) -> list[int]:
 
 def growth(bench: Bench, threads: int, full: bool) -> dict[str, list[CaseResult]]:
     """nblora's step as one size doubles."""
-    curves = growth_curves(threads, full)
-    alone = Bench(
-        {BASELINE: bench.peers[BASELINE]}, bench.effort, bench.python(BASELINE), bench.python(BASELINE), bench.say
-    )
-    alone.deadline, alone.machines = bench.deadline, bench.machines
+    curves = growth_curves(threads, full, bench.device)
+    python = bench.python(BASELINE)
+    own = {BASELINE: bench.peers[BASELINE]}
+    alone = Bench(own, bench.effort, python, python, bench.say, bench.deadline, bench.device)
+    alone.machines = bench.machines
     wanted = list(dict.fromkeys(case for cases in curves.values() for case in cases))
     measured = {result.case: result for result in run_cases(alone, wanted)}
     return {name: [measured[case] for case in cases if case in measured] for name, cases in curves.items()}

@@ -127,17 +127,39 @@ def full(threads: int) -> list[Group]:
     return groups
 
 
+def on_device(suite: Callable[[int], list[Group]], device: str) -> Callable[[int], list[Group]]:
+    """The suite's cases on a GPU: without goals, which are the CPU's, and without those for fewer host threads; with
+    layers large enough to fill one."""
+
+    def moved(threads: int) -> list[Group]:
+        groups = suite(threads)
+        if suite is not quick:
+            large = [*_each((1, 16, 128, 512, 2048), (4096, 4096)), (2048, 4096, 11008)]
+            known = {case for group in groups for case in group.cases}
+            cases = tuple(case for case in _cases("step", large, threads) if case not in known)
+            groups.append(Group("step, large layers", cases))
+        found = []
+        for group in groups:
+            cases = tuple(replace(case, device=device) for case in group.cases if case.threads == threads)
+            if cases:
+                found.append(Group(group.name, cases))
+        return found
+
+    return moved
+
+
 def chosen(
     cases: Sequence[tuple[int, int, int, int]],
     kinds: Sequence[str],
     dtypes: Sequence[str],
     layouts: Sequence[str],
     threads: Sequence[int],
+    device: str = "cpu",
 ) -> list[Group]:
     """Return the given cases, (n, in, out, rank) each, in every combination; what is left out has its first value."""
     combinations = itertools.product(kinds or KINDS[:1], dtypes or DTYPES[:1], layouts or LAYOUTS[:1], threads, cases)
     made = (
-        Case(kind, n, n_in, n_out, rank, dtype, layout, count)
+        Case(kind, n, n_in, n_out, rank, dtype, layout, count, device)
         for kind, dtype, layout, count, (n, n_in, n_out, rank) in combinations
     )
     return [Group("chosen cases", tuple(dict.fromkeys(made)))]

@@ -60,6 +60,8 @@ def machine_text(report: Report) -> str:
         + ".",
         f'- Suite "{report.suite}": {settings["rounds"]} rounds, bursts of {settings["burst"]} s, peers in turn.',
     ]
+    if about.get("device"):
+        lines.append(f"- Device: {about['device']}.")
     if report.busy:
         lines.append(f"- **{report.busy[0].upper()}{report.busy[1:]}.**")
     if limits:

@@ -1,5 +1,6 @@
 """`nblora bench`: nblora beside its peers on this machine."""
 
+import re
 import sys
 import time
 from pathlib import Path
@@ -7,18 +8,21 @@ from typing import Any
 
 import click
 
-from nblora.bench.cases import DTYPES, KINDS, LAYOUTS, Case, parse_case
+from nblora.bench.cases import DEVICES, DTYPES, KINDS, LAYOUTS, Case, parse_case
 from nblora.bench.chart import draw_cases, draw_growth
 from nblora.bench.machine import describe_machine, usable_cores
-from nblora.bench.peers import BASELINE, PEERS
+from nblora.bench.peers import BASELINE, PEERS, peers_of
+from nblora.bench.rehearsal import dry_run_text, rehearse
 from nblora.bench.report import Report, check_markers, replace_between_markers, write_text
 from nblora.bench.runner import Bench, Effort, run_cases
 from nblora.bench.sections import growth, memory, neighbour, startup
-from nblora.bench.suites import Group, chosen, default, full, narrowed, quick
+from nblora.bench.suites import Group, chosen, default, full, narrowed, on_device, quick
 from nblora.bench.tables import full_text, readme_text
-from nblora.errors import MissingExtraError
+from nblora.errors import DeviceUnavailableError, MissingExtraError
 
 SECTIONS = ("cases", "startup", "memory", "growth", "neighbour")
+# Memory is the host's, and a busy neighbour one on the host's cores.
+DEVICE_SECTIONS = ("cases", "startup", "growth")
 QUICK_SECONDS = 85.0  # no new case after this, so that all ends within two minutes
 QUICK_LEAVES_OUT = {"torch-compile": "compiling for every case takes too long for --quick; name it with --peer"}
 EFFORTS = {"quick": Effort(15, 0.02, 0.1, 0.2), "default": Effort(), "full": Effort()}
@@ -53,6 +57,12 @@ def _marked(context: click.Context, parameter: click.Parameter, value: str | Non
     return value
 
 
+def _device(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    if not re.fullmatch(DEVICES, value):
+        raise click.BadParameter(f"must be cpu, cuda or cuda:N, got {value!r}")
+    return value
+
+
 MARKED = click.Path(exists=True, dir_okay=False, writable=True)
 
 
@@ -64,6 +74,7 @@ MARKED = click.Path(exists=True, dir_okay=False, writable=True)
 @click.option("--kind", "kinds", multiple=True, type=click.Choice(KINDS), help="Only these kinds of case.")
 @click.option("--dtype", "dtypes", multiple=True, type=click.Choice(DTYPES), help="Only these dtypes.")
 @click.option("--layout", "layouts", multiple=True, type=click.Choice(LAYOUTS), help="Only these weight layouts.")
+@click.option("--device", default="cpu", show_default=True, callback=_device, metavar="NAME", help="cpu, cuda, cuda:N.")
 @click.option("--threads", multiple=True, callback=_threads, metavar="N|all", help="Numbers of threads.")
 @click.option("--rounds", type=click.IntRange(1), help="Rounds of each case; 15 where not given.")
 @click.option("--section", "sections", multiple=True, type=click.Choice(SECTIONS), help="Only these parts.")
@@ -80,6 +91,7 @@ MARKED = click.Path(exists=True, dir_okay=False, writable=True)
     default=sys.executable,
     help="Interpreter of the other peers, where they are installed elsewhere.",
 )
+@click.option("--dry-run", is_flag=True, help="Say what would be measured, with peers started and checked; no times.")
 @click.option("--update-readme", type=MARKED, callback=_marked, help="File whose short table is replaced.")
 @click.option("--update-docs", type=MARKED, callback=_marked, help="File whose long tables are replaced.")
 def command(suite: str | None, **options: Any) -> None:
@@ -90,19 +102,29 @@ def command(suite: str | None, **options: Any) -> None:
     and ratios are taken pair by pair. How fast the machine can multiply and copy is measured in the same run, and
     every time is also given as a fraction of that limit. Peers that are not installed are skipped, saying so.
 
+    With --device cuda everything runs on a GPU: peers are PyTorch (eager, by hand, compiled) and CuPy, times are taken
+    between events of the device, and its limits are measured on it. Memory and the busy neighbour, which are the
+    host's, are left out.
+
     Without options: the published tables. With --case: these sizes only, in all combinations of --kind, --dtype,
     --layout and --threads.
     """
     begin = time.monotonic()
     name = suite or "default"
     groups = _groups(name, options)
-    sections = options["sections"] or (("cases",) if options["cases"] else SECTIONS)
-    if name == "quick" and not options["sections"]:
-        sections = tuple(part for part in sections if part in ("cases", "startup"))
+    sections = _sections(name, options)
     effort = EFFORTS[name]
     if options["rounds"]:
         effort = Effort(options["rounds"], effort.burst, effort.warm, effort.rates)
-    bench = _bench(name, options["peers"], effort, options["python"], begin)
+    problem = _device_problem(options["device"])
+    if problem and not options["dry_run"]:
+        raise DeviceUnavailableError(
+            f"device {options['device']!r} is not available: {problem}; --dry-run shows what would be measured"
+        )
+    bench = _bench(name, options, effort, begin)
+    if options["dry_run"]:
+        _dry_run(bench, groups, sections, problem)
+        return
     output: Path = options["output"]
     output.mkdir(parents=True, exist_ok=True)
     report = Report(
@@ -124,12 +146,44 @@ def command(suite: str | None, **options: Any) -> None:
     click.echo(f"{time.monotonic() - begin:.0f} s; written to {output}")
 
 
+def _sections(name: str, options: dict[str, Any]) -> tuple[str, ...]:
+    known = SECTIONS if options["device"] == "cpu" else DEVICE_SECTIONS
+    if not set(options["sections"]) <= set(known):
+        raise click.UsageError(f"on {options['device']} the sections are {', '.join(known)}")
+    if options["sections"]:
+        return options["sections"]
+    if options["cases"]:
+        return ("cases",)
+    return tuple(part for part in known if name != "quick" or part in ("cases", "startup"))
+
+
+def _device_problem(device: str) -> str | None:
+    """What keeps the device from being used here; None where nothing does."""
+    if device == "cpu":
+        return None
+    from nblora.backends import cuda_problem, devices
+
+    problem = cuda_problem()
+    known = devices()
+    if problem is None and (device if ":" in device else f"{device}:0") not in known:
+        problem = f"there are only {', '.join(known)}"
+    return problem
+
+
+def _dry_run(bench: Bench, groups: list[Group], sections: tuple[str, ...], problem: str | None) -> None:
+    found = rehearse(bench, groups)
+    click.echo(dry_run_text(bench, groups, sections, problem, found), nl=False)
+    if any(outcome.failed for outcome in found.values()):
+        click.get_current_context().exit(1)
+
+
 def _groups(name: str, options: dict[str, Any]) -> list[Group]:
     filters = options["kinds"], options["dtypes"], options["layouts"]
-    threads = options["threads"]
+    threads, device = options["threads"], options["device"]
     if options["cases"]:
-        return chosen(options["cases"], *filters, threads or [usable_cores()])
-    groups = narrowed(SUITES[name], *filters, threads, usable_cores())
+        return chosen(options["cases"], *filters, threads or [usable_cores()], device)
+    suite = SUITES[name] if device == "cpu" else on_device(SUITES[name], device)
+    groups = narrowed(suite, *filters, threads, usable_cores())
     if not groups:
         raise click.UsageError(
             f"no case of the {name} suite is left by --kind, --dtype and --layout; try --full or --case"
@@ -137,15 +191,22 @@ def _groups(name: str, options: dict[str, Any]) -> list[Group]:
     return groups
 
 
-def _bench(name: str, peers: tuple[str, ...], effort: Effort, python: str, begin: float) -> Bench:
+def _bench(name: str, options: dict[str, Any], effort: Effort, begin: float) -> Bench:
+    peers, device = options["peers"], options["device"]
+    known = peers_of(device)
+    unfit = [peer for peer in peers if peer not in known]
+    if unfit:
+        raise click.UsageError(f"{', '.join(unfit)}: not on {device}; there are {', '.join(known)}")
     left_out = QUICK_LEAVES_OUT if name == "quick" else {}
     wanted = {
         peer: spec
-        for peer, spec in PEERS.items()
+        for peer, spec in known.items()
         if peer == BASELINE or peer in peers or (not peers and peer not in left_out)
     }
     deadline = begin + QUICK_SECONDS if name == "quick" else None
-    bench = Bench(wanted, effort, python, sys.executable, lambda line: click.echo(line, err=True), deadline)
+    bench = Bench(
+        wanted, effort, options["python"], sys.executable, lambda line: click.echo(line, err=True), deadline, device
+    )
     if not peers:
         for peer, why in left_out.items():
             bench.say(f"skipping {peer}: {why}")
@@ -165,6 +226,7 @@ def _measure(report: Report, bench: Bench, name: str, sections: tuple[str, ...],
         report.growth = growth(bench, most, name == "full")
     if "neighbour" in sections:
         report.neighbour = neighbour(bench, Case("step", 256, 1024, 1024, threads=most))
+    report.machine["device"] = bench.device_description
     report.versions, report.skipped, report.machines = bench.versions, bench.skipped, bench.machines
 
 

@@ -28,7 +28,7 @@ from nblora.errors import MissingExtraError
 @click.option("--pretrain-epochs", default=30, show_default=True, type=click.IntRange(1), help="Epochs of pretraining.")
 @click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1), help="Samples of a step.")
 @click.option("--device", metavar="NAME", help="cpu, cuda, cuda:N or auto.  [default: $NBLORA_DEVICE, or cpu]")
-@click.option("--tiny", is_flag=True, help="One seed, two methods, three steps: only to see that it runs.")
+@click.option("--tiny", is_flag=True, help="One seed, two methods, three steps, few images: only to see that it runs.")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors; the files are written all the same.")
 def command(
     output: Path, seeds: int, seed: int, epochs: int, pretrain_epochs: int, batch_size: int,

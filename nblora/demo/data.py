@@ -18,6 +18,10 @@ class Split(NamedTuple):
     x: np.ndarray  # (N, PIXELS) float32
     y: np.ndarray  # (N,) int64
 
+    def first(self, count: int) -> "Split":
+        """The first `count` images."""
+        return Split(self.x[:count], self.y[:count])
+
 
 class Digits(NamedTuple):
     """No image is in two of the parts. `upright_test` has the images of `test` before the shift."""
@@ -27,6 +31,11 @@ class Digits(NamedTuple):
     validation: Split
     test: Split
     upright_test: Split
+
+    def first(self, learnt: int, judged: int) -> "Digits":
+        """The first `learnt` images of each part that is trained on, and the first `judged` of the others."""
+        trained_on = ("pretraining", "adaptation")
+        return Digits(**{k: split.first(learnt if k in trained_on else judged) for k, split in self._asdict().items()})
 
 
 def load_digits(seed: int) -> Digits:

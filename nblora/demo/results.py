@@ -30,7 +30,7 @@ class Settings:
     device : str, optional
         As in `nblora.set_device`; None for the default device.
     tiny : bool
-        One seed, two methods, one candidate each, three steps: to see that it runs.
+        One seed, two methods, one candidate each, three steps, a batch of images to judge by: to see that it runs.
     """
 
     output: Path = Path("nblora-demo")

@@ -21,9 +21,13 @@ from .results import DemoResult, MethodResult, Settings, mean
 
 PRETRAIN_LR = 0.003
 TUNING_SEEDS = 2
+TINY_STEPS = 3
 # Largest difference between merged and unmerged outputs, over the largest output, three float32 layers deep.
 MERGE_TOLERANCE = 1e-4
 HEAT_MAP_LAYER = "hidden1"
+
+Adapted = tuple[Sequential, list[dict[str, float]], float]
+"""A trained model, its curve and the seconds of its training."""
 
 
 def run_demo(settings: Settings, progress: bool = True) -> DemoResult:
@@ -89,10 +93,7 @@ class _Experiment:
             self.candidates = {method.name: method.candidates[:1] for method in self.methods}
             self.seeds = self.seeds[:1]
             self.epochs = self.pretrain_epochs = 1
-            few = 3 * settings.batch_size
-            self.digits = digits._replace(
-                pretraining=_first(digits.pretraining, few), adaptation=_first(digits.adaptation, few)
-            )
+            self.digits = digits.first(TINY_STEPS * settings.batch_size, settings.batch_size)
         self.bases: dict[int, Sequential] = {}
 
     def tuning_seeds(self) -> list[int]:
@@ -149,37 +150,39 @@ class _Experiment:
             progress=False,
         )
 
-    def adapt(
-        self, method: Method, candidate: Candidate, seed: int
-    ) -> tuple[Sequential, list[dict[str, float]], float]:
-        """Adapt a copy of the seed's pretrained network: the model, its curve and the seconds of training."""
+    def adapt(self, method: Method, candidate: Candidate, seed: int) -> Adapted:
+        """Adapt a copy of the seed's pretrained network."""
         model = self.bases[seed].clone()
         method.prepare(model, seed)
         start = time.perf_counter()
         history = self.train(model, self.digits.adaptation, candidate, self.epochs, seed)
         return model, list(curve(history)), time.perf_counter() - start
 
-    def choose(self, method: Method, bar: Any) -> tuple[Candidate, dict[str, float]]:
-        """The candidate with the best mean accuracy on the validation split; the first of equals."""
-        scores = {}
+    def choose(self, method: Method, bar: Any) -> tuple[Candidate, dict[str, float], dict[int, Adapted]]:
+        """The candidate with the best mean accuracy on the validation split, the first of equals; every candidate's
+        accuracy; and the best one's runs by their seeds, which another run would only repeat."""
+        scores: dict[Candidate, float] = {}
+        best: dict[int, Adapted] = {}
         for candidate in self.candidates[method.name]:
-            found = []
+            bar.set_description(f"{method.name}, choosing settings")
+            found, runs = [], {}
             for seed in self.tuning_seeds():
-                bar.set_description(f"{method.name}, choosing settings")
-                model, _, _ = self.adapt(method, candidate, seed)
-                found.append(accuracy(model, self.digits.validation))
+                runs[seed] = self.adapt(method, candidate, seed)
+                found.append(accuracy(runs[seed][0], self.digits.validation))
                 bar.update()
+            if mean(found) > max(scores.values(), default=-1.0):
+                best = runs
             scores[candidate] = mean(found)
-        return max(scores, key=lambda candidate: scores[candidate]), {c.label: s for c, s in scores.items()}
+        return max(scores, key=lambda candidate: scores[candidate]), {c.label: s for c, s in scores.items()}, best
 
     def measure(self, method: Method, bar: Any) -> tuple[MethodResult, Sequential]:
         """The method's row, and the first seed's adapted model."""
-        candidate, scores = self.choose(method, bar)
+        candidate, scores, made = self.choose(method, bar)
         row = MethodResult(method.name, candidate=candidate, validation_accuracy=scores)
         models = []
         for seed in self.seeds:
             bar.set_description(method.name)
-            model, rows, seconds = self.adapt(method, candidate, seed)
+            model, rows, seconds = made[seed] if seed in made else self.adapt(method, candidate, seed)
             row.test_accuracy.append(accuracy(model, self.digits.test))
             row.upright_accuracy.append(accuracy(model, self.digits.upright_test))
             row.curves.append(rows)
@@ -191,10 +194,6 @@ class _Experiment:
             state_bytes(models[0], AdamW(lr=candidate.lr)),
         )
         return row, models[0]
-
-
-def _first(split: Split, count: int) -> Split:
-    return Split(split.x[:count], split.y[:count])
 
 
 def curve(history: Any) -> Iterator[dict[str, float]]:

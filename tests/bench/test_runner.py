@@ -180,7 +180,7 @@ def test_growth_doubles_one_size_at_a_time():
 
 def test_growth_measures_nblora_alone(monkeypatch):
     cases = [Case("step", n, 12, 10, 2) for n in (2, 4)]
-    monkeypatch.setattr("nblora.bench.sections.growth_curves", lambda threads, full: {"N": cases})
+    monkeypatch.setattr("nblora.bench.sections.growth_curves", lambda *_: {"N": cases})
     found = growth(make_bench(HERE), 1, False)
     assert [result.case for result in found["N"]] == cases
     assert all(set(result.seconds) == {"nblora"} for result in found["N"])

@@ -77,24 +77,32 @@ class Launch:
             simulated.store(array, offset, valid, aligned, values)
 
         names = {name: f for name, f in vars(simulated).items() if isinstance(f, FunctionType)}
-        return names | {"load": load, "store": store, "mma_tf32": self._mma_tf32}
+        return names | {"load": load, "store": store, "tensor_accumulate": self._tensor_accumulate}
 
-    def _mma_tf32(self, a0, a1, a2, a3, b0, b1, c):
+    def _tensor_accumulate(self, sums, p0, p1, q0, q1):
         """PTX ISA, mma.m16n8k8 with .tf32: where each lane's elements of the fragments lie."""
-        warp = self._gather((a0, a1, a2, a3, b0, b1))
-        if "product" not in warp:
-            a, b = np.zeros((16, 8)), np.zeros((8, 8))
-            for lane, values in enumerate(warp["values"]):
-                group, member = divmod(lane, 4)
-                f0, f1, f2, f3, g0, g1 = np.array(values, np.int32).view(np.float32)
-                a[group, member], a[group + 8, member] = f0, f1
-                a[group, member + 4], a[group + 8, member + 4] = f2, f3
-                b[member, group], b[member + 4, group] = g0, g1
-            warp["product"] = (a @ b).astype(np.float32)
+        warp = self._gather(((p0, p1), (q0, q1)))
+        wiring = list(simulated.mma_wiring())
+        if "products" not in warp:
+            warp["products"] = [self._mma(warp["values"], a, b) for a, b, _ in wiring]
         group, member = divmod(self.current.lane % 32, 4)
-        row = warp["product"][group, 2 * member : 2 * member + 2]
-        below = warp["product"][group + 8, 2 * member : 2 * member + 2]
-        return c[0] + row[0], c[1] + row[1], c[2] + below[0], c[3] + below[1]
+        held = np.array(sums)
+        for (_, _, places), product in zip(wiring, warp["products"], strict=True):
+            for index, place in enumerate(places):
+                held[place] += product[group + index // 2 * 8, 2 * member + index % 2]
+        return held
+
+    @staticmethod
+    def _mma(lanes, a_wiring, b_wiring):
+        """(16, 8) x (8, 8) of the values that the wiring picks from every lane of a warp."""
+        a, b = np.zeros((16, 8)), np.zeros((8, 8))
+        for lane, (p, q) in enumerate(lanes):
+            group, member = divmod(lane, 4)
+            for index, (which, element) in enumerate(a_wiring):
+                a[group + index % 2 * 8, member + index // 2 * 4] = p[which][element]
+            for index, (which, element) in enumerate(b_wiring):
+                b[member + index * 4, group] = q[which][element]
+        return (a @ b).astype(np.float32)
 
     def _gather(self, value):
         """Wait until the whole warp has brought a value; the dict that all its lanes share."""

@@ -15,7 +15,8 @@ FOLDER = Path(nblora.kernels.cuda.__file__).parent
 PACKAGE = nblora.kernels.cuda.__name__
 RELOADED = ("tiles", "forward", "gradients", "vectors", "update", "losses")
 
-# What may be taken away: pattern, what stands there instead. Every place where a pattern matches is one mutant.
+# What may be taken away: pattern, what stands there instead. Every place where a pattern matches is one mutant;
+# `python -m tests.cuda.mutants` lists them.
 BARRIER = (r"cuda\.syncthreads\(\)", "None")
 GUARDS = [
     (r" if (?:o < outer_end|k < k_end|n < N|row < rows) else int32\(0\)", ""),  # rows beyond the array
@@ -30,6 +31,8 @@ GUARDS = [
     (r" if flags & HAS_LOW and split == 0 else int32\(0\)", ""),  # the low-rank part once, not in every split
     (r"if (?:t|member) < width:", "if True:"),  # the idle half of a tree
     (r"\(array\.size \+ LANES - 1\) // LANES", "array.size // LANES"),  # the tail of an array left out
+    (r"\w+\.size(?=, cuda\.gridsize)", r"\g<0> + 1"),  # the end of a loop over elements
+    (r"range\((?:t, )?outputs(?=[,)])", r"\g<0> + 1"),  # the end of a row
 ]
 
 
@@ -44,8 +47,8 @@ def mutants():
                 name = f"{module}:{line} {match[0].strip()}"
 
                 def mutate(text, pattern=pattern, instead=instead, place=place):
-                    start, stop = [m.span() for m in re.finditer(pattern, text)][place]
-                    return text[:start] + instead + text[stop:]
+                    found = list(re.finditer(pattern, text))[place]
+                    return text[: found.start()] + found.expand(instead) + text[found.end() :]
 
                 found.append((name, module, mutate))
     return found
@@ -185,3 +188,7 @@ def killed_by(module, mutate):
             except Exception as error:  # whatever goes wrong is a mutant caught
                 return error
     return None
+
+
+if __name__ == "__main__":
+    print(*(name for name, *_ in mutants()), sep="\n")

@@ -23,9 +23,7 @@ def recording_backend(precision="float32"):
 
 
 def record(backend, dtype, transposed, samples=200, delta=True, train=False, masked=False, low_rank=True, code=2):
-    """Name -> (kernel, threads, Numba types of the arguments) of one forward, backward, sweep and merge."""
-    import numba
-
+    """(name, kernel, threads, Numba types of the arguments) of what a forward, backward, sweep and merge launch."""
     inputs, outputs, rank = 24, 40, 8
     stored = (outputs, inputs) if transposed else (inputs, outputs)
 
@@ -41,10 +39,37 @@ def record(backend, dtype, transposed, samples=200, delta=True, train=False, mas
         train,
     )
     mask = new(samples, inputs) if masked else None
+    backend._device.launches.clear()
     y, saved = backend.forward(new(samples, inputs), operands, mask, True)
     backend.backward(y, saved, operands)
     backend.backward_update(y, saved, operands, 0.1, 0.1)
     backend.merge(operands)
+    return launched(backend)
+
+
+def record_updates(backend, dtype, shape=(20, 12)):
+    """The same of every update, small operation and loss."""
+    a, b, c, d = (backend.from_host(np.zeros(shape, dtype)) for _ in range(4))
+    labels = backend.from_host(np.zeros(shape[0], np.int64))
+    backend._device.launches.clear()
+    backend.zeros_like(a)
+    backend.sgd_update(a, b, 0.1)
+    backend.momentum_update(a, b, c, 0.9, 0.1)
+    backend.adamw_update(a, b, c, d, 0.1, (0.9, 0.99), 1e-8, 0.1, 1)
+    backend.add(a, b)
+    backend.scale(a, 2.0)
+    backend.sum_of_squares(a)
+    backend._masked(a, b)
+    backend.mean_squared_error(a, b)
+    backend.binary_cross_entropy(a, b)
+    backend.softmax_cross_entropy(a, labels)
+    return launched(backend)
+
+
+def launched(backend):
+    """What was launched since the list was cleared, each kernel once for each combination of types."""
+    import numba
+
     found = {}
     for kernel, _, threads, arguments in backend._device.launches:
         types = tuple(numba.typeof(argument) for argument in arguments)

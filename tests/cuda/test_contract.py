@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -113,8 +114,6 @@ def test_a_full_device_leaves_the_adapter_on_the_cpu(rng, move, monkeypatch):
 
 
 def test_out_of_memory_names_sizes(monkeypatch):
-    from types import SimpleNamespace
-
     device = make_backend()._device
     context = SimpleNamespace(get_memory_info=lambda: (5e6, 8e9))
     monkeypatch.setattr("nblora.backends.device.cuda", SimpleNamespace(current_context=lambda: context))
@@ -123,6 +122,39 @@ def test_out_of_memory_names_sizes(monkeypatch):
     assert "12.0 MB wanted, 5.0 of 8000.0 MB free" in str(found)
     other = RuntimeError("something else")
     assert Device._explained(device, other, 1) is other
+
+
+def test_arrays_of_other_libraries_are_taken_as_they_are(monkeypatch):
+    """Without a copy where they are contiguous, by way of the host where not; what is on the host is left there."""
+    values = np.arange(6, dtype=np.float32).reshape(2, 3)
+
+    class Foreign:
+        def __init__(self, array):
+            self.array = array
+            self.__cuda_array_interface__ = {"data": (array.ctypes.data, False)}
+
+    class View:
+        def __init__(self, array):
+            self.array, self.shape, self.dtype = array, array.shape, array.dtype
+            self.is_c_contiguous = lambda: array.flags.c_contiguous
+            self.copy_to_host = array.copy
+
+    uploaded = []
+    stand_in = SimpleNamespace(
+        as_cuda_array=lambda value: View(value.array), to_device=lambda array: uploaded.append(array) or View(array)
+    )
+    monkeypatch.setattr("nblora.backends.device.cuda", stand_in)
+    device = make_backend()._device
+    taken = Device.adopt(device, Foreign(values))
+    assert isinstance(taken, DeviceArray)
+    assert taken.memory.array is values
+    assert (taken.shape, taken.dtype, uploaded) == ((2, 3), np.float32, [])
+    turned = Device.adopt(device, Foreign(values.T))
+    (copy,) = uploaded
+    np.testing.assert_array_equal(turned.memory.array, values.T)
+    assert copy.flags.c_contiguous
+    assert Device.adopt(device, values) is None
+    assert Device.adopt(device, taken) is taken
 
 
 def test_device_array_is_written_whole():

@@ -11,7 +11,7 @@ pytest.importorskip("greenlet", reason="the emulator needs greenlet (extra test)
 from nblora.kernels.cuda.target import COMPILED
 from tests.cuda import machine_code
 from tests.cuda.machine_code import ARCHITECTURES, OUTPUTS, compile_kernel
-from tests.cuda.recorded import record, recording_backend
+from tests.cuda.recorded import record, record_updates, recording_backend
 
 needs_compiler = pytest.mark.skipif(
     not COMPILED or machine_code.disassembler() is None,
@@ -50,32 +50,30 @@ def assert_fits(code, threads, wanted):
     assert code.shared * wanted <= 64 * 1024  # what sm_75 has
 
 
-# Least share of multiplications in the inner loop. The whole step of a float64 product is one loop, its global loads
-# included, and compute capability 12.0 spends three times the instructions on it.
-LEAST = {"float32": 0.6, "float64": 0.4, "float64 on sm_120": 0.12}
+# Least share of multiplications in the inner loop. The whole step of a float64 or tensor-core product is one loop, its
+# global loads included, with the scalar ones of edges, which a whole vector jumps over.
+LEAST = {"FFMA": 0.6, "DFMA": 0.34, "HMMA": 0.025}
 
 
 def assert_tiled(code, dtype, tensor):
     """The loop that multiplies is one of multiplications, and what feeds it comes in 128-bit vectors."""
     assert code.count("LDG.E.128") > 0
-    loops = code.main_loops("HMMA" if tensor else "FFMA" if dtype == "float32" else "DFMA")
+    assert code.shared_vectors >= 4
+    what = "HMMA" if tensor else "FFMA" if dtype == "float32" else "DFMA"
+    loops = code.main_loops(what)
     assert loops
-    if tensor:
-        assert all(count >= 16 for count, _ in loops)
-    else:
-        assert code.shared_vectors > 0
-        least = LEAST["float64 on sm_120" if dtype == "float64" and code.architecture == (12, 0) else dtype]
-        assert all(count / length >= least for count, length in loops), loops
+    assert all(count >= 16 and count / length >= LEAST[what] for count, length in loops), loops
 
 
 @pytest.mark.parametrize("architecture", [(8, 0), (9, 0)], ids=str)
 def test_main_kernels(architecture):
-    for name, kernel, threads, types in kernels(VARIANTS[0]):
-        if name in MAIN:
-            code = compile_kernel(kernel, types, architecture, "ltoir")
-            assert threads >= 8 * 32
-            assert_fits(code, threads, 2)
-            assert_tiled(code, "float32", False)
+    for variant in (VARIANTS[0], VARIANTS[6]):
+        for name, kernel, threads, types in kernels(variant):
+            if name in MAIN:
+                code = compile_kernel(kernel, types, architecture, "ltoir")
+                assert threads >= 8 * 32
+                assert_fits(code, threads, 2)
+                assert_tiled(code, "float32", variant[0] == "tf32")
 
 
 @pytest.mark.slow
@@ -94,6 +92,22 @@ def test_every_kernel(variant, architecture, output):
             assert_tiled(code, dtype, tensor)
             if dtype == "float32":
                 assert not [op for op in code.opcodes if op in ("DFMA", "DADD", "DMUL")], name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_updates_and_losses(dtype, architecture, output):
+    found = record_updates(recording_backend(), dtype)
+    names = {name for name, *_ in found}
+    assert len(names) == 11
+    for name, kernel, threads, types in found:
+        code = compile_kernel(kernel, types, architecture, output)
+        assert_fits(code, threads, 2)
+        if name in ("sgd", "momentum", "add", "times", "masked"):
+            assert code.count("LDG.E.128") > 0, name
+            assert code.count("STG.E.128") > 0, name
 
 
 def test_rules_keep_float32():

@@ -5,6 +5,8 @@ import pytest
 
 pytest.importorskip("greenlet", reason="the emulator needs greenlet (extra test)")
 
+from nblora.backends.cuda import PLAIN, TENSOR
+from tests.cuda import mutants
 from tests.cuda.emulated import make_backend
 from tests.cuda.emulator import ORDERS
 from tests.test_kernels import CASES, RELU, Case, run
@@ -27,6 +29,32 @@ SHAPES = [
     (33, 20, 21, 1),
     (9, 20, 24, 64),
 ]
+
+# One sample: (in, out, rank). Its products have kernels of their own.
+SINGLE = [
+    (1, 1, 1), (2, 1, 1), (1, 5, 1), (3, 4, 2), (4, 4, 4), (7, 8, 1), (16, 24, 16), (31, 33, 3), (64, 40, 8),
+    (37, 33, 64), (33, 65, 2), (67, 20, 5), (20, 67, 1),
+]  # fmt: skip
+SIZES = [1, 2, 3, 4, 5, 31, 32, 33, 63, 64, 129, 300]
+LOSSES = [(1, 1), (1, 2), (1, 37), (2, 1), (2, 3), (3, 64), (5, 32), (7, 31), (8, 33), (33, 2), (40, 5), (3, 129)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("shape", SINGLE, ids=str)
+def test_one_sample(shape, dtype):
+    for transposed in (False, True):
+        order = ORDERS[SINGLE.index(shape) % 3]
+        run((1, *shape), dtype, transposed, CASES[1], make_backend(order), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_updates(size):
+    mutants.check_updates(make_backend(ORDERS[SIZES.index(size) % 3]), size)
+
+
+@pytest.mark.parametrize("shape", LOSSES, ids=str)
+def test_losses(shape):
+    mutants.check_losses(make_backend(ORDERS[LOSSES.index(shape) % 3]), *shape)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -77,12 +105,30 @@ def test_split_inner_dimension(shape, transposed):
     assert any(isinstance(grid, tuple) and len(grid) == 3 and grid[2] > 1 for _, grid, *_ in backend._device.launches)
 
 
-@pytest.mark.parametrize("shape", [*SHAPES[3:9], (33, 40, 35, 5), (64, 40, 33, 8), (3, 70, 36, 2), (34, 8, 64, 1),
-                                   (32, 32, 32, 16), (5, 12, 100, 64)], ids=str)  # fmt: skip
+# N = 1 takes the kernels for one sample, whatever the precision.
+TENSOR_SHAPES = [
+    (1, 37, 66, 4), *SHAPES[5:12], (33, 40, 35, 5), (64, 40, 33, 8), (3, 70, 36, 2), (34, 8, 64, 1), (32, 32, 32, 16),
+    (5, 12, 100, 64), (65, 33, 31, 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", TENSOR_SHAPES, ids=str)
 def test_tensor_cores(shape):
     order, transposed = ORDERS[shape[0] % 3], shape[2] % 2 == 1
     run(shape, "float32", transposed, Case(masked=shape[0] % 2 == 0), make_backend(order, precision="tf32"),
         TOLERANCE["tf32"])  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("precision", "dtype"), [("float32", "float32"), ("float32", "float64"), ("tf32", "float32")])
+@pytest.mark.parametrize("shape", [(131, 70, 133, 3), (20, 41, 140, 64), (1, 300, 270, 2)], ids=str)
+def test_tiles_of_a_device(shape, precision, dtype, transposed):
+    """With the blocks that a device gets, of 256 threads."""
+    backend = make_backend("random", precision=precision, shapes=TENSOR if precision == "tf32" else PLAIN)
+    backend._plain = PLAIN
+    tolerance = TOLERANCE["tf32" if precision == "tf32" else dtype]
+    run(shape, dtype, transposed, Case(train=True, masked=True, activation=RELU), backend, tolerance)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -146,3 +192,38 @@ def test_traffic_of_weight_sized_arrays(samples, transposed):
     backend.backward_update(gy, saved, operands, 0.1, 0.1)
     total = sum(moved(name, direction) for name in "WDV" for direction in ("read", "written"))
     assert total == 2 * rows + 4
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("samples", [7, 40])
+def test_traffic_of_activations(samples, transposed):
+    """x and gz are read once for each tile that lies across them, as docs/gpu.md derives."""
+    from tests.test_kernels import Problem, brought
+
+    inputs, outputs, rank = 20, 24, 3
+    problem = Problem((samples, inputs, outputs, rank), "float32", transposed, Case())
+    backend = make_backend()
+    backend._device.multiprocessors = 1
+    operands = brought(problem.operands(), backend.from_host)
+    x, gy = (backend.from_host(problem.arrays[name]) for name in ("x", "gy"))
+    traffic = backend._device.traffic
+    wide, narrow = backend._shapes["float32"].wide, backend._shapes["float32"].narrow
+    tile = backend._tile(samples, np.dtype(np.float32))
+
+    def reads(array):
+        return traffic[id(array.memory.base), "read"] / array.size
+
+    def tiles(extent, size):
+        return -(-extent // size)
+
+    _, saved = backend.forward(x, operands, None, True)
+    assert reads(x) == tiles(rank, narrow.columns) + tiles(outputs, tile.columns)
+    traffic.clear()
+    backend.backward_update(gy, saved, operands, 0.1, 0.1)
+    rows_of, columns_of = (outputs, inputs) if transposed else (inputs, outputs)  # of the weight as it is stored
+    update = {"x": tiles(columns_of, wide.columns), "gz": tiles(rows_of, wide.rows)}
+    if transposed:
+        update = {"x": tiles(rows_of, wide.rows), "gz": tiles(columns_of, wide.columns)}
+    assert reads(x) == tiles(rank, narrow.columns) + update["x"]
+    skinny = tiles(rank, narrow.columns) + tiles(rank, narrow.rows)
+    assert reads(gy) == skinny + tiles(inputs, tile.columns) + update["gz"]

@@ -53,6 +53,7 @@ def test_every_file_is_written_and_named(tiny):
 
 def test_tiny_is_one_seed_two_methods_three_steps(content):
     assert content["steps"] == 3
+    assert content["samples"] == {"pretraining": 96, "adaptation": 96, "validation": 32, "test": 32}
     assert [row["method"] for row in content["methods"]] == ["LoRA", "Delta-LoRA"]
     for row in content["methods"]:
         assert len(row["test_accuracy"]) == len(row["curves"]) == 1
@@ -96,7 +97,7 @@ def test_the_figure_is_a_picture_with_something_in_it(tiny):
 
 
 def test_the_saved_models_load_and_score_what_the_table_says(tiny, content):
-    test = data.load_digits(3).test
+    test = data.load_digits(3).first(3 * 32, 32).test
     kinds = {"LoRA": nblora.LoRAAdapter, "Delta-LoRA": nblora.DeltaLoRAAdapter}
     for row in content["methods"]:
         model = nblora.load(row["adapter_file"])
@@ -150,6 +151,23 @@ def test_quiet_prints_nothing_and_writes_everything(tmp_path):
     assert result.exit_code == 0
     assert result.output == ""
     assert {path.name for path in tmp_path.iterdir()} == FILES
+
+
+def test_the_table_takes_the_runs_that_chose_the_settings(monkeypatch, tmp_path):
+    """The same settings from the same start give the same weights: what was trained once is not trained again."""
+    runs, adapt = [], run._Experiment.adapt
+
+    def counted(self, method, candidate, seed):
+        runs.append((method.name, candidate, seed))
+        return adapt(self, method, candidate, seed)
+
+    monkeypatch.setattr(run._Experiment, "adapt", counted)
+    settings = Settings(tmp_path, seeds=3, epochs=1, pretrain_epochs=1, batch_size=128)
+    result = run.run_demo(settings, progress=False)
+    assert len(runs) == len(set(runs)) == len(methods.METHODS) * (6 * 2 + 1)
+    for row in result.methods:
+        assert (row.method, row.candidate, 2) in runs
+        assert len(row.test_accuracy) == len(row.curves) == len(row.seconds) == 3
 
 
 def test_two_seeds_and_every_method_give_means_and_deviations(tmp_path):

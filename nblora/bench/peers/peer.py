@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from .clock import Clock, HostClock
+
 
 class Peer:
     """One case in one library's hands.
@@ -12,8 +14,8 @@ class Peer:
     Parameters
     ----------
     case : dict
-        `kind`, `n`, `in_features`, `out_features`, `rank`, `dtype`, `layout`, `threads`, `delta_scaling`, `momentum`,
-        `scaling`.
+        `kind`, `n`, `in_features`, `out_features`, `rank`, `dtype`, `layout`, `threads`, `device`, `delta_scaling`,
+        `momentum`, `scaling`.
     arrays : dict of ndarray
         x, g, W, b, A, B and, but for "lora-step", D and V; W, D, V as stored. The peer may take them over.
     """
@@ -30,10 +32,25 @@ class Peer:
 
     def __init__(self, case: dict, arrays: dict) -> None:
         self.case = case
+        self.device: str = case["device"]
         self.transposed = case["layout"] == "fullyconnected"
         self.has_delta = case["kind"] != "lora-step"
         self.c, self.m, self.s = case["delta_scaling"], case["momentum"], case["scaling"]
         self.set_up(arrays)
+
+    @classmethod
+    def unavailable(cls, device: str) -> str | None:
+        """What keeps the library from the device; None where nothing does."""
+        return None if device == "cpu" else f"it does not run on {device}"
+
+    @classmethod
+    def describe(cls, device: str) -> str:
+        """What the device is, where the library tells."""
+        return ""
+
+    def clock(self) -> Clock:
+        """What takes the time of the case's calls."""
+        return HostClock()
 
     def set_up(self, arrays: dict) -> None:
         """Take the arrays in, in the library's own form."""

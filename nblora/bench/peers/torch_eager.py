@@ -5,6 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from . import torch_device
+from .clock import Clock
 from .peer import Peer
 
 
@@ -33,9 +35,16 @@ class DeltaLoRALinear(nn.Module):
 class TorchEager(Peer):
     """`SGD(momentum=m, dampening=m)` with a momentum buffer that holds V is the velocity's rule."""
 
+    @classmethod
+    def unavailable(cls, device: str) -> str | None:
+        return torch_device.unavailable(device)
+
+    def clock(self) -> Clock:
+        return torch_device.clock(self.device)
+
     def set_up(self, arrays: dict) -> None:
         torch.set_num_threads(self.case["threads"])
-        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        tensors = torch_device.tensors(arrays, self.device)
         self.x, self.g = tensors["x"], tensors["g"]
         self.module = DeltaLoRALinear(tensors, self.s, self.c, self.transposed)
         groups = [{"params": [self.module.lora_A, self.module.lora_B]}]
@@ -74,4 +83,4 @@ class TorchEager(Peer):
             if self.has_delta:
                 got["D"] = self.module.delta
                 got["V"] = self.optimizer.state[self.module.delta]["momentum_buffer"]
-        return {name: tensor.detach().numpy() for name, tensor in got.items()}
+        return torch_device.to_numpy(got)

@@ -1,10 +1,10 @@
 """PyTorch without autograd, as a skilful user writes it for speed."""
 
-import time
-
 import numpy as np
 import torch
 
+from . import torch_device
+from .clock import Clock
 from .peer import Peer
 
 
@@ -15,9 +15,16 @@ class TorchManual(Peer):
     The lone forward merges or makes two products instead, whichever the set-up found faster.
     """
 
+    @classmethod
+    def unavailable(cls, device: str) -> str | None:
+        return torch_device.unavailable(device)
+
+    def clock(self) -> Clock:
+        return torch_device.clock(self.device)
+
     def set_up(self, arrays: dict) -> None:
         torch.set_num_threads(self.case["threads"])
-        self.__dict__.update((name, torch.from_numpy(array)) for name, array in arrays.items())
+        self.__dict__.update(torch_device.tensors(arrays, self.device))
         self.y, self.grad_input = torch.empty_like(self.g), torch.empty_like(self.x)
         rank = self.case["rank"]
         self.low, self.low_gradient = (self.x.new_empty(len(self.x), rank) for _ in range(2))
@@ -33,12 +40,7 @@ class TorchManual(Peer):
         for merges in (True, False):
             self.merges = merges
             self.forward()
-            times = []
-            for _ in range(5):
-                start = time.perf_counter()
-                self.forward()
-                times.append(time.perf_counter() - start)
-            taken[merges] = min(times)
+            taken[merges] = min(self.clock().times(self.forward, 5))
         return taken[True] <= taken[False]
 
     def _logical(self, stored: torch.Tensor) -> torch.Tensor:
@@ -78,4 +80,4 @@ class TorchManual(Peer):
         names = ["y"]
         if self.case["kind"] != "forward":
             names += ["grad_input", "A", "B"] + (["D", "V"] if self.has_delta else [])
-        return {name: getattr(self, name).numpy() for name in names}
+        return torch_device.to_numpy({name: getattr(self, name) for name in names})

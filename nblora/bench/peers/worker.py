@@ -2,7 +2,7 @@
 
 Started by `process.Worker` with the peer's module and class. Commands (`do`): "start" (import), "set_up", "check",
 "warm", "burst", "rates", "memory", "drop". An exception becomes an answer with `error`; a module that is not
-installed one with `missing`.
+installed one with `missing`; a device that the library cannot use one with `unavailable`.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from . import rates
+from .clock import Clock
 from .memory import peak_bytes, reset_peak, resident_bytes
 
 
@@ -31,19 +32,24 @@ class Driver:
         self.module, self.cls = module, cls
         self.peer: Any = None
 
-    def start(self, distributions: list) -> dict:
-        """Import the peer, and say how long that took and which versions it found."""
+    def start(self, distributions: list, device: str = "cpu") -> dict:
+        """Import the peer, and say how long that took, which versions it found, and what the device is."""
         begin = time.perf_counter()
         try:
             module = importlib.import_module(self.module, __package__)
         except ModuleNotFoundError as error:
             return {"missing": error.name or str(error)}
         self.make = getattr(module, self.cls)
+        seconds = time.perf_counter() - begin
+        problem = self.make.unavailable(device)
+        if problem:
+            return {"unavailable": problem}
         versions = {}
         for name in distributions:
             with contextlib.suppress(importlib.metadata.PackageNotFoundError):
                 versions[name] = importlib.metadata.version(name)
-        return {"seconds": time.perf_counter() - begin, "versions": versions, "python": sys.version.split()[0]}
+        python = sys.version.split()[0]
+        return {"seconds": seconds, "versions": versions, "python": python, "device": self.make.describe(device)}
 
     def set_up(self, case: dict, arrays: str) -> dict:
         """Make the peer for `case`, of the arrays in the file at `arrays`."""
@@ -60,28 +66,24 @@ class Driver:
 
     def warm(self, lr: float, seconds: float, least: int) -> dict:
         """Repeat for `seconds` and at least `least` times; say how long the last quarter took each."""
-        times = repeat(self.peer.bound(lr), seconds, least)
+        times = repeat(self.peer.clock(), self.peer.bound(lr), seconds, least)
         tail = sorted(times[-max(1, len(times) // 4) :])
         return {"seconds": tail[len(tail) // 2]}
 
     def burst(self, lr: float, count: int) -> dict:
         """Repeat `count` times; the median of what each took."""
-        call, clock = self.peer.bound(lr), time.perf_counter
+        call, clock = self.peer.bound(lr), self.peer.clock()
         call()  # brings the arrays back into cache after another peer's turn
         gc.collect()
         gc.disable()
-        times = []
-        for _ in range(count):
-            begin = clock()
-            call()
-            times.append(clock() - begin)
+        times = clock.times(call, count)
         gc.enable()
         times.sort()
         return {"seconds": (times[(count - 1) // 2] + times[count // 2]) / 2}
 
-    def rates(self, dtype: str, threads: int, seconds: float) -> dict:
+    def rates(self, dtype: str, threads: int, seconds: float, device: str = "cpu") -> dict:
         """Measure the rates of matrix products and copies that this peer's library reaches."""
-        return rates.measure(dtype, threads, seconds, "torch" in self.module)
+        return rates.measure(self.module.strip(".").partition("_")[0], dtype, threads, seconds, device)
 
     def memory(self, case: dict, small: dict, arrays: str, small_arrays: str, lr: float) -> dict:
         """Peak memory of three steps beyond the case's own arrays, without imports and compilation."""
@@ -116,14 +118,12 @@ def load(path: str) -> dict:
         return {name: file[name] for name in file.files}
 
 
-def repeat(call: Callable[[], None], seconds: float, least: int) -> list[float]:
+def repeat(clock: Clock, call: Callable[[], None], seconds: float, least: int) -> list[float]:
     """Call for `seconds` and at least `least` times; what each call took."""
     times: list[float] = []
     end = time.perf_counter() + seconds
     while len(times) < least or time.perf_counter() < end:
-        begin = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - begin)
+        times += clock.times(call, 1)
     return times
 
 
@@ -134,19 +134,19 @@ def once(answers: TextIO, driver: Driver, case: dict, arrays: str, lr: float) ->
     """
     clock = time.perf_counter
     begin = clock()
-    started = driver.start([])
-    if "missing" in started:
+    started = driver.start([], case["device"])
+    if "missing" in started or "unavailable" in started:
         _answer(answers, started)
         return
     marks = [begin, clock()]
     driver.set_up(case, arrays)
     call = driver.peer.bound(lr)
     marks.append(clock())
-    call()
+    driver.peer.clock().times(call, 1)  # to its end, on a device too
     marks.append(clock())
     _answer(answers, {})
     parts = [after - before for before, after in itertools.pairwise(marks)]
-    steady = sorted(repeat(call, 0.2, 5))
+    steady = sorted(repeat(driver.peer.clock(), call, 0.2, 5))
     _answer(answers, {"import": parts[0], "set_up": parts[1], "first": parts[2], "steady": steady[len(steady) // 2]})
 
 

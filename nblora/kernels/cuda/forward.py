@@ -2,14 +2,10 @@
 
 import functools
 
-from numba.core import types
-
 from .intrinsics import add_scaled, load, part, store, zeros
 from .rules import rules
-from .target import COMPILED, cuda, kernel
+from .target import COMPILED, cuda, int32, int64, kernel
 from .tiles import Tile, accumulator, geometry
-
-int32, int64 = types.int32, types.int64
 
 # What a launch says in `flags`: which arrays may be read in aligned vectors, and which parts there are.
 X, WEIGHT, LOW, FACTOR, OUT, HAS_BASE, HAS_LOW, KEEP = (1 << bit for bit in range(8))
@@ -23,7 +19,7 @@ def forward(tile: Tile, transposed: bool, delta: bool):
     z, y (N, out). Grid (⌈out / columns⌉, ⌈N / rows⌉, splits). With more than one split each sums `chunk` of `in` and
     writes its sums to y (splits·N, out), which `update.finish` adds up.
     """
-    LANES, PARTS, SUMS, SHARED = tile.part_lanes, tile.sums // tile.part_lanes, tile.sums, tile.shared_elements
+    LANES, PARTS, SUMS, SHARED = tile.lanes, tile.sums // tile.lanes, tile.sums, tile.shared_elements
     ROWS, COLUMNS, TYPE = tile.rows, tile.columns, tile.type
     ZERO, ONE = TYPE(0), TYPE(1)
     dense = accumulator(tile, True, transposed, None, "delta" if delta else None)

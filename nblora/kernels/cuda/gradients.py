@@ -6,15 +6,11 @@ stream. No kernel here writes a gradient of the size of W unless it is asked for
 
 import functools
 
-from numba.core import types
-
 from .forward import FACTOR, HAS_BASE, HAS_LOW, LOW, OUT, WEIGHT, X
 from .intrinsics import add_scaled, load, multiply, part, scale, store, with_part, zeros
 from .rules import rules
-from .target import COMPILED, cuda, kernel
+from .target import COMPILED, cuda, int32, int64, kernel
 from .tiles import Tile, accumulator, geometry
-
-int32, int64 = types.int32, types.int64
 
 
 @functools.cache
@@ -24,7 +20,7 @@ def input_gradient(tile: Tile, transposed: bool, delta: bool, masked: bool):
     gz (N, out); weight, delta (in, out), or (out, in) where `transposed`; t (N, rank); A (in, rank); mask, gx (N, in).
     Grid (⌈in / columns⌉, ⌈N / rows⌉, splits); with splits as in `forward.forward`, each sums `chunk` of `out`.
     """
-    LANES, PARTS, SUMS, SHARED = tile.part_lanes, tile.sums // tile.part_lanes, tile.sums, tile.shared_elements
+    LANES, PARTS, SUMS, SHARED = tile.lanes, tile.sums // tile.lanes, tile.sums, tile.shared_elements
     ROWS, COLUMNS, TYPE = tile.rows, tile.columns, tile.type
     ZERO = TYPE(0)
     dense = accumulator(tile, True, not transposed, None, "delta" if delta else None)
@@ -74,7 +70,7 @@ def product(tile: Tile, p_inner: bool, q_inner: bool, masked: bool):
     p (rows, inner), or (inner, rows) unless `p_inner`; mask like p; q (inner, columns), or (columns, inner) where
     `q_inner`; out (splits·rows, columns). Grid (⌈columns / tile⌉, ⌈rows / tile⌉, splits).
     """
-    LANES, PARTS, SUMS, SHARED = tile.part_lanes, tile.sums // tile.part_lanes, tile.sums, tile.shared_elements
+    LANES, PARTS, SUMS, SHARED = tile.lanes, tile.sums // tile.lanes, tile.sums, tile.shared_elements
     ROWS, COLUMNS, TYPE = tile.rows, tile.columns, tile.type
     ZERO = TYPE(0)
     accumulate = accumulator(tile, p_inner, q_inner, "mask" if masked else None)
@@ -115,7 +111,7 @@ def dense_update(tile: Tile, delta: bool, weight: bool):
     weight (rows, columns) are updated in place, those that there are. G never reaches global memory. Grid
     (⌈columns / tile⌉, ⌈rows / tile⌉); every element of D, V and W is read and written once.
     """
-    LANES, PARTS, SUMS, SHARED = tile.part_lanes, tile.sums // tile.part_lanes, tile.sums, tile.shared_elements
+    LANES, PARTS, SUMS, SHARED = tile.lanes, tile.sums // tile.lanes, tile.sums, tile.shared_elements
     ROWS, COLUMNS, TYPE = tile.rows, tile.columns, tile.type
     ZERO = TYPE(0)
     accumulate = accumulator(tile, False, False)
@@ -162,7 +158,7 @@ def merge(tile: Tile, transposed: bool, delta: bool):
     p (rows, rank) and q (rank, columns) are A and B; where `transposed`, p is B (rank, rows) and q A (columns, rank).
     weight, delta, out (rows, columns).
     """
-    LANES, PARTS, SUMS, SHARED = tile.part_lanes, tile.sums // tile.part_lanes, tile.sums, tile.shared_elements
+    LANES, PARTS, SUMS, SHARED = tile.lanes, tile.sums // tile.lanes, tile.sums, tile.shared_elements
     ROWS, COLUMNS, TYPE = tile.rows, tile.columns, tile.type
     ZERO = TYPE(0)
     accumulate = accumulator(tile, not transposed, transposed)

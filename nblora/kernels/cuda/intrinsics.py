@@ -13,13 +13,13 @@ if not COMPILED:
         add_scaled,
         load,
         load_shared,
-        mma_tf32,
         multiply,
         outer_accumulate,
         part,
         scale,
         store,
         store_shared,
+        tensor_accumulate,
         to_tf32,
         with_part,
         zeros,
@@ -28,6 +28,8 @@ else:
     from llvmlite import ir
     from numba.cuda import types
     from numba.cuda.extending import intrinsic
+
+    from .simulated import mma_wiring
 
     I16, I32, I64, F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 
@@ -249,28 +251,37 @@ else:
         return builder.call(ir.InlineAsm(kind, text, constraints, side_effect=side_effect), args)
 
     @intrinsic
-    def to_tf32(typingctx, x):
-        """float32 rounded to what tensor cores take, kept as int32 bits (compute capability 8.0)."""
+    def to_tf32(typingctx, values):
+        """float32 rounded to what tensor cores take, lane by lane (compute capability 8.0)."""
 
-        def generate(context, builder, signature, args):
-            return _assembly(builder, I32, list(args), "cvt.rna.tf32.f32 $0, $1;", "=r,f")
+        def rounded(builder, value):
+            return builder.bitcast(_assembly(builder, I32, [value], "cvt.rna.tf32.f32 $0, $1;", "=r,f"), F32)
 
-        return types.int32(types.float32), generate
+        return _lanewise(rounded, values)
 
     @intrinsic
-    def mma_tf32(typingctx, a0, a1, a2, a3, b0, b1, c):
-        """(16, 8) = (16, 8) x (8, 8) + c by one warp on tensor cores: PTX `mma.sync.m16n8k8`, its fragments."""
-        result = types.UniTuple(types.float32, 4)
+    def tensor_accumulate(typingctx, sums, p0, p1, q0, q1):
+        """Sums of a warp's 32 x 32 plus P Q over eight inner elements, on tensor cores: PTX `mma.sync.m16n8k8`.
+
+        A lane brings four neighbouring rows of P at one inner element (`p0`) and four beyond it (`p1`), likewise of
+        Q; `simulated.mma_wiring` tells how they become fragments.
+        """
+        text = (
+            "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+            "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
+        )
+        constraints = ",".join(["=f"] * 4 + ["r"] * 6 + ["f"] * 4)
 
         def generate(context, builder, signature, args):
-            text = (
-                "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
-                "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
-            )
-            kind = ir.LiteralStructType([F32] * 4)
-            operands = [*args[:6], *_unpack(builder, args[6], 4)]
-            constraints = ",".join(["=f"] * 4 + ["r"] * 6 + ["f"] * 4)
-            out = _assembly(builder, kind, operands, text, constraints, side_effect=True)
-            return context.make_tuple(builder, result, _unpack(builder, out, 4))
+            held = _unpack(builder, args[0], sums.count)
+            bits = [[builder.bitcast(v, I32) for v in _unpack(builder, arg, 4)] for arg in args[1:]]
+            for a, b, c in mma_wiring():
+                operands = [bits[which][lane] for which, lane in a] + [bits[2 + which][lane] for which, lane in b]
+                operands += [held[place] for place in c]
+                kind = ir.LiteralStructType([F32] * 4)
+                out = _assembly(builder, kind, operands, text, constraints, side_effect=True)
+                for place, value in zip(c, _unpack(builder, out, 4), strict=True):
+                    held[place] = value
+            return context.make_tuple(builder, sums, held)
 
-        return result(*[types.int32] * 6, result), generate
+        return sums(sums, p0, p1, q0, q1), generate

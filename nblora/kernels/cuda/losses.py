@@ -7,12 +7,8 @@ import functools
 import math
 from types import SimpleNamespace
 
-from numba.core import types
-
-from .target import cuda, kernel
+from .target import cuda, float64, kernel
 from .update import block_sum
-
-float64 = types.float64
 
 
 @functools.cache

@@ -33,7 +33,7 @@ def typed(rule, dtype):
 def rules(dtype):
     """Device functions for one dtype ("float32" or "float64"): scalar rules, and `..._lanes` on tuples.
 
-    Tuples have the lanes of a 128-bit vector, or two, as tensor cores leave them.
+    Tuples have the lanes of a 128-bit vector.
     """
     activate = device_function(typed(elementwise.activate, dtype))
     slope = device_function(typed(elementwise.activation_slope, dtype))

@@ -1,6 +1,7 @@
 """The building blocks of `intrinsics` in plain Python, for Numba's simulator and for the tests' emulator.
 
-Guards are stricter than on a device: an access outside an array, or a misaligned vector, raises.
+Guards are stricter than on a device: an access outside an array, or a misaligned vector, raises. What is a tuple on a
+device may be a NumPy vector here, which is never changed in place: that halves the time.
 """
 
 import numpy as np
@@ -65,54 +66,68 @@ def store_shared(array, offset, values):
 
 
 def zeros(count, zero):
-    """A tuple of `count` times `zero`."""
-    return (zero,) * count
+    """`count` times `zero`."""
+    return np.full(count, zero)
 
 
 def outer_accumulate(sums, x, y):
-    """sums[i, j] + x[i] y[j], the tuple `sums` being row-major."""
-    x, y = np.asarray(x), np.asarray(y)
+    """sums[i, j] + x[i] y[j], `sums` being row-major."""
     with np.errstate(all="ignore"):
-        return tuple((np.asarray(sums, x.dtype).reshape(x.size, y.size) + np.multiply.outer(x, y)).ravel())
+        return np.asarray(sums) + np.multiply.outer(x, y).ravel()
 
 
 def add_scaled(values, others, factor):
     """values + factor others, lane by lane."""
     with np.errstate(all="ignore"):
-        return tuple(np.asarray(values) + factor * np.asarray(others))
+        return np.asarray(values) + factor * np.asarray(others)
 
 
 def multiply(values, others):
     """Values times others, lane by lane."""
     with np.errstate(all="ignore"):
-        return tuple(np.asarray(values) * np.asarray(others))
+        return np.asarray(values) * np.asarray(others)
 
 
 def scale(values, factor):
     """Values times a scalar."""
     with np.errstate(all="ignore"):
-        return tuple(np.asarray(values) * factor)
+        return np.asarray(values) * factor
 
 
 def part(values, index, lanes):
-    """The `index`-th group of `lanes` elements of a tuple."""
-    return tuple(values[index * lanes : (index + 1) * lanes])
+    """The `index`-th group of `lanes` elements."""
+    return values[index * lanes : (index + 1) * lanes]
 
 
 def with_part(values, index, group):
     """`values` with its `index`-th group replaced."""
-    start = index * len(group)
-    return (*values[:start], *group, *values[start + len(group) :])
+    changed = np.array(values)
+    changed[index * len(group) : (index + 1) * len(group)] = group
+    return changed
 
 
-def to_tf32(x):
+def to_tf32(values):
     """float32 rounded to the ten bits of mantissa that tensor cores take, ties away from zero."""
-    bits = np.float32(x).view(np.uint32)
-    if np.isfinite(x):
-        bits = np.uint32((int(bits) + 0x1000) & 0xFFFFE000)
-    return bits.view(np.int32)
+    values = np.asarray(values, np.float32)
+    rounded = ((values.view(np.uint32) + 0x1000) & np.uint32(0xFFFFE000)).view(np.float32)
+    return np.where(np.isfinite(values), rounded, values)
 
 
-def mma_tf32(a0, a1, a2, a3, b0, b1, c):
+def mma_wiring():
+    """Which values of a lane are the operands of each of the eight products of 16 x 8 that make 32 x 32.
+
+    Yields (a, b, c): `a` and `b` are pairs (which tuple of P or Q, which element), `c` four places among the sums. A
+    product's row g is the warp's row 4 g + 2 block, its row g + 8 the one below; its column n is column 4 n + j. So
+    four rows, or columns, that a lane needs lie side by side in shared memory, and so do four of its sums.
+    """
+    for block in range(2):
+        for j in range(4):
+            a = [(0, 2 * block), (0, 2 * block + 1), (1, 2 * block), (1, 2 * block + 1)]
+            b = [(0, j), (1, j)]
+            c = [16 * block + 8 * below + 4 * half + j for below in range(2) for half in range(2)]
+            yield a, b, c
+
+
+def tensor_accumulate(sums, p0, p1, q0, q1):
     """Not here: one thread alone cannot; the tests' emulator gathers the warp."""
     raise NotImplementedError("tensor cores are not simulated: use precision='float32' under NUMBA_ENABLE_CUDASIM=1")

@@ -21,18 +21,16 @@ from .intrinsics import (
     add_scaled,
     load,
     load_shared,
-    mma_tf32,
     multiply,
     outer_accumulate,
     part,
     store_shared,
+    tensor_accumulate,
     to_tf32,
     with_part,
     zeros,
 )
-from .target import cuda, device_function
-
-int32, int64 = types.int32, types.int64
+from .target import cuda, device_function, int32, int64
 
 
 @dataclass(frozen=True)
@@ -68,18 +66,17 @@ class Tile:
 
     @property
     def padding(self) -> int:
-        """Elements after every row of shared memory, so that transposing stores and tensor loads meet few conflicts."""
+        """Elements after every row of shared memory, so that transposing stores and tensor loads meet few conflicts.
+
+        With eight the quarter of a warp that a 128-bit load serves at once, four inner elements by two groups of
+        four rows, reads from 32 different banks.
+        """
         return 8 if self.tensor else self.lanes
 
     @property
     def sums(self) -> int:
         """Sums a thread holds."""
         return 32 if self.tensor else (2 * self.lanes) ** 2
-
-    @property
-    def part_lanes(self) -> int:
-        """Neighbouring elements of a row that a thread holds together."""
-        return 2 if self.tensor else self.lanes
 
     @property
     def shared_elements(self) -> int:
@@ -109,7 +106,7 @@ def carrier(tile: Tile, extent: int, inner: bool, combine: str | None) -> tuple[
     COUNT = vectors_per_thread(tile, extent)
     TOTAL = COUNT * LANES
     ACROSS = (tile.depth if inner else extent) // LANES  # vectors in a contiguous run
-    ZERO = tile.type(0)
+    ZERO, TENSOR = tile.type(0), tile.tensor
 
     @device_function
     def place(vector):
@@ -145,6 +142,8 @@ def carrier(tile: Tile, extent: int, inner: bool, combine: str | None) -> tuple[
         for i in range(COUNT):
             k, o = place(t + i * THREADS)
             values = part(held, int32(i), LANES)
+            if TENSOR:
+                values = to_tf32(values)
             if inner:
                 for lane in range(LANES):
                     shared[start + (k + lane) * STRIDE + o] = part(values, int32(lane), 1)[0]
@@ -158,7 +157,7 @@ def carrier(tile: Tile, extent: int, inner: bool, combine: str | None) -> tuple[
 def geometry(tile: Tile) -> tuple[Callable, Callable]:
     """Two device functions: `step` multiplies one step in shared memory, `where` locates the parts of a thread's sums.
 
-    `where(part, thread)` is (row, column) within the tile of the first of `part_lanes` neighbours.
+    `where(part, thread)` is (row, column) within the tile of the first of `lanes` neighbours.
     """
     return _tensor_geometry(tile) if tile.tensor else _plain_geometry(tile)
 
@@ -191,42 +190,20 @@ def _plain_geometry(tile: Tile) -> tuple[Callable, Callable]:
 
 
 def _tensor_geometry(tile: Tile) -> tuple[Callable, Callable]:
-    """A warp sums 32 x 32: two by four products of 16 x 8; fragments as PTX lays them out for m16n8k8."""
+    """A warp sums 32 x 32 by two times four products of 16 x 8; which lane has what, `simulated.mma_wiring` tells."""
     DEPTH, WARPS_ACROSS = tile.depth, tile.columns // 32
     P_STRIDE, Q_STRIDE = tile.rows + tile.padding, tile.columns + tile.padding
-
-    @device_function
-    def rows_fragment(shared, p):
-        """(16, 8) of P from shared memory, where rows are contiguous."""
-        return (
-            to_tf32(shared[p]),
-            to_tf32(shared[p + 8]),
-            to_tf32(shared[p + 4 * P_STRIDE]),
-            to_tf32(shared[p + 4 * P_STRIDE + 8]),
-        )
-
-    @device_function
-    def multiply_column(upper, lower, a, b, shared, q):
-        """Both 16 x 8 products of one fragment of Q, (8, 8)."""
-        b0, b1 = to_tf32(shared[q]), to_tf32(shared[q + 4 * Q_STRIDE])
-        return (
-            mma_tf32(a[0], a[1], a[2], a[3], b0, b1, upper),
-            mma_tf32(b[0], b[1], b[2], b[3], b0, b1, lower),
-        )
 
     @device_function
     def step(sums, shared, p, q, t):
         warp, lane = t // 32, t % 32
         group, member = lane // 4, lane % 4
-        p += warp // WARPS_ACROSS * 32 + group + member * P_STRIDE
-        q += warp % WARPS_ACROSS * 32 + group + member * Q_STRIDE
+        p += warp // WARPS_ACROSS * 32 + 4 * group + member * P_STRIDE
+        q += warp % WARPS_ACROSS * 32 + 4 * group + member * Q_STRIDE
         for _ in range(0, DEPTH, 8):
-            a, b = rows_fragment(shared, p), rows_fragment(shared, p + 16)
-            u0, l0 = multiply_column(sums[0:4], sums[16:20], a, b, shared, q)
-            u1, l1 = multiply_column(sums[4:8], sums[20:24], a, b, shared, q + 8)
-            u2, l2 = multiply_column(sums[8:12], sums[24:28], a, b, shared, q + 16)
-            u3, l3 = multiply_column(sums[12:16], sums[28:32], a, b, shared, q + 24)
-            sums = u0 + u1 + u2 + u3 + l0 + l1 + l2 + l3
+            p0, p1 = load_shared(shared, p, 4), load_shared(shared, p + 4 * P_STRIDE, 4)
+            q0, q1 = load_shared(shared, q, 4), load_shared(shared, q + 4 * Q_STRIDE, 4)
+            sums = tensor_accumulate(sums, p0, p1, q0, q1)
             p += 8 * P_STRIDE
             q += 8 * Q_STRIDE
         return sums
@@ -234,8 +211,8 @@ def _tensor_geometry(tile: Tile) -> tuple[Callable, Callable]:
     @device_function
     def where(index, t):
         warp, lane = t // 32, t % 32
-        row = warp // WARPS_ACROSS * 32 + index // 8 * 16 + index % 2 * 8 + lane // 4
-        return row, warp % WARPS_ACROSS * 32 + index // 2 % 4 * 8 + lane % 4 * 2
+        row = warp // WARPS_ACROSS * 32 + lane // 4 * 4 + index // 2
+        return row, warp % WARPS_ACROSS * 32 + lane % 4 * 8 + index % 2 * 4
 
     return step, where
 

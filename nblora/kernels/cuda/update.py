@@ -13,9 +13,7 @@ from numba.core import types
 
 from .intrinsics import add_scaled, load, multiply, scale, store, zeros
 from .rules import rules
-from .target import cuda, device_function, kernel
-
-int64 = types.int64
+from .target import cuda, device_function, float64, int64, kernel
 
 
 @functools.cache
@@ -150,10 +148,10 @@ def sum_of_squares(threads: int):
 
     @kernel(threads)
     def sum_of_squares(array, partial):
-        shared = cuda.shared.array(SIZE, types.float64)
-        value = types.float64(0)
+        shared = cuda.shared.array(SIZE, float64)
+        value = float64(0)
         for place in range(cuda.grid(1), array.size, cuda.gridsize(1)):
-            element = types.float64(load(array, int64(place), 1, 0, 1)[0])
+            element = float64(load(array, int64(place), 1, 0, 1)[0])
             value += element * element
         value = total(shared, cuda.threadIdx.x, value)
         if cuda.threadIdx.x == 0:

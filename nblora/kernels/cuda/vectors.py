@@ -7,9 +7,7 @@ from numba.core import types
 
 from .intrinsics import add_scaled, load, store, zeros
 from .rules import rules
-from .target import cuda, kernel
-
-int32, int64 = types.int32, types.int64
+from .target import cuda, int32, int64, kernel
 
 FINISH_LOW, FINISH_MASK, FINISH_BIAS, FINISH_KEEP = (1 << bit for bit in range(4))
 GROUP = 32

@@ -1,0 +1,119 @@
+"""A dry run: what would be measured, with which peers, and every step of it once on small cases. Nothing is reported
+as a time.
+
+A peer that cannot use the device is rehearsed on the CPU, where it can: its formulas, its process and its clock then
+work, and only the device is left to be seen.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from .cases import Case
+from .process import DeviceMissingError, PeerError, PeerMissingError
+from .runner import SETTLE, Bench, Effort
+from .suites import Group
+
+LITTLE = Effort(rounds=1, burst=0.001, warm=0.001, rates=0.001)
+SMALL = (5, 12, 10, 2)  # N, in, out, rank
+
+
+@dataclass
+class Rehearsed:
+    """What came of one peer: where it ran, how many small cases were right, and what was wrong."""
+
+    device: str = ""
+    checked: int = 0
+    right: int = 0
+    notes: list[str] = field(default_factory=list)
+    failed: bool = False
+
+
+def small_cases(groups: Iterable[Group], kinds: tuple[str, ...]) -> list[Case]:
+    """One small case for each of the kinds that the groups hold and a peer knows."""
+    n, n_in, n_out, rank = SMALL
+    first: dict[str, Case] = {}
+    for case in (case for group in groups for case in group.cases if case.kind in kinds):
+        small = replace(case, n=n, in_features=n_in, out_features=n_out, rank=rank)
+        first.setdefault(case.kind, small)
+    return list(first.values())
+
+
+def rehearse(bench: Bench, groups: list[Group]) -> dict[str, Rehearsed]:
+    """Start every peer, check its small cases and time them; on the CPU where the device is out of its reach."""
+    found = {}
+    for name, spec in bench.peers.items():
+        outcome = found[name] = Rehearsed()
+        places = [bench.device, *(["cpu"] if "cpu" in spec.devices and bench.device != "cpu" else [])]
+        for device in places:
+            try:
+                _perform(bench, name, groups, device, outcome)
+                break
+            except PeerError as error:
+                outcome.notes.append(f"{device}: {error}")
+                outcome.failed = not isinstance(error, PeerMissingError)
+                if not isinstance(error, DeviceMissingError):
+                    break
+    return found
+
+
+def _perform(bench: Bench, name: str, groups: list[Group], device: str, outcome: Rehearsed) -> None:
+    spec = bench.peers[name]
+    python = bench.python(name)
+    trial = Bench({name: spec}, LITTLE, python, python, lambda line: None, device=device)
+    with trial.crew(1) as crew:
+        crew.worker(name)
+        bench.versions[name] = trial.versions[name]
+        bench.device_description = trial.device_description or bench.device_description
+        outcome.device = device
+        for case in small_cases(groups, spec.kinds):
+            outcome.checked += 1
+            result = crew.run(replace(case, threads=1, device=device))
+            if name in result.seconds:
+                outcome.right += 1
+            else:
+                outcome.failed = True
+                outcome.notes.append(f"{case.kind}: {result.faults[name]}")
+
+
+def bytes_of(case: Case) -> int:
+    """Bytes of the case's own arrays: x, g, y, the gradient of x, W, and D and V where there are."""
+    weights = 1 if case.kind == "lora-step" else 3
+    samples = 2 * case.n * (case.in_features + case.out_features)
+    return case.itemsize * (weights * case.in_features * case.out_features + samples)
+
+
+def least_seconds(bench: Bench, groups: list[Group], names: list[str]) -> float:
+    """Seconds that bursts, pauses and warm-ups take of all cases; setting up, comparing and compiling come on top."""
+    effort = bench.effort
+    each = effort.rounds * (effort.burst + SETTLE) + effort.warm
+    pairs = sum(case.kind in bench.peers[name].kinds for name in names for group in groups for case in group.cases)
+    return pairs * each
+
+
+def dry_run_text(
+    bench: Bench, groups: list[Group], sections: Iterable[str], problem: str | None, found: dict[str, Rehearsed]
+) -> str:
+    """What a dry run has to say."""
+    ready = [name for name, outcome in found.items() if outcome.device and not outcome.failed]
+    largest = max((case for group in groups for case in group.cases), key=bytes_of)
+    state = f"not available here: {problem}" if problem else bench.device_description or "available"
+    lines = ["Dry run: nothing below was measured.", f"Device {bench.device}: {state}", "Peers:"]
+    lines += [f"  {name}: {_peer_text(bench, name, outcome)}" for name, outcome in found.items()]
+    count = sum(len(group.cases) for group in groups)
+    lines.append(f"Cases: {count}; the largest, {largest.shape}, {largest.dtype}, has {bytes_of(largest) / 1e6:.0f} MB")
+    lines += [f"  {group.name}: {len(group.cases)}" for group in groups]
+    lines.append(f"Parts: {', '.join(sections)}")
+    minutes = least_seconds(bench, groups, ready) / 60
+    whose = f"of {', '.join(ready)}" if ready else "of nobody: no peer is here"
+    return "\n".join([*lines, f"Timing the cases {whose}: {int(np.ceil(minutes))} minutes at least", ""])
+
+
+def _peer_text(bench: Bench, name: str, outcome: Rehearsed) -> str:
+    notes = "; ".join(note.splitlines()[-1] for note in outcome.notes)
+    if not outcome.device:
+        return f"left out: {notes}"
+    versions = ", ".join(f"{package} {number}" for package, number in bench.versions[name].items())
+    text = f"{outcome.right} of {outcome.checked} small cases right on {outcome.device} ({versions})"
+    return f"{text}; {notes}" if notes else text
