@@ -12,6 +12,7 @@ import nblora
 from nblora.kernels.jit import cache_folder
 from nblora.layers.activations import ACTIVATIONS
 from nblora.layers.base import Layer
+from nblora.training import fit
 from nblora.training.losses import LOSSES
 from nblora.weights.stream import load_kernels
 
@@ -55,7 +56,7 @@ def _fit(dtype: str, loss: str) -> None:
     model = nblora.LoRAAdapter(nblora.Dense.random(*SIZES, dtype=dtype, seed=0), RANK, seed=0)
     x, y = np.zeros((2, SIZES[0]), dtype), np.zeros((2, SIZES[1]), dtype)
     labels = loss == "cross_entropy"
-    nblora.fit(model, x, np.zeros(2, int) if labels else y, loss=loss, epochs=1, clip_norm=1.0, progress=False)
+    fit(model, x, np.zeros(2, int) if labels else y, loss=loss, epochs=1, clip_norm=1.0, progress=False)
 
 
 def _layers(dtype: str) -> Iterator[tuple[str, Layer]]:
