@@ -34,20 +34,21 @@ def test_a_tiny_step(benchmark, step):
 
 def test_the_kernels_of_a_tiny_step(benchmark, step, monkeypatch):
     run, backend = step
-    calls = []
+    calls, original = [], backend._crew.run
 
-    def keep(kernel, *arguments):
-        calls.append((kernel, arguments, getattr(arguments[0], "counters", np.zeros(0, np.int64))))
-        kernel(*arguments)
+    def keep(kernel, task, workers):
+        calls.append((kernel, task, workers))
+        original(kernel, task, workers)
 
     with monkeypatch.context() as patch:
-        patch.setattr(backend._pool, "run", keep)
+        patch.setattr(backend._crew, "run", keep)
         run()
-    assert [kernel.__name__ for kernel, _, _ in calls] == ["forward", "sweep", "update", "update"]
+    assert [kernel.__name__ for kernel, _, _ in calls] == ["few_forward", "few_sweep", "update", "update"]
+    board = np.zeros(1, np.int64)
 
     def kernels():
-        for kernel, arguments, counters in calls:
-            counters[:] = 0  # nothing drawn yet; else there is nothing left to do
-            kernel(*arguments)
+        for kernel, task, workers in calls:
+            task.counters[:] = 0  # nothing drawn yet; else there is nothing left to do
+            kernel(task, workers, board, 0)
 
     benchmark(kernels)

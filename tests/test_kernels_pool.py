@@ -183,15 +183,14 @@ for shape in [(1, 33, 17, 2), (16, 100, 97, 5), (64, 270, 133, 4), (300, 65, 129
 """
 
 
-def in_float64(bits):
-    """A length in float64. Each compiles kernels of its own; float32 has all their numbers of lanes but 2."""
-    return pytest.param(bits, "float64", marks=[] if bits == VECTOR_BITS else pytest.mark.slow)
+def lengths():
+    """Every length in both dtypes. Those that are not the machine's own compile kernels of their own: slow."""
+    for bits in (128, 256, 512):
+        for dtype in ("float32", "float64"):
+            yield pytest.param(bits, dtype, marks=[] if bits == VECTOR_BITS else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(
-    ("bits", "dtype"),
-    [(128, "float32"), (256, "float32"), (512, "float32"), in_float64(128), in_float64(256), in_float64(512)],
-)
+@pytest.mark.parametrize(("bits", "dtype"), lengths())
 def test_every_vector_length(bits, dtype):
     # The machine's own length needs no name, and under no name its kernels are in the cache.
     chosen = {} if bits == VECTOR_BITS else {"NBLORA_VECTOR_BITS": str(bits)}

@@ -87,6 +87,7 @@ def test_help_explains_itself(run):
         assert word in " ".join(result.output.split())
 
 
+@pytest.mark.slow
 def test_warmup_says_what_took_how_long(run):
     result = run("warmup", "--dtype", "float32")
     assert result.exit_code == 0, result.output
