@@ -194,3 +194,26 @@ print(sorted(specialised() - warm))
 
 def test_warmup_leaves_nothing_for_the_first_step_and_fit():
     assert run(SPECIALISED + WARM).stdout.splitlines()[-1] == "[]"
+
+
+MIXED = """
+import sys
+import numpy as np
+import nblora
+rng = np.random.default_rng(0)
+for samples in map(int, sys.argv[1:]):
+    for layout in (nblora.Dense, nblora.FullyConnected):
+        base = layout.random(9, 7, activation="tanh", seed=0)
+        adapter = nblora.DeltaLoRAAdapter(base, 2, seed=0)
+        x, grad = rng.normal(size=(samples, 9)).astype("f"), rng.normal(size=(samples, 7)).astype("f")
+        W = base.weight if layout is nblora.Dense else base.weight.T
+        assert np.abs(adapter.forward(x) - np.tanh(x @ W + base.bias)).max() < 1e-5
+        adapter.backward_update(grad, 0.0)
+"""
+
+
+@pytest.mark.slow
+def test_kernels_compiled_in_several_processes_work_together(tmp_path):
+    """Symbols of one process' kernels may be called as those of another's: each must still call its own parts."""
+    for samples in ([1], [100], [1, 100], [100, 1], [100]):
+        run(MIXED, *samples, NUMBA_CACHE_DIR=str(tmp_path))
