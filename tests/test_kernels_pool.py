@@ -183,14 +183,14 @@ for shape in [(1, 33, 17, 2), (16, 100, 97, 5), (64, 270, 133, 4), (300, 65, 129
 """
 
 
-def lengths():
-    """Every length in both dtypes. Those that are not the machine's own compile kernels of their own: slow."""
-    for bits in (128, 256, 512):
-        for dtype in ("float32", "float64"):
-            yield pytest.param(bits, dtype, marks=[] if bits == VECTOR_BITS else pytest.mark.slow)
+LENGTHS = [
+    pytest.param(bits, dtype, marks=[] if bits == VECTOR_BITS else pytest.mark.slow)  # others compile kernels anew
+    for bits in (128, 256, 512)
+    for dtype in ("float32", "float64")
+]
 
 
-@pytest.mark.parametrize(("bits", "dtype"), lengths())
+@pytest.mark.parametrize(("bits", "dtype"), LENGTHS)
 def test_every_vector_length(bits, dtype):
     # The machine's own length needs no name, and under no name its kernels are in the cache.
     chosen = {} if bits == VECTOR_BITS else {"NBLORA_VECTOR_BITS": str(bits)}
