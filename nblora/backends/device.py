@@ -1,7 +1,9 @@
 """One CUDA device: what is missing to use it, its memory, and launches. Only the CUDA backend imports this."""
 
 import contextlib
+import importlib
 import sys
+import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -128,6 +130,43 @@ def _prompt_threads() -> Iterator[None]:
         yield
     finally:
         sys.setswitchinterval(before)
+
+
+class OneMaker(dict[Any, Any]):
+    """What the simulator has allocated by call site. It looks an array up and, where there is none, makes and enters it:
+    between the two steps another thread of the block waits here, or each would have a shared array of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._making = threading.Lock()
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        """The array; or None, and whoever looks next waits until it has been entered."""
+        self._making.acquire()
+        found = super().get(key, default)
+        if found is not None:
+            self._making.release()
+        return found
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        super().__setitem__(key, value)
+        self._making.release()
+
+
+def _share_arrays_safely() -> None:
+    """Give every block of the simulator a `OneMaker`."""
+    shared = importlib.import_module("numba.cuda.simulator.kernelapi").FakeCUDAShared
+    begin = shared.__init__
+
+    def begin_safely(self: Any, *arguments: Any) -> None:
+        begin(self, *arguments)
+        self._allocations = OneMaker()
+
+    shared.__init__ = begin_safely
+
+
+if SIMULATED:
+    _share_arrays_safely()
 
 
 class Device:
