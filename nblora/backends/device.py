@@ -133,8 +133,11 @@ def _prompt_threads() -> Iterator[None]:
 
 
 class OneMaker(dict[Any, Any]):
-    """What the simulator has allocated by call site. It looks an array up and, where there is none, makes and enters it:
-    between the two steps another thread of the block waits here, or each would have a shared array of its own."""
+    """What the simulator has allocated, by call site.
+
+    It looks an array up and, where there is none, makes and enters it. Between these steps another thread of the block
+    waits here, or each would have a shared array of its own.
+    """
 
     def __init__(self) -> None:
         super().__init__()
