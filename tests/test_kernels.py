@@ -14,7 +14,7 @@ BACKEND = CPUBackend()
 IDENTITY, RELU, GELU, TANH, SIGMOID = range(5)
 
 # (N, in, out, rank): nothing, single elements, odd edges of every tile, several blocks of samples and of features
-SMALL = [(0, 5, 7, 1), (1, 1, 1, 1), (1, 33, 17, 2), (7, 31, 33, 3), (13, 8, 29, 8)]
+SMALL = [(0, 5, 7, 1), (1, 1, 1, 1), (1, 33, 17, 2), (7, 31, 33, 3), (13, 8, 29, 8), (66, 9, 17, 2), (270, 5, 7, 2)]
 LARGE = [
     (16, 100, 97, 5),
     (33, 300, 270, 9),
