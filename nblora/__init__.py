@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from nblora.layers import Dense, FullyConnected, LoRALayer
     from nblora.layers import read_layer as load
     from nblora.models import Sequential
-    from nblora.training import fit  # type: ignore[no-redef]
+    from nblora.training import fit  # type: ignore[no-redef]  # a module of that name lies there too
 
 __all__ = [
     "DeltaLoRAAdapter",

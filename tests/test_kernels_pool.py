@@ -149,11 +149,6 @@ if child == 0:
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 """
 
-CONCURRENT = """
-from test_kernels_pool import test_several_python_threads_at_once
-test_several_python_threads_at_once()
-"""
-
 
 def run_python(code, *arguments, **environment):
     folder = os.path.dirname(__file__)
@@ -168,10 +163,6 @@ def run_python(code, *arguments, **environment):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_a_forked_child_works_after_its_parent_started_the_pool():
     run_python(FORK)
-
-
-def test_concurrent_callers_on_the_workqueue_layer():
-    run_python(CONCURRENT, NUMBA_THREADING_LAYER="workqueue")
 
 
 VECTORS = """

@@ -18,7 +18,9 @@ PATIENCE = 2600
 
 def thread_count() -> int:
     """Threads that a call may use: what the user has set in Numba, which need not start its own threads for that."""
-    return int(get_num_threads() if parallel._is_initialized else config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+    if parallel._is_initialized:
+        return int(get_num_threads())
+    return int(config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]  # Numba sets it from the environment
 
 
 class Crew:

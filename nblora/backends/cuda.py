@@ -393,7 +393,7 @@ class CUDABackend:
         """W + s A B + c D as a new stored array."""
         base, low_rank, delta, _, _ = operands
         weight, dtype = base.weight, base.weight.dtype  # type: ignore[union-attr]  # only what has a base is merged
-        transposed = base.transposed  # type: ignore[union-attr]
+        transposed = base.transposed  # type: ignore[union-attr]  # as above
         p, q = (low_rank.A, low_rank.B) if low_rank else (weight, weight)
         if transposed:
             p, q = q, p

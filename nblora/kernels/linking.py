@@ -41,7 +41,7 @@ class PartCompiler(compiler.Compiler):
     def __init__(self, *arguments):
         super().__init__(*arguments)
         self.state.targetctx.__class__ = _PartContext
-        self.state.library = library_for(self.state.targetctx, "part")
+        self.state["library"] = library_for(self.state.targetctx, "part")
 
 
 def library_for(context, name):
@@ -60,5 +60,5 @@ def compile_part(context, function, signature):
         compiled = compiler.compile_internal(
             context.typing_context, context, library, function, signature.args, signature.return_type, flags, {}
         )
-        context.active_code_library.add_linking_library(compiled.library)
+        context.active_code_library.add_linking_library(library)
     return compiled.fndesc

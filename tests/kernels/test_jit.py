@@ -205,10 +205,16 @@ for samples in map(int, sys.argv[1:]):
     for layout in (nblora.Dense, nblora.FullyConnected):
         base = layout.random(9, 7, activation="tanh", seed=0)
         adapter = nblora.DeltaLoRAAdapter(base, 2, seed=0)
+        for name in ("lora_B", "delta", "velocity"):
+            adapter.set_parameter(name, rng.normal(size=adapter.parameter_shape(name)))
         x, grad = rng.normal(size=(samples, 9)).astype("f"), rng.normal(size=(samples, 7)).astype("f")
-        W = base.weight if layout is nblora.Dense else base.weight.T
-        assert np.abs(adapter.forward(x) - np.tanh(x @ W + base.bias)).max() < 1e-5
-        adapter.backward_update(grad, 0.0)
+        A, B, V = (adapter.get_parameter(name) for name in ("lora_A", "lora_B", "velocity"))
+        M = adapter.get_parameter("base.weight") + 0.1 * adapter.get_current_delta() + A @ B
+        y = np.tanh(x @ M + base.bias)
+        assert np.abs(adapter.forward(x) - y).max() < 1e-5
+        gz = grad * (1 - y * y)
+        assert np.abs(adapter.backward_update(grad, 0.1) - gz @ M.T).max() < 1e-4
+        assert np.abs(adapter.get_parameter("velocity") - (0.9 * V + 0.01 * x.T @ gz)).max() < 1e-4
 """
 
 

@@ -54,19 +54,19 @@ class Peer:
 
     def set_up(self, arrays: dict) -> None:
         """Take the arrays in, in the library's own form."""
-        raise NotImplementedError
+        raise NotImplementedError  # every peer has its own
 
     def forward(self) -> None:
         """Compute y, in evaluation mode."""
-        raise NotImplementedError
+        raise NotImplementedError  # every peer has its own
 
     def step(self, lr: float) -> None:
         """Forward, backward with the gradient of the input, and update."""
-        raise NotImplementedError
+        raise NotImplementedError  # every peer has its own
 
     def results(self) -> dict[str, np.ndarray]:
         """What the last call left: y, and after a step grad_input, A, B, D, V in their logical or stored shapes."""
-        raise NotImplementedError
+        raise NotImplementedError  # every peer has its own
 
     def bound(self, lr: float) -> Callable[[], None]:
         """Return the call that does the case once."""

@@ -156,7 +156,7 @@ def serve(commands: TextIO, answers: TextIO, driver: Driver) -> None:
         message = json.loads(line)
         try:
             answer = getattr(driver, message.pop("do"))(**message)
-        except Exception:
+        except Exception:  # whatever a peer raises is reported, and it goes on
             answer = {"error": traceback.format_exc(limit=-6)}
         _answer(answers, answer)
 
@@ -180,7 +180,7 @@ def main(module: str, cls: str, *only_once: str) -> None:
     if only_once:
         try:
             once(answers, driver, **json.loads(only_once[0]))
-        except Exception:
+        except Exception:  # whatever a peer raises is reported
             _answer(answers, {"error": traceback.format_exc(limit=-6)})
     else:
         serve(sys.stdin, answers, driver)

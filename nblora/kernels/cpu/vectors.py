@@ -6,12 +6,11 @@ the copy.
 
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ..jit import JIT_DISABLED
 from .machine import GROUP
-from .microkernel import I8P, I32, I64, element_pointer, fma_of, lanes, load_vector, splat, store_vector, vector_of
+from .microkernel import I32, I64, element_pointer, fma_of, lanes, load_vector, splat, store_vector, vector_of
 
 
 def _copy(vectors):
@@ -116,25 +115,10 @@ def _transpose_square_twin(target, target_at, target_stride, source, source_at, 
         target[target_at + i * target_stride : target_at + i * target_stride + count] = column
 
 
-def _prefetch(typing_context, array, at):
-    def generate(context, builder, signature, args):
-        address = builder.bitcast(element_pointer(context, builder, signature.args[0], args[0], args[1]), I8P)
-        kind = ir.FunctionType(ir.VoidType(), [I8P, I32, I32, I32])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
-        builder.call(function, [address, I32(0), I32(2), I32(1)])
-        return context.get_dummy_value()
-
-    return types.void(array, types.intp), generate
-
-
-def _prefetch_twin(array, at):
-    pass
-
-
 if JIT_DISABLED:
     copy_vector, copy_pair, combine_pair = _copy_twin(1), _copy_twin(2), _combine_pair_twin
     copy_group = _copy_group_twin
-    transpose_square, prefetch = _transpose_square_twin, _prefetch_twin
+    transpose_square = _transpose_square_twin
 else:
     copy_vector, copy_pair = intrinsic(_copy(1)), intrinsic(_copy(2))
     """copy_vector and copy_pair(target, target_at, source, source_at): one vector and two."""
@@ -144,5 +128,3 @@ else:
     """combine_pair(target, target_at, weight, delta, at, scaling): two vectors of W + c D."""
     transpose_square = intrinsic(_transpose_square)
     """transpose_square(target, target_at, target_stride, source, source_at, source_stride): a square of `lanes`."""
-    prefetch = intrinsic(_prefetch)
-    """prefetch(array, at): bring the line of one element towards the level-2 cache."""
