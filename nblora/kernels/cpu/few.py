@@ -22,10 +22,14 @@ COMBINED = 4096
 """Elements of scratch that stay free before the rows that `add_dots` combines."""
 LONGEST = 2048
 """Columns that a job goes through at once, so that combined rows stay in the level-1 cache."""
+PACK = 512
+"""Features of a job that packs, a multiple of every quantum."""
 PIECE = 32
 """Features of a piece of sums that are added up at once, which stays in the level-1 cache."""
 SHORT = 32
 """Features below which a block is not cut further."""
+PACKED, LOW, SUMMED, DRAWN = range(4)
+"""Counters of forward and sweep: jobs done of the first three kinds, then jobs drawn, by kind and share."""
 
 
 @part
@@ -42,31 +46,26 @@ def padded(features, array):
 
 
 @part
-def pack_panels(target, at, X, f0, f1):
-    """Pack the features f0 <= f < f1 of X [N, F] in panels, f0 at the beginning of one; zeros beyond F."""
-    once()
-    (N, F), source, width = X.shape, X.reshape(-1), panel_width(target)
-    for f in range(f0, f1, width):
-        to = at + f * N
-        if f + width <= F:
-            for n in range(N):
-                copy_pair(target, to + n * width, source, n * F + f)
-        else:
-            _pack_edge(target, to, source, f, F, N, width)
+def place(feature, samples, width):
+    """Where this feature of the first sample lies among features packed by `width`; a sample is `width` further."""
+    return feature // width * samples * width + feature % width
 
 
 @part
-def pack_groups(target, at, X, f0, f1):
-    """Pack the features f0 <= f < f1 of X [N, F] in groups, f0 at the beginning of one; zeros beyond F."""
+def pack(target, at, width, X, f0, f1):
+    """Pack the features f0 <= f < f1 of X [N, F] by `width`, a panel or a group; f0 begins one; zeros beyond F."""
     once()
     (N, F), source = X.shape, X.reshape(-1)
-    for f in range(f0, f1, GROUP):
+    for f in range(f0, f1, width):
         to = at + f * N
-        if f + GROUP <= F:
+        if f + width > F:
+            _pack_edge(target, to, source, f, F, N, width)
+        elif width == GROUP:
             for n in range(N):
-                copy_group(target, to + n * GROUP, source, n * F + f)
+                copy_group(target, to + n * width, source, n * F + f)
         else:
-            _pack_edge(target, to, source, f, F, N, GROUP)
+            for n in range(N):
+                copy_pair(target, to + n * width, source, n * F + f)
 
 
 @part
@@ -137,8 +136,8 @@ def _copy_edge(edge, S, D, c, combined, p, rows, height, q0, q1):
 
 
 @part
-def add_sums(tiles, S, D, c, combined, p0, p1, q0, q1, L, l_at, Z, n0, n1, samples, edge, ahead, ahead_at):
-    """Z[n, q] += Σ_p L[n, p] M[p, q] for n0 <= n < n1, p0 <= p < p1, q0 <= q < q1; p0 begins a group, q0 a block.
+def add_sums(tiles, S, D, c, combined, p0, p1, q0, q1, L, l_at, Z, samples, edge, ahead, ahead_at):
+    """Z[n, q] += Σ_p L[n, p] M[p, q] for p0 <= p < p1, q0 <= q < q1; p0 begins a group, q0 a block.
 
     Meanwhile the rows of `ahead` from `ahead_at` on are fetched, or where that is negative the next rows of M.
     """
@@ -149,22 +148,19 @@ def add_sums(tiles, S, D, c, combined, p0, p1, q0, q1, L, l_at, Z, n0, n1, sampl
     if ahead_at < 0:
         following, other, ahead_at = weight, delta, at + GROUP * pitch
     groups, variant, rest = (p1 - p0) // GROUP, 2 + combined, (p1 - p0) % GROUP
-    begin, first = l_at + p0 * samples + n0 * GROUP, n0 * width
+    begin = l_at + p0 * samples
     sum_rows(
-        tiles[0], variant, weight, delta, at, pitch, c, L, begin, Z, first, n1 - n0, samples, panels, groups,
+        tiles[0], variant, weight, delta, at, pitch, c, L, begin, Z, 0, samples, panels, groups,
         following, other, ahead_at,
     )  # fmt: skip
     for r in range(rest):
         row, of = at + (groups * GROUP + r) * pitch, begin + groups * GROUP * samples + r
-        sum_rows(
-            tiles[0], combined, weight, delta, row, pitch, c, L, of, Z, first, n1 - n0, samples, panels, 1,
-            weight, delta, row,
-        )  # fmt: skip
+        sum_rows(tiles[0], combined, weight, delta, row, pitch, c, L, of, Z, 0, samples, panels, 1, weight, delta, row)
     if panels * width < q1 - q0:
         for p in range(p0, p1, GROUP):
             _copy_edge(edge, S, D, c, combined, p, min(GROUP, p1 - p), GROUP, q0 + panels * width, q1)
-            to, of = panels * width * samples + first, l_at + p * samples + n0 * GROUP
-            sum_rows(tiles[0], 2, edge, edge, 0, width, c, L, of, Z, to, n1 - n0, samples, 1, 1, edge, edge, 0)
+            to, of = panels * width * samples, l_at + p * samples
+            sum_rows(tiles[0], 2, edge, edge, 0, width, c, L, of, Z, to, samples, 1, 1, edge, edge, 0)
 
 
 @part
@@ -372,15 +368,16 @@ def low_job(tiles, F, f_at, features, scaling, R, r_at, low, groups, groups_at, 
     for n in range(N):
         for r in range(DOT_ROWS):
             totals[n * width + r] = 0
-    matrix = F[f_at : f_at + rank * features].reshape(rank, features)
+    matrix, zero = F[f_at : f_at + rank * features].reshape(rank, features), low.dtype.type(0)
     add_dots(
-        tiles, matrix, matrix, scaling, False, r0, rows, 0, features, R, r_at, totals, 0, N, edge,
+        tiles, matrix, matrix, zero, False, r0, rows, 0, features, R, r_at, totals, 0, N, edge,
         F, f_at + (r0 + rows) * features,
     )  # fmt: skip
-    end = padded(rank, R) if r0 + rows == rank else r0 + rows
-    for n in range(N):
-        for r in range(r0, end):
-            value = scaling * totals[n * width + r - r0] if r < rank else scaling * 0
-            groups[groups_at + (r // GROUP * N + n) * GROUP + r % GROUP] = value
-            if r < rank:
-                low[n, r] = value
+    for r in range(r0, r0 + rows):
+        at = groups_at + place(r, N, GROUP)
+        for n in range(N):
+            low[n, r] = groups[at + n * GROUP] = scaling * totals[n * width + r - r0]
+    for r in range(rank, padded(rank, R) if r0 + rows == rank else rank):
+        at = groups_at + place(r, N, GROUP)
+        for n in range(N):
+            groups[at + n * GROUP] = zero

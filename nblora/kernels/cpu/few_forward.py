@@ -8,29 +8,31 @@ from .. import elementwise
 from ..jit import kernel, part
 from .atomics import draw, fetch_add, wait_for
 from .few import (
+    DRAWN,
+    LOW,
+    PACK,
+    PACKED,
+    SUMMED,
     add_dots,
     add_partial_sums,
     add_sums,
     begin_panels,
     block_of,
     low_job,
-    pack_groups,
-    pack_panels,
+    pack,
     pack_transposed,
     padded,
+    place,
     span_of,
     sum_block,
     sum_jobs,
     unpack_panels,
 )
 from .functions import activate_row
-from .products import PART, panel_width
+from .machine import GROUP
+from .products import panel_width, scratch_work
 from .rowtiles import DOT_ROWS
 from .threads import entry, launch
-
-PACKED, LOW, SUMMED, DRAWN = range(4)
-PACK = 512
-"""Features of a job that packs."""
 
 
 @part
@@ -54,13 +56,13 @@ def _places(task):
 def _pack(task, f0, f1):
     panels, low, _, _, A_at = _places(task)
     if task.transposed or (task.has_low_rank and not task.masked):
-        pack_panels(task.packed, panels, task.x, f0, f1)
+        pack(task.packed, panels, panel_width(task.packed), task.x, f0, f1)
     if not task.transposed:
-        pack_groups(task.packed, 0, task.x, f0, f1)
+        pack(task.packed, 0, GROUP, task.x, f0, f1)
     if task.has_low_rank:
         pack_transposed(task.packed, A_at, task.A, f0, min(f1, task.A.shape[0]))
         if task.masked:
-            pack_panels(task.packed, low, task.x_low, f0, f1)
+            pack(task.packed, low, panel_width(task.packed), task.x_low, f0, f1)
 
 
 @part
@@ -75,7 +77,7 @@ def _sum_job(task, job, block, edge):
         q1 = min(q0 + span, outputs)
         add_sums(
             task.row_tiles, task.S, task.D, task.y.dtype.type(task.c), task.has_delta, p0, min(p0 + block, inputs),
-            q0, q1, packed, 0, packed[at + q0 * N :], 0, N, N, edge, task.S, -1,
+            q0, q1, packed, 0, packed[at + q0 * N :], N, edge, task.S, -1,
         )  # fmt: skip
 
 
@@ -87,7 +89,7 @@ def _dots(task, o0, o1, Z, edge):
     begin_panels(Z, N, o0, o1, task.bias, task.has_bias)
     for q0 in range(0, inputs, span):
         for p in range(o0, o1, DOT_ROWS):
-            to, following = (p - o0) // width * N * width + (p - o0) % width, (p + DOT_ROWS) * inputs + q0
+            to, following = place(p - o0, N, width), (p + DOT_ROWS) * inputs + q0
             add_dots(
                 task.row_tiles, S, task.D, c, task.has_delta, p, min(DOT_ROWS, o1 - p), q0, min(q0 + span, inputs),
                 task.packed, at, Z, to, N, edge, S.reshape(-1), following,
@@ -107,7 +109,7 @@ def _output_job(task, o0, o1, jobs, Z, edge):
     if task.has_low_rank:
         zero = B.dtype.type(0)
         add_sums(
-            task.row_tiles, B, B, zero, False, 0, B.shape[0], o0, o1, packed, u_at, Z, 0, N, N, edge, B, -1
+            task.row_tiles, B, B, zero, False, 0, B.shape[0], o0, o1, packed, u_at, Z, N, edge, B, -1
         )  # fmt: skip
     unpack_panels(task.z, Z, o0, o1)
     if task.activation != elementwise.IDENTITY:
@@ -118,8 +120,8 @@ def _output_job(task, o0, o1, jobs, Z, edge):
 @part
 def few_forward_worker(task, worker, workers):
     """Draw jobs until none is left."""
-    scratch = task.scratch[worker]
-    Z, edge = scratch[7 * PART :], scratch[:PART]
+    work = scratch_work(task.scratch[worker], task.tile_rows, task.tile_steps)
+    Z, edge = work.c, work.a
     (N, inputs), outputs = task.x.shape, task.y.shape[1]
     packs = (inputs + PACK - 1) // PACK
     while True:

@@ -8,16 +8,21 @@ from .. import elementwise
 from ..jit import kernel, part
 from .atomics import draw, fetch_add, wait_for
 from .few import (
+    DRAWN,
+    LOW,
+    PACK,
+    PACKED,
+    SUMMED,
     add_dots,
     add_partial_sums,
     add_sums,
     begin_panels,
     block_of,
     low_job,
-    pack_groups,
-    pack_panels,
+    pack,
     pack_transposed,
     padded,
+    place,
     span_of,
     sum_block,
     sum_jobs,
@@ -25,15 +30,11 @@ from .few import (
     use_gradients,
 )
 from .functions import slope_row
-from .machine import BLOCK, GROUP
-from .products import PART, panel_width, scratch_work
+from .machine import GROUP
+from .products import panel_width, scratch_work
 from .rowtiles import DOT_ROWS
-from .sweep import bias_job, factor_job
+from .sweep import factor_job, factor_jobs
 from .threads import entry, launch
-
-PACKED, LOW, SUMMED, DRAWN = range(4)
-PACK = 512
-"""Features of a job that packs."""
 
 
 @part
@@ -61,9 +62,9 @@ def _pack_gz(task, f0, f1):
         end = min(f1, outputs)
         for n in range(N):
             slope_row(task.gz[n, f0:end], task.gy[n, f0:end], task.z[n, f0:end], task.activation)
-    pack_panels(task.packed, 0, task.gz, f0, f1)
+    pack(task.packed, 0, panel_width(task.packed), task.gz, f0, f1)
     if task.transposed:
-        pack_groups(task.packed, groups, task.gz, f0, f1)
+        pack(task.packed, groups, GROUP, task.gz, f0, f1)
 
 
 @part
@@ -71,9 +72,9 @@ def _pack_x(task, f0, f1):
     _, x_at, _, _, A_at = _places(task)
     if task.has_delta or task.train:
         if task.transposed:
-            pack_panels(task.packed, x_at, task.x, f0, f1)
+            pack(task.packed, x_at, panel_width(task.packed), task.x, f0, f1)
         else:
-            pack_groups(task.packed, x_at, task.x, f0, f1)
+            pack(task.packed, x_at, GROUP, task.x, f0, f1)
     if task.has_low_rank and not task.masked:
         pack_transposed(task.packed, A_at, task.A, f0, min(f1, task.A.shape[0]))
 
@@ -91,7 +92,7 @@ def _rows_job(task, i0, i1, Z, edge, other_edge):
         for i in range(i0, i1, GROUP):
             end = min(i + GROUP, i1)
             for p in range(i, end, DOT_ROWS):
-                at = (p - i0) // width * N * width + (p - i0) % width
+                at = place(p - i0, N, width)
                 add_dots(
                     task.row_tiles, S, D, c, task.has_delta, p, min(DOT_ROWS, end - p), q0, q1, packed, 0, Z, at, N,
                     edge, velocity, (p + step) * pitch + q0,
@@ -114,7 +115,7 @@ def _sum_job(task, job, block, edge, other_edge):
         for o in range(job * block, end, GROUP if has_gradient else block):
             last = min(o + GROUP, end) if has_gradient else end
             add_sums(
-                task.row_tiles, S, D, c, task.has_delta, o, last, q0, q1, packed, gz_at, Z, 0, N, N, edge,
+                task.row_tiles, S, D, c, task.has_delta, o, last, q0, q1, packed, gz_at, Z, N, edge,
                 ahead, o * pitch + q0 if has_gradient else -1,
             )  # fmt: skip
             if has_gradient:
@@ -136,7 +137,7 @@ def _input_job(task, i0, i1, low_jobs, sums, Z, edge, other_edge):
         wait_for(task.counters, LOW, low_jobs)
         At = packed[A_at : A_at + rank * inputs].reshape(rank, inputs)
         add_sums(
-            task.row_tiles, At, At, At.dtype.type(0), False, 0, rank, i0, i1, packed, t_at, Z, 0, N, N, edge, At, -1
+            task.row_tiles, At, At, At.dtype.type(0), False, 0, rank, i0, i1, packed, t_at, Z, N, edge, At, -1
         )  # fmt: skip
     unpack_panels(task.gx, Z, i0, i1)
 
@@ -151,22 +152,10 @@ def _pack_job(task, job, gz_packs):
 
 
 @part
-def _factor_or_bias_job(task, job, dA, dB, blocks, work):
-    if job < dA:
-        factor_job(task.dA, True, task.t, task.x_low, job % blocks * BLOCK, job // blocks * BLOCK, work)
-    elif job < dA + dB:
-        job -= dA
-        factor_job(task.dB, False, task.u, task.gz, job % blocks * BLOCK, job // blocks * BLOCK, work)
-    else:
-        job -= dA + dB
-        bias_job(task, job * BLOCK, min(task.gz.shape[1], job * BLOCK + BLOCK))
-
-
-@part
 def few_sweep_worker(task, worker, workers):
     """Draw jobs until none is left."""
-    scratch = task.scratch[worker]
-    Z, edge, other_edge = scratch[7 * PART :], scratch[:PART], scratch[PART : 2 * PART]
+    work = scratch_work(task.scratch[worker], task.tile_rows, task.tile_steps)
+    Z, edge, other_edge = work.c, work.a, work.b
     (N, inputs), outputs, rank = task.x.shape, task.gz.shape[1], task.t.shape[1]
     gz_packs = (outputs + PACK - 1) // PACK
     packs = gz_packs + (inputs + PACK - 1) // PACK
@@ -204,16 +193,12 @@ def few_sweep_worker(task, worker, workers):
             break
         _input_job(task, job * block, min(job * block + block, inputs), lows, sums, Z, edge, other_edge)
     wait_for(task.counters, LOW, lows)
-    blocks = (rank + BLOCK - 1) // BLOCK
-    dA = (inputs + BLOCK - 1) // BLOCK * blocks if task.has_low_rank else 0
-    dB = (outputs + BLOCK - 1) // BLOCK * blocks if task.has_low_rank else 0
-    biases = (outputs + BLOCK - 1) // BLOCK if task.train and task.has_bias else 0
-    work = scratch_work(scratch, task.tile_rows, task.tile_steps)
+    factors = factor_jobs(task)
     while True:
-        job = draw(task.counters, DRAWN + 4 * workers, dA + dB + biases, worker, workers)
+        job = draw(task.counters, DRAWN + 4 * workers, factors, worker, workers)
         if job < 0:
             break
-        _factor_or_bias_job(task, job, dA, dB, blocks, work)
+        factor_job(task, job, work)
 
 
 _entry = entry(few_sweep_worker)

@@ -111,7 +111,7 @@ class _Emitter:
         for start in range(0, self.width * element_size(self.scalar), LINE):
             prefetch_line(self.builder, self.builder.gep(pointer, [_number(start // element_size(self.scalar))]))
 
-    def sum_rows(self, height, combined, W, D, pitch, c, L, Z, count, samples, panels, groups, ahead, other):
+    def sum_rows(self, height, combined, W, D, pitch, c, L, Z, samples, panels, groups, ahead, other):
         builder, factor = self.builder, self.splat(c)
 
         def group(g, _):
@@ -142,7 +142,7 @@ class _Emitter:
                         self.store(total, target, half)
                     return []
 
-                return _loop(builder, count, [], sample)
+                return _loop(builder, samples, [], sample)
 
             return _loop(builder, panels, [], panel)
 
@@ -234,7 +234,7 @@ def _operand_kinds(name, scalar):
     """The LLVM types of a tile's operands."""
     p = scalar.as_pointer()
     return {
-        "sum_rows": [p, p, I64, scalar, p, p, I64, I64, I64, I64, p, p],
+        "sum_rows": [p, p, I64, scalar, p, p, I64, I64, I64, p, p],
         "dot_rows": [p, p, I64, scalar, p, p, I64, I64, p, I64],
         "update_rows": [p, p, I64, p, p, I64, I64, scalar, scalar, scalar, p, p],
     }[name]
@@ -291,11 +291,11 @@ _n = types.int64
 
 
 def _sum_rows(
-    typing_context, tile, variant, W, D, at, pitch, c, L, l_at, Z, z_at, count, samples, panels, groups,
+    typing_context, tile, variant, W, D, at, pitch, c, L, l_at, Z, z_at, samples, panels, groups,
     ahead, other, ahead_at,
 ):  # fmt: skip
-    kinds = _n, _n, W, D, _n, _n, W.dtype, L, _n, Z, _n, _n, _n, _n, _n, ahead, other, _n
-    return types.void(*kinds), _generator("sum_rows", {2: 4, 3: 4, 7: 8, 9: 10, 15: 17, 16: 17})
+    kinds = _n, _n, W, D, _n, _n, W.dtype, L, _n, Z, _n, _n, _n, _n, ahead, other, _n
+    return types.void(*kinds), _generator("sum_rows", {2: 4, 3: 4, 7: 8, 9: 10, 14: 16, 15: 16})
 
 
 def _dot_rows(
@@ -317,12 +317,12 @@ def _matrix_row(W, D, at, c, combined, length):
     return W[at : at + length] + c * D[at : at + length] if combined else W[at : at + length]
 
 
-def _sum_rows_twin(tile, variant, W, D, at, pitch, c, L, l_at, Z, z_at, count, samples, panels, groups, *ahead):
+def _sum_rows_twin(tile, variant, W, D, at, pitch, c, L, l_at, Z, z_at, samples, panels, groups, *ahead):
     (height, combined), width = _SUMS[variant], _width(Z)
     for g in range(groups):
         for r in range(height):
             row = _matrix_row(W, D, at + (g * height + r) * pitch, c, combined, panels * width).reshape(-1, width)
-            for n in range(count):
+            for n in range(samples):
                 for j in range(panels):
                     start = z_at + (j * samples + n) * width
                     Z[start : start + width] += L[l_at + (g * samples + n) * GROUP + r] * row[j]

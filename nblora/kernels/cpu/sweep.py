@@ -306,7 +306,7 @@ def _cross_job(task, n0, n1, size, i0, i1, fused, work):
 
 
 @part
-def factor_job(out, transposed, T, X, r0, q0, work):
+def _factor_block(out, transposed, T, X, r0, q0, work):
     """A block of dB = uᵀ gz, or of dA = (tᵀ x)ᵀ."""
     r1, q1 = min(r0 + BLOCK, T.shape[1]), min(q0 + BLOCK, X.shape[1])
     factor_gradient(work, T, r0, r1, X, q0, q1)
@@ -319,7 +319,7 @@ def factor_job(out, transposed, T, X, r0, q0, work):
 
 
 @part
-def bias_job(task, o0, o1):
+def _bias_block(task, o0, o1):
     """db = Σ_n gz."""
     db = task.db[o0:o1]
     db[:] = 0
@@ -330,11 +330,41 @@ def bias_job(task, o0, o1):
 
 
 @part
+def _factor_counts(task):
+    """Jobs of dA, dB and db."""
+    inputs, outputs, rank = _count(task.x.shape[1], BLOCK), _count(task.gz.shape[1], BLOCK), task.t.shape[1]
+    blocks = _count(rank, BLOCK) if task.has_low_rank else 0
+    return inputs * blocks, outputs * blocks, outputs if task.train and task.has_bias else 0
+
+
+@part
+def factor_jobs(task):
+    """Jobs of the factors' gradients and the bias's."""
+    dA, dB, biases = _factor_counts(task)
+    return dA + dB + biases
+
+
+@part
+def factor_job(task, job, work):
+    """One of these jobs."""
+    dA, dB, _ = _factor_counts(task)
+    blocks = _count(task.t.shape[1], BLOCK)
+    if job < dA:
+        _factor_block(task.dA, True, task.t, task.x_low, job % blocks * BLOCK, job // blocks * BLOCK, work)
+    elif job < dA + dB:
+        job -= dA
+        _factor_block(task.dB, False, task.u, task.gz, job % blocks * BLOCK, job // blocks * BLOCK, work)
+    else:
+        job -= dA + dB
+        _bias_block(task, job * BLOCK, min(task.gz.shape[1], job * BLOCK + BLOCK))
+
+
+@part
 def sweep_worker(task, worker, workers):
     """Draw jobs until none is left."""
     work = scratch_work(task.scratch[worker], task.tile_rows, task.tile_steps)
     N, inputs = task.x.shape
-    outputs, rank = task.gz.shape[1], task.t.shape[1]
+    outputs = task.gz.shape[1]
     width = panel_width(task.gz)
 
     has_gradient = task.has_delta or task.train
@@ -347,9 +377,7 @@ def sweep_worker(task, worker, workers):
     groups = max(1, _count(N, samples))
     features = block_size(inputs, quantum, job_pieces(inputs, groups, workers, not task.transposed), BLOCK)
     crosses = groups * _count(inputs, features)
-    dA = _count(inputs, BLOCK) * _count(rank, BLOCK) if task.has_low_rank else 0
-    dB = _count(outputs, BLOCK) * _count(rank, BLOCK) if task.has_low_rank else 0
-    biases = _count(outputs, BLOCK) if task.train and task.has_bias else 0
+    factors = factor_jobs(task)
     i_size = block_size(inputs, quantum, 1, BLOCK)
     k_size = block_size(outputs, DEPTH, 4 * workers // _count(inputs, i_size), long_blocks(task.gz) * DEPTH)
     gradients = _count(inputs, i_size) * _count(outputs, k_size) if has_gradient and not fused else 0
@@ -373,18 +401,10 @@ def sweep_worker(task, worker, workers):
         _cross_job(task, n0, min(N, n0 + samples), size, i0, min(inputs, i0 + features), fused, work)
         fetch_add(task.counters, CROSSED, 1)
     while True:
-        job = draw(task.counters, DRAWN + 2 * workers, dA + dB + biases, worker, workers)
+        job = draw(task.counters, DRAWN + 2 * workers, factors, worker, workers)
         if job < 0:
             break
-        blocks = _count(rank, BLOCK)
-        if job < dA:
-            factor_job(task.dA, True, task.t, task.x_low, job % blocks * BLOCK, job // blocks * BLOCK, work)
-        elif job < dA + dB:
-            job -= dA
-            factor_job(task.dB, False, task.u, task.gz, job % blocks * BLOCK, job // blocks * BLOCK, work)
-        else:
-            job -= dA + dB
-            bias_job(task, job * BLOCK, min(outputs, job * BLOCK + BLOCK))
+        factor_job(task, job, work)
     if gradients and task.update:
         wait_for(task.counters, CROSSED, crosses)
     while True:
