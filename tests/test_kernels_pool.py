@@ -12,7 +12,7 @@ import pytest
 
 from nblora.backends.cpu import CPUBackend
 from nblora.backends.protocol import Base, Delta, LowRank, Operands
-from nblora.kernels.cpu.machine import VECTOR_BITS
+from nblora.kernels.common.machine import VECTOR_BITS
 
 SHAPES = [(2, 90, 110), (40, 500, 300), (300, 200, 310)]
 
@@ -80,7 +80,7 @@ def test_several_python_threads_at_once():
 
 
 def test_read_only_arrays_need_no_second_compilation():
-    from nblora.kernels.cpu import forward, sweep
+    from nblora.kernels.linear.cpu import forward, sweep
 
     backend = CPUBackend()
     x, gy, operands = problem(*SHAPES[1])

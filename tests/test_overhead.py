@@ -12,7 +12,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 import nblora
 from nblora.backends import cpu
-from nblora.kernels import jit
+from nblora.kernels.common import jit
 from tests.processes import run
 
 pytestmark = pytest.mark.skipif(jit.JIT_DISABLED, reason="of compiled kernels")

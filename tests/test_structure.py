@@ -75,7 +75,7 @@ def test_imports_point_one_way(path):
         ("kernels", "nblora.backends", False),
         ("formats", "nblora.weights.merge", False),
         ("checks", "nblora.layers", False),
-        ("storage", "nblora.kernels.jit", False),
+        ("storage", "nblora.kernels.common.jit", False),
         ("adapters", "nblora.load", False),
         ("training", "nblora.weights", False),
         ("adapters", "nblora.errors", True),

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from nblora.kernels import jit
+from nblora.kernels.common import jit
 from tests.processes import run
 
 pytestmark = pytest.mark.skipif(jit.JIT_DISABLED, reason="there are no threads under NUMBA_DISABLE_JIT=1")

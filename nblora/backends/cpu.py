@@ -9,16 +9,17 @@ from typing import Any, cast
 
 import numpy as np
 
-from ..kernels.cpu import forward as forward_kernel
-from ..kernels.cpu import losses as loss_kernel
-from ..kernels.cpu import sweep as sweep_kernel
-from ..kernels.cpu import update as update_kernel
-from ..kernels.cpu.few import FEW
-from ..kernels.cpu.few_forward import few_forward, packed_few_forward
-from ..kernels.cpu.few_sweep import few_sweep, packed_few_sweep
-from ..kernels.cpu.microkernel import tile_functions
-from ..kernels.cpu.products import PART, PARTS
-from ..kernels.cpu.rowtiles import row_tiles
+from nblora.kernels.common.microkernel import tile_functions
+from nblora.kernels.linear.cpu import forward as forward_kernel
+from nblora.kernels.linear.cpu import sweep as sweep_kernel
+from nblora.kernels.linear.cpu.few import FEW
+from nblora.kernels.linear.cpu.few_forward import few_forward, packed_few_forward
+from nblora.kernels.linear.cpu.few_sweep import few_sweep, packed_few_sweep
+from nblora.kernels.linear.cpu.products import PART, PARTS
+from nblora.kernels.linear.cpu.rowtiles import row_tiles
+from nblora.kernels.losses import cpu as loss_kernel
+from nblora.kernels.update import cpu as update_kernel
+
 from .crew import Crew, thread_count
 from .protocol import Array, Base, Gradients, Operands, Saved
 

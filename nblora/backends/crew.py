@@ -9,8 +9,8 @@ from numba import get_num_threads
 from numba.core import config
 from numba.np.ufunc import parallel
 
-from ..kernels.cpu.threads import ASLEEP, IDLE, SLOT, serve
-from ..kernels.jit import JIT_DISABLED
+from nblora.kernels.common.jit import JIT_DISABLED
+from nblora.kernels.common.threads import ASLEEP, IDLE, SLOT, serve
 
 PATIENCE = 2600
 """Turns for which a helper stands by before it sleeps: some 0.2 ms, since waking it takes 50 µs."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from nblora import DeltaLoRAAdapter, Sequential
 from nblora.errors import NbloraError
-from nblora.kernels import jit
+from nblora.kernels.common import jit
 from nblora.training import AdamW, Optimizer, fit
 
 from .data import Digits, Split, load_digits

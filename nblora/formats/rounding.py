@@ -3,8 +3,8 @@
 import numpy as np
 
 from nblora.formats.safetensors_reader import FLOATS
-from nblora.kernels.cpu.weights_codes import CODES
-from nblora.kernels.cpu.weights_numbers import encode_all
+from nblora.kernels.weights.codes import CODES
+from nblora.kernels.weights.numbers import encode_all
 
 
 def narrow(numbers: np.ndarray, dtype: str) -> np.ndarray:

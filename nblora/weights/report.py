@@ -4,7 +4,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from nblora.kernels.cpu.weights_codes import BASE, CHANGE, LOST, NOT_FINITE
+from nblora.kernels.weights.codes import BASE, CHANGE, LOST, NOT_FINITE
 from nblora.weights.stream import Change
 
 

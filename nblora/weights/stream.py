@@ -18,7 +18,7 @@ from typing import Any, Self
 import numpy as np
 
 from nblora.formats.safetensors_reader import SafetensorsFile, TensorInfo
-from nblora.kernels.cpu.weights_codes import BY_COLUMN, BY_ROW, CODES, SEGMENT
+from nblora.kernels.weights.codes import BY_COLUMN, BY_ROW, CODES, SEGMENT
 from nblora.weights.factors import Stack, held
 from nblora.weights.plan import COLUMNS, Recipe
 from nblora.weights.sinks import Sink
@@ -302,7 +302,7 @@ def working_type(source: str, base: str, target: str) -> type:
 
 def _kernels() -> Any:
     """Return the kernels, imported at the first call: loading Numba takes as long as copying some 500 MB."""
-    from nblora.kernels.cpu import weights_merge
+    from nblora.kernels.weights import merge as weights_merge
 
     return weights_merge
 

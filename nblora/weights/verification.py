@@ -12,8 +12,16 @@ import numpy as np
 
 from nblora.formats.model_files import ModelFiles, open_model
 from nblora.formats.safetensors_reader import FLOATS, SafetensorsFile, TensorInfo
-from nblora.kernels.cpu.weights_codes import CODES
-from nblora.kernels.cpu.weights_compare import DIFFERS, DOT, GAP, MOVED, SQUARES, STEPS, compare_block
+from nblora.kernels.weights.codes import CODES
+from nblora.kernels.weights.compare import (
+    DIFFERS,
+    DOT,
+    GAP,
+    MOVED,
+    SQUARES,
+    STEPS,
+    compare_block,
+)
 from nblora.weights.merging import DEFAULT_MEMORY, AdapterSpec, PathLike, open_adapters
 from nblora.weights.plan import Plan, Recipe, make_plan
 from nblora.weights.report import plain

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 import nblora
 from nblora import info
 from nblora.cli import main
-from nblora.kernels import jit
+from nblora.kernels.common import jit
 
 PRIORITY = ["tbb", "omp", "workqueue"]
 

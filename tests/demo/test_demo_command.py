@@ -15,7 +15,7 @@ import nblora
 from nblora.cli import main
 from nblora.demo import Settings, data, methods, report, run
 from nblora.errors import NbloraError
-from nblora.kernels import jit
+from nblora.kernels.common import jit
 
 pytest.importorskip("sklearn")
 matplotlib_image = pytest.importorskip("matplotlib.image")

@@ -2,17 +2,19 @@ import shutil
 
 import pytest
 
-from nblora.kernels import jit, linking, loading
+from nblora.kernels.common import jit, linking, loading
 from tests.kernels.support import HELPER, MAIN
 
 
 @pytest.fixture
 def package(tmp_path):
     folder = tmp_path / "site" / "package"
-    folder.mkdir(parents=True)
+    common = folder / "common"
+    common.mkdir(parents=True)
     for module in (jit, linking, loading):
-        shutil.copy(module.__file__, folder)
+        shutil.copy(module.__file__, common)
     (folder / "__init__.py").touch()
+    (common / "__init__.py").touch()
     (folder / "helper.py").write_text(HELPER)
     (folder / "main.py").write_text(MAIN)
     return folder

@@ -2,11 +2,11 @@
 
 from tests.processes import run
 
-HELPER = "from .jit import kernel\n@kernel(inline='always')\ndef add(a, b):\n    return a + b\n"
-MAIN = "from .helper import add\nfrom .jit import kernel\n@kernel\ndef total(a, b):\n    return add(a, b)\n"
+HELPER = "from .common.jit import kernel\n@kernel(inline='always')\ndef add(a, b):\n    return a + b\n"
+MAIN = "from .helper import add\nfrom .common.jit import kernel\n@kernel\ndef total(a, b):\n    return add(a, b)\n"
 CALL = """
 from package.main import total
-from package.jit import cache_folder
+from package.common.jit import cache_folder
 print(total(2, 3), sum(total.stats.cache_hits.values()), sum(total.stats.cache_misses.values()), cache_folder())
 """
 

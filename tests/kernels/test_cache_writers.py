@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nblora.kernels import jit
+from nblora.kernels.common import jit
 
 pytest.importorskip("fcntl")
 
@@ -17,7 +17,7 @@ KERNEL = """
 import sys, time
 import numpy as np
 from numba.core import caching
-from nblora.kernels.jit import kernel
+from nblora.kernels.common.jit import kernel
 
 @kernel
 def half(a):

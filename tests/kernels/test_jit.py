@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nblora.kernels import jit
+from nblora.kernels.common import jit
 from tests.kernels.support import CALL, HELPER, call
 from tests.processes import run
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from nblora.kernels import jit
+from nblora.kernels.common import jit
 from tests.kernels.support import CALL, call
 from tests.processes import run
 
@@ -43,7 +43,7 @@ def test_a_loaded_kernel_is_linked_into_what_is_compiled_later(package):
 
 def kernels(package, body):
     """Replace the package's kernel by one of this body, of two integers."""
-    header = "import numpy as np\nfrom .jit import kernel\n@kernel\ndef total(a, b):\n"
+    header = "import numpy as np\nfrom .common.jit import kernel\n@kernel\ndef total(a, b):\n"
     (package / "main.py").write_text(header + body)
 
 
@@ -64,7 +64,7 @@ def test_a_kernel_that_needs_what_only_numbas_implementations_bring(package):
 
 PARALLEL = """
 from numba import prange
-from .jit import kernel
+from .common.jit import kernel
 @kernel(parallel=True)
 def add(a, b):
     found = 0
@@ -84,7 +84,7 @@ def test_what_calls_a_loaded_parallel_kernel_starts_its_threads_too(package):
 
 
 def test_code_that_calls_what_is_nowhere_is_compiled_again(package):
-    nowhere = "from package import loading\n"
+    nowhere = "from package.common import loading\n"
     nowhere += "pack = loading.pack\ndef packed(c):\n    library, needed, rest = pack(c)\n"
     nowhere += "    return library, [*needed, 'nblora_nowhere'], rest\nloading.pack = packed\n"
     assert call(package, nowhere + CALL)[:3] == (5, 0, 1)

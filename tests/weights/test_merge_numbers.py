@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from nblora.errors import FormatError
-from nblora.kernels.cpu import weights_numbers
-from nblora.kernels.cpu.weights_codes import BFLOAT16, CODES, FLOAT16
-from nblora.kernels.cpu.weights_numbers import encode_all
-from nblora.kernels.jit import kernel
+from nblora.kernels.common.jit import kernel
+from nblora.kernels.weights import numbers as weights_numbers
+from nblora.kernels.weights.codes import BFLOAT16, CODES, FLOAT16
+from nblora.kernels.weights.numbers import encode_all
 from nblora.weights import merge
 from tests.weights.support import (
     DTYPES,

@@ -5,7 +5,7 @@ from types import CodeType, FunctionType, SimpleNamespace
 
 import numpy as np
 
-from nblora.kernels import elementwise
+from nblora.kernels.common import elementwise
 
 from .target import device_function
 

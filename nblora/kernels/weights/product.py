@@ -10,7 +10,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from nblora.kernels.jit import JIT_DISABLED, part
+from nblora.kernels.common.jit import JIT_DISABLED, part
 
 TILE_ROWS, TILE_BYTES = 4, 64
 """Rows of a tile, and bytes of its columns: one AVX-512 vector, two of AVX2 or four of NEON, for each of the rows.

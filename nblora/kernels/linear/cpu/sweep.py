@@ -14,11 +14,14 @@ of S, those whose input gradient it computes, and updates each tile right after 
 
 from typing import NamedTuple
 
-from .. import elementwise
-from ..jit import kernel, part
-from .atomics import draw, fetch_add, wait_for
-from .functions import slope_row
-from .machine import BLOCK, DEPTH, ROW_STRIDE, TILE_ROWS
+from nblora.kernels.common import elementwise
+from nblora.kernels.common.atomics import draw, fetch_add, wait_for
+from nblora.kernels.common.functions import slope_row
+from nblora.kernels.common.jit import kernel, part
+from nblora.kernels.common.machine import BLOCK, DEPTH, ROW_STRIDE, TILE_ROWS
+from nblora.kernels.common.rows import descend_row, momentum_row, scale_row
+from nblora.kernels.common.threads import entry, launch
+
 from .packing import pack_columns, pack_columns_transposed, pack_rows, pack_steps
 from .products import (
     C_STRIDE,
@@ -52,8 +55,6 @@ from .products import (
     transpose_block,
     with_stream,
 )
-from .rows import descend_row, momentum_row, scale_row
-from .threads import entry, launch
 
 PREPARED, CROSSED, DRAWN = range(3)
 

@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .. import elementwise
-from ..jit import kernel, part
-from .atomics import draw
-from .threads import entry, launch
+from nblora.kernels.common.atomics import draw
+from nblora.kernels.common.threads import entry, launch
+
+from ..common import elementwise
+from ..common.jit import kernel, part
 
 SGD, MOMENTUM, ADAMW, ADD, SCALE, MULTIPLY = range(6)
 

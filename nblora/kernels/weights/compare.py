@@ -4,10 +4,11 @@ import math
 
 import numpy as np
 
-from nblora.kernels.cpu.weights_codes import BFLOAT16, FLOAT16, FLOAT32, SEGMENT
-from nblora.kernels.cpu.weights_merge import itemsize
-from nblora.kernels.cpu.weights_numbers import decode, encode
-from nblora.kernels.jit import kernel, part
+from nblora.kernels.common.jit import kernel, part
+
+from .codes import BFLOAT16, FLOAT16, FLOAT32, SEGMENT
+from .merge import itemsize
+from .numbers import decode, encode
 
 
 @part

@@ -14,12 +14,13 @@ is multiplied, the next one's weights are fetched from memory and packed, some r
 
 from typing import NamedTuple
 
-from ..jit import part
-from .machine import BLOCK, DEPTH, ROW_STRIDE, TILE_ROWS, VECTOR_BITS
-from .microkernel import LINE, lanes, once, tile
+from nblora.kernels.common.jit import part
+from nblora.kernels.common.machine import BLOCK, DEPTH, ROW_STRIDE, TILE_ROWS, VECTOR_BITS
+from nblora.kernels.common.microkernel import LINE, lanes, once, tile
+from nblora.kernels.common.rows import scale_row
+from nblora.kernels.common.vectors import transpose_square
+
 from .packing import pack_columns, pack_columns_transposed, pack_rows, pack_rows_transposed, pack_steps
-from .rows import scale_row
-from .vectors import transpose_square
 
 C_STRIDE = BLOCK + VECTOR_BITS // 16
 PART = C_STRIDE * (BLOCK + VECTOR_BITS // 16)

@@ -18,9 +18,9 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from ..jit import JIT_DISABLED, kernel
-from .machine import GROUP, REGISTERS, VECTOR_BITS
-from .microkernel import (
+from nblora.kernels.common.jit import JIT_DISABLED, kernel
+from nblora.kernels.common.machine import GROUP, REGISTERS, VECTOR_BITS
+from nblora.kernels.common.microkernel import (
     I64,
     LINE,
     element_pointer,

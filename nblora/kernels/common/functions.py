@@ -7,8 +7,8 @@ rules are those of `elementwise`. NaN and infinity pass through.
 
 import numpy as np
 
-from .. import elementwise
-from ..jit import part
+from . import elementwise
+from .jit import part
 from .microkernel import once
 
 _LOG2E = 1.4426950408889634

@@ -29,7 +29,7 @@ from numba.core.caching import CompileResultCacheImpl, FunctionCache, NullCache,
 from . import loading
 from .linking import PartCompiler
 
-KERNELS = Path(__file__).parent
+KERNELS = Path(__file__).parents[1]
 JIT_DISABLED = bool(config.DISABLE_JIT)
 
 

@@ -7,10 +7,29 @@ gives every element and every per-row sum the bits that any other division into 
 
 import numpy as np
 
-from nblora.kernels.cpu.weights_codes import BASE, BFLOAT16, BY_ROW, CHANGE, FLOAT32, FLOAT64, LOST, NOT_FINITE, SEGMENT
-from nblora.kernels.cpu.weights_numbers import decode, encode, round_to_odd
-from nblora.kernels.cpu.weights_product import GROUP, PADDING, fma, largest, low_rank_rows, pack_segment, sum_error
-from nblora.kernels.jit import kernel, part
+from nblora.kernels.common.jit import kernel, part
+
+from .codes import (
+    BASE,
+    BFLOAT16,
+    BY_ROW,
+    CHANGE,
+    FLOAT32,
+    FLOAT64,
+    LOST,
+    NOT_FINITE,
+    SEGMENT,
+)
+from .numbers import decode, encode, round_to_odd
+from .product import (
+    GROUP,
+    PADDING,
+    fma,
+    largest,
+    low_rank_rows,
+    pack_segment,
+    sum_error,
+)
 
 FLAGS = 64
 """Flags of near ties that are looked at together."""

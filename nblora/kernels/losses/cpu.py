@@ -2,7 +2,7 @@
 
 import math
 
-from ..jit import kernel
+from ..common.jit import kernel
 
 
 @kernel

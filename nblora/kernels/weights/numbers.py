@@ -8,8 +8,9 @@ vectors (measured: 0.25 against 0.12 ns a bfloat16).
 
 import numpy as np
 
-from nblora.kernels.cpu.weights_codes import BFLOAT16, FLOAT32, FLOAT64
-from nblora.kernels.jit import kernel, part
+from nblora.kernels.common.jit import kernel, part
+
+from .codes import BFLOAT16, FLOAT32, FLOAT64
 
 
 @part

@@ -4,9 +4,13 @@ Workers draw jobs, kind after kind: packing x; u = s (mask∘x) A; for Dense, su
 worker from its bias to its activation.
 """
 
-from .. import elementwise
-from ..jit import kernel, part
-from .atomics import draw, fetch_add, wait_for
+from nblora.kernels.common import elementwise
+from nblora.kernels.common.atomics import draw, fetch_add, wait_for
+from nblora.kernels.common.functions import activate_row
+from nblora.kernels.common.jit import kernel, part
+from nblora.kernels.common.machine import GROUP
+from nblora.kernels.common.threads import entry, launch
+
 from .few import (
     DRAWN,
     LOW,
@@ -28,11 +32,8 @@ from .few import (
     sum_jobs,
     unpack_panels,
 )
-from .functions import activate_row
-from .machine import GROUP
 from .products import panel_width, scratch_work
 from .rowtiles import DOT_ROWS
-from .threads import entry, launch
 
 
 @part

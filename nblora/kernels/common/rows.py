@@ -1,7 +1,7 @@
 """Loops along one row, each a function of its own: as part of a larger one the compiler often fails to vectorise it."""
 
-from .. import elementwise
-from ..jit import part
+from . import elementwise
+from .jit import part
 from .microkernel import once
 
 momentum_step = part(elementwise.momentum_step)

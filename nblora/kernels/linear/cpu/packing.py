@@ -5,11 +5,11 @@ a panel of B or of steps has `length` rows, `DEPTH` where not given. Lanes beyon
 follows in memory: they meet no real element.
 """
 
-from ..jit import part
-from .machine import DEPTH, ROW_STRIDE, TILE_ROWS
-from .microkernel import lanes, once
-from .rows import combine_row, copy_row
-from .vectors import combine_pair, copy_pair, copy_vector, transpose_square
+from nblora.kernels.common.jit import part
+from nblora.kernels.common.machine import DEPTH, ROW_STRIDE, TILE_ROWS
+from nblora.kernels.common.microkernel import lanes, once
+from nblora.kernels.common.rows import combine_row, copy_row
+from nblora.kernels.common.vectors import combine_pair, copy_pair, copy_vector, transpose_square
 
 
 @part

@@ -8,9 +8,19 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from ..jit import JIT_DISABLED
+from .jit import JIT_DISABLED
 from .machine import GROUP
-from .microkernel import I32, I64, element_pointer, fma_of, lanes, load_vector, splat, store_vector, vector_of
+from .microkernel import (
+    I32,
+    I64,
+    element_pointer,
+    fma_of,
+    lanes,
+    load_vector,
+    splat,
+    store_vector,
+    vector_of,
+)
 
 
 def _copy(vectors):

@@ -6,11 +6,14 @@ z, each by one worker from its first product to its activation.
 
 from typing import NamedTuple
 
-from .. import elementwise
-from ..jit import kernel, part
-from .atomics import draw, fetch_add, wait_for
-from .functions import activate_row
-from .machine import BLOCK, DEPTH, ROW_STRIDE, TILE_ROWS
+from nblora.kernels.common import elementwise
+from nblora.kernels.common.atomics import draw, fetch_add, wait_for
+from nblora.kernels.common.functions import activate_row
+from nblora.kernels.common.jit import kernel, part
+from nblora.kernels.common.machine import BLOCK, DEPTH, ROW_STRIDE, TILE_ROWS
+from nblora.kernels.common.rows import add_row, copy_row
+from nblora.kernels.common.threads import entry, launch
+
 from .packing import pack_columns_transposed, pack_rows
 from .products import (
     C_STRIDE,
@@ -30,8 +33,6 @@ from .products import (
     store_block,
     transpose_block,
 )
-from .rows import add_row, copy_row
-from .threads import entry, launch
 
 
 class ForwardTask(NamedTuple):

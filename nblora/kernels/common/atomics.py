@@ -5,7 +5,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from ..jit import JIT_DISABLED, part
+from .jit import JIT_DISABLED, part
 from .microkernel import element_pointer
 
 

@@ -4,9 +4,13 @@ Workers draw jobs, kind after kind: gz = gy·act'(z), packed, and x packed; t = 
 parts of the input gradient and are updated; for FullyConnected, the sum of these parts; factors and bias.
 """
 
-from .. import elementwise
-from ..jit import kernel, part
-from .atomics import draw, fetch_add, wait_for
+from nblora.kernels.common import elementwise
+from nblora.kernels.common.atomics import draw, fetch_add, wait_for
+from nblora.kernels.common.functions import slope_row
+from nblora.kernels.common.jit import kernel, part
+from nblora.kernels.common.machine import GROUP
+from nblora.kernels.common.threads import entry, launch
+
 from .few import (
     DRAWN,
     LOW,
@@ -29,12 +33,9 @@ from .few import (
     unpack_panels,
     use_gradients,
 )
-from .functions import slope_row
-from .machine import GROUP
 from .products import panel_width, scratch_work
 from .rowtiles import DOT_ROWS
 from .sweep import factor_job, factor_jobs
-from .threads import entry, launch
 
 
 @part

@@ -21,7 +21,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from ..jit import JIT_DISABLED, kernel
+from .jit import JIT_DISABLED, kernel
 from .machine import ROW_STRIDE, TILE_ROWS, VECTOR_BITS
 
 I8P, I32, I64 = ir.IntType(8).as_pointer(), ir.IntType(32), ir.IntType(64)

@@ -12,9 +12,9 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from ..jit import JIT_DISABLED, kernel, part
-from ..linking import compile_part
 from .atomics import exchange_if, fetch_add, idle
+from .jit import JIT_DISABLED, kernel, part
+from .linking import compile_part
 from .microkernel import I8P, I64
 
 _WORKER = ir.FunctionType(ir.VoidType(), [I8P, I64, I64])

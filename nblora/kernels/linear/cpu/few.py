@@ -6,13 +6,23 @@ parts of the result Z at once (outputs of FullyConnected, inputs of Dense); sums
 apart for each job and added up in the order of jobs, so that results repeat bit for bit. Z is packed in panels.
 """
 
-from ..jit import part
-from .machine import GROUP
-from .microkernel import once
+from nblora.kernels.common.jit import part
+from nblora.kernels.common.machine import GROUP
+from nblora.kernels.common.microkernel import once
+from nblora.kernels.common.rows import accumulate_row, combine_row
+from nblora.kernels.common.vectors import copy_group, copy_pair
+
 from .products import panel_width
-from .rows import accumulate_row, combine_row
-from .rowtiles import DESCEND, DOT_ROWS, DOT_SAMPLES, MOMENTUM, STORE, dot_rows, sum_rows, update_rows
-from .vectors import copy_group, copy_pair
+from .rowtiles import (
+    DESCEND,
+    DOT_ROWS,
+    DOT_SAMPLES,
+    MOMENTUM,
+    STORE,
+    dot_rows,
+    sum_rows,
+    update_rows,
+)
 
 FEW = 64
 """Samples up to which weights are read where they lie."""

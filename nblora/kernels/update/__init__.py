@@ -1,0 +1,1 @@
+"""In-place updates of parameters, and merging."""

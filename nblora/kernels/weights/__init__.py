@@ -1,0 +1,1 @@
+"""Arithmetic of weight files: number formats, merging, comparing."""
