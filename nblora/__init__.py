@@ -9,10 +9,12 @@ if TYPE_CHECKING:
     from nblora import errors, training
     from nblora.adapters import DeltaLoRAAdapter, LoRAAdapter
     from nblora.backends import devices, set_device
+    from nblora.formats import load_peft, save_peft
     from nblora.layers import Dense, FullyConnected, LoRALayer
     from nblora.layers import read_layer as load
     from nblora.models import Sequential
     from nblora.training import fit  # type: ignore[no-redef]  # a module of that name lies there too
+    from nblora.weights import combine, inspect, merge, unmerge, verify
 
 __all__ = [
     "DeltaLoRAAdapter",
@@ -22,12 +24,19 @@ __all__ = [
     "LoRALayer",
     "Sequential",
     "__version__",
+    "combine",
     "devices",
     "errors",
     "fit",
+    "inspect",
     "load",
+    "load_peft",
+    "merge",
+    "save_peft",
     "set_device",
     "training",
+    "unmerge",
+    "verify",
 ]
 
 _PLACES = {
@@ -37,13 +46,32 @@ _PLACES = {
     "LoRAAdapter": "adapters",
     "LoRALayer": "layers",
     "Sequential": "models",
+    "combine": "weights",
     "devices": "backends",
     "fit": "training",
+    "inspect": "weights",
     "load": "layers.read_layer",
+    "load_peft": "formats",
+    "merge": "weights",
+    "save_peft": "formats",
     "set_device": "backends",
+    "unmerge": "weights",
+    "verify": "weights",
 }
 """Where a public name comes from: a room, and the name there if it is another."""
-_ROOMS = ("adapters", "backends", "checks", "errors", "kernels", "layers", "models", "storage", "training")
+_ROOMS = (
+    "adapters",
+    "backends",
+    "checks",
+    "errors",
+    "formats",
+    "kernels",
+    "layers",
+    "models",
+    "storage",
+    "training",
+    "weights",
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -10,6 +10,7 @@ from nblora import Dense, Sequential, checks, load
 from nblora.adapters import Adapter
 from nblora.errors import MissingExtraError
 from nblora.layers import Layer
+from nblora.models.sequential import DEFAULT_ADAPTER
 from nblora.models.targets import match_names
 from nblora.training import SGD, AdamW, Constant, EarlyStopping, Loss, Optimizer, fit
 from nblora.training.data import check_samples
@@ -47,7 +48,7 @@ class _LoRAEstimator(BaseEstimator):
         self,
         base: Any = None,
         *,
-        method: str = "delta",
+        method: str = DEFAULT_ADAPTER,
         rank: int = 4,
         alpha: float = -1.0,
         delta_scaling: float = 0.1,
@@ -306,8 +307,8 @@ class LoRAClassifier(ClassifierMixin, _LoRAEstimator):
     base : Sequential, other layer, path of a saved one, or None
         The pretrained network. It is copied, never changed; adapters that it holds are merged in the copy. None draws a
         small network and trains its weights together with the adapters.
-    method : {"delta", "lora"}
-        Delta-LoRA or LoRA.
+    method : {"lora", "delta"}
+        LoRA, or Delta-LoRA, whose dense delta is as large as the weights.
     rank : int
         Of the low-rank factors. A layer that is too small for it takes the largest rank that it can.
     alpha, delta_scaling, momentum_factor, lora_dropout

@@ -118,6 +118,9 @@ def test_import_costs_a_quarter_of_a_second_at_most():
 def test_public_names_are_explicit():
     assert sorted(nblora.__all__) == nblora.__all__
     assert all(hasattr(nblora, name) for name in nblora.__all__)
+    tasks = {"load_peft", "save_peft", "merge", "unmerge", "verify", "inspect", "combine"}
+    assert tasks <= set(nblora.__all__)
+    assert set(nblora.__all__) <= set(run("import nblora; print(*dir(nblora))").stdout.split())
 
 
 # --- docstrings --------------------------------------------------------------------------------------------------

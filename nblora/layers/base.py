@@ -1,5 +1,6 @@
 """`Layer`: what every layer, adapter and model does, whatever it computes."""
 
+import importlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -14,6 +15,8 @@ from nblora.storage.onnx_graph import OnnxGraph
 from .named_parameters import NamedParameters, Parameter
 
 PRECISIONS = ("float32", "tf32", "bf16-base")
+ROOMS_OF_KINDS = ("nblora.adapters", "nblora.models")
+"""Where layers come from that files name, beside this room: only named, since it must not depend on them."""
 
 
 class Layer(NamedParameters):
@@ -469,7 +472,16 @@ def read_layer(path: str | os.PathLike[str]) -> Layer:
 
 def layer_from_state(kind: str, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Layer:
     """Make a layer of the class called `kind`; KeyError for an unknown one."""
-    return Layer.kinds[kind]._from_state(config, tensors)
+    return _kind(kind)._from_state(config, tensors)
+
+
+def _kind(name: str) -> type[Layer]:
+    """The class called `name`, whose room may not have been imported yet: `import nblora` imports none."""
+    for room in ROOMS_OF_KINDS:
+        if name in Layer.kinds:
+            break
+        importlib.import_module(room)
+    return Layer.kinds[name]
 
 
 def _restore_layer(

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
@@ -17,6 +18,8 @@ from nblora.storage.onnx_graph import OnnxGraph
 from .targets import match_names
 
 ADAPTERS: dict[str, Callable[..., Adapter]] = {cls.method: cls for cls in (LoRAAdapter, DeltaLoRAAdapter)}
+DEFAULT_ADAPTER = LoRAAdapter.method
+"""Wherever none is named: a dense delta makes a layer's state larger than the layer, so it is asked for."""
 
 
 class Sequential(Layer):
@@ -181,9 +184,10 @@ class Sequential(Layer):
     def adapt(
         self,
         target: Any,
-        adapter: str = "delta",
+        adapter: str = DEFAULT_ADAPTER,
         *,
         rank: int,
+        lower_rank: bool = False,
         modules_to_save: Any = None,
         seed: int | np.random.Generator | None = None,
         **settings: Any,
@@ -201,6 +205,9 @@ class Sequential(Layer):
             Which adapter.
         rank : int
             Of every new adapter.
+        lower_rank : bool
+            Give a layer that is too small for `rank` the largest that it can have, with a warning that names it. By
+            default that is an error.
         modules_to_save : like `target`, optional
             Layers to train as they are.
         seed : int or Generator, optional
@@ -211,7 +218,8 @@ class Sequential(Layer):
         Raises
         ------
         ValueError
-            For a pattern that matches no layer; the message lists the names. Nothing is changed then.
+            For a pattern that matches no layer (the message lists the names), for a layer that is adapted already,
+            and for one that is too small for `rank`. Nothing is changed then.
         """
         kind = ADAPTERS[checks.check_choice("adapter", adapter, tuple(ADAPTERS))]
         slots = {name: (owner, key) for name, owner, key in self._slots()}
@@ -221,11 +229,12 @@ class Sequential(Layer):
         both = sorted(set(chosen) & set(trained))
         if both:
             raise ValueError(f"target and modules_to_save both name {', '.join(both)}: a layer is one or the other")
+        _check_plain({name: slots[name][0][slots[name][1]] for name in (*chosen, *trained)})
         children = np.random.default_rng(seed).spawn(len(chosen))
         new = {}
         for name, child in zip(chosen, children, strict=True):
             owner, key = slots[name]
-            new[name] = kind(owner[key], rank, seed=child, **settings)
+            new[name] = kind(owner[key], _rank_of(name, owner[key], rank, lower_rank), seed=child, **settings)
         for name, (owner, key) in slots.items():
             if name in new:
                 owner._layers[key] = new[name].train() if self.training else new[name].eval()
@@ -305,6 +314,29 @@ class Sequential(Layer):
             return f"{type(self).__name__}(closed)"
         rows = "".join(f"{os.linesep}  ({name}): {layer!r}" for name, layer in self.named_layers())
         return f"{type(self).__name__}({rows}{os.linesep})"
+
+
+def _check_plain(layers: Mapping[str, Layer]) -> None:
+    """ValueError where an adapter is among the layers to adapt, or to train as they are."""
+    for name, layer in layers.items():
+        if isinstance(layer, Adapter):
+            raise ValueError(
+                f"layer {name!r} has an adapter already, a {type(layer).__name__} of rank {layer.rank}: train that one "
+                "on, name other layers, or adapt what model.merge() returns, where it is part of the weight"
+            )
+
+
+def _rank_of(name: str, layer: Layer, rank: int, lower: bool) -> int:
+    """`rank`, or the largest that a small layer can have, where `lower` allows it."""
+    largest = min(layer.in_features, layer.out_features)
+    small = f"layer {name!r} maps {layer.in_features} to {layer.out_features} features"
+    if not checks.check_flag("lower_rank", lower):
+        remedy = f"{small}; take a lower rank, leave that layer out of target, or pass lower_rank=True"
+        return checks.check_integer("rank", rank, 1, largest, remedy)
+    asked = checks.check_integer("rank", rank, 1)
+    if asked > largest:
+        warnings.warn(f"{small}, so its adapter has rank {largest} instead of {asked}", UserWarning, stacklevel=3)
+    return min(asked, largest)
 
 
 def _named(layers: tuple[Any, ...]) -> dict[str, Layer]:

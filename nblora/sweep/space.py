@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from nblora import checks
+from nblora.models.sequential import DEFAULT_ADAPTER
 
 Settings = dict[str, Any]
 
@@ -80,7 +81,7 @@ def run_key(settings: Mapping[str, Any], task_digest: str) -> str:
 
 def relevant(settings: Mapping[str, Any]) -> Settings:
     """Return the settings that the run's method uses, in one order, with the method and the seed always there."""
-    method = checks.check_choice("method", settings.get("method", "delta"), METHODS)
+    method = checks.check_choice("method", settings.get("method", DEFAULT_ADAPTER), METHODS)
     used = COMMON + (OF_ADAPTERS if method in ("lora", "delta") else ()) + (OF_DELTAS if method == "delta" else ())
     if settings.get("optimizer", "adamw") != "adamw":
         used = tuple(name for name in used if name != "weight_decay")

@@ -26,6 +26,7 @@ def fit(
     *,
     loss: Any,
     optimizer: Any = "adamw",
+    lr: float | None = None,
     epochs: int = 10,
     batch_size: int = 32,
     validation: tuple[Any, Any] | None = None,
@@ -53,7 +54,9 @@ def fit(
         "binary_cross_entropy".
     loss : {"mse", "cross_entropy", "binary_cross_entropy"} or Loss
     optimizer : {"adamw", "sgd"} or Optimizer
-        A name takes the optimiser's defaults; `AdamW(lr=3e-4)` and the like set them.
+        A name takes the optimiser's defaults; `AdamW(weight_decay=0.1)` and the like set them.
+    lr : float, optional
+        Learning rate of an optimiser given by name; default: its own, 0.001 for "adamw" and 0.01 for "sgd".
     epochs : int
         Passes over the data, those before `resume` included.
     batch_size : int
@@ -122,7 +125,7 @@ def fit(
     """
     check_model(model)
     objective = as_loss(loss)
-    rates = as_optimizer(optimizer)
+    rates = as_optimizer(optimizer, lr)
     run = Run(
         model,
         check_samples(("x", "y"), x, y, model, objective),

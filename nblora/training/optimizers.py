@@ -133,13 +133,18 @@ class AdamW(Optimizer):
 OPTIMIZERS: dict[str, type[SGD] | type[AdamW]] = {"adamw": AdamW, "sgd": SGD}
 
 
-def as_optimizer(optimizer: Any) -> Optimizer:
-    """Return the optimiser that a name, with its defaults, or an object stands for."""
+def as_optimizer(optimizer: Any, lr: float | None = None) -> Optimizer:
+    """Return the optimiser that a name, with its defaults but for `lr`, or an object stands for."""
     if isinstance(optimizer, Optimizer):
+        if lr is not None:
+            raise ValueError(
+                f"lr={lr!r} is for an optimizer given by name, and {optimizer!r} has its own: give one of the two"
+            )
         return optimizer
     if not isinstance(optimizer, str):
         raise TypeError(
             f"optimizer must be a name ({', '.join(map(repr, OPTIMIZERS))}) or an Optimizer object such as "
             f"AdamW(lr=1e-3), got {optimizer!r}"
         )
-    return OPTIMIZERS[checks.check_choice("optimizer", optimizer, tuple(OPTIMIZERS))]()
+    kind = OPTIMIZERS[checks.check_choice("optimizer", optimizer, tuple(OPTIMIZERS))]
+    return kind() if lr is None else kind(lr=checks.check_not_negative("lr", lr))

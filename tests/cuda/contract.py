@@ -112,7 +112,7 @@ def check_fit(rng, move, optimizer="adamw", **settings):
         make_layer(rng, (8, 7), nblora.Dense, "float32", "tanh"),
         make_layer(rng, (7, 3), nblora.Dense, "float32"),
     )
-    model.adapt(["0", "1"], rank=2, seed=0, modules_to_save="2", lora_dropout=0.1)
+    model.adapt(["0", "1"], "delta", rank=2, seed=0, modules_to_save="2", lora_dropout=0.1)
     x, y = rng.normal(size=(24, 6)).astype(np.float32), rng.integers(3, size=24)
     losses = []
     for twin in (model.clone(), move(model.clone())):

@@ -149,7 +149,7 @@ def test_diagnostics_of_every_layer(model):
 def test_targets(model, target, expected):
     layers = dict(model.named_layers())
     assert model.adapt(target, rank=2) is model
-    adapted = {name: layer for name, layer in model.named_layers() if isinstance(layer, nblora.DeltaLoRAAdapter)}
+    adapted = {name: layer for name, layer in model.named_layers() if type(layer) is nblora.LoRAAdapter}
     assert list(adapted) == expected
     for name, adapter in adapted.items():
         assert adapter.base_layer is layers[name]
@@ -213,7 +213,7 @@ def test_each_adapter_draws_its_own_numbers_from_one_seed(rng):
 
 
 def test_other_layers_are_frozen_but_for_modules_to_save(model, x, rng):
-    model.adapt("hidden1", rank=2, modules_to_save="head")
+    model.adapt("hidden1", "delta", rank=2, modules_to_save="head")
     assert not model["hidden2"].trainable
     assert model["head"].trainable
     assert model.parameter_count == 7 * 2 + 2 * 6 + 7 * 6 + 6 * 4 + 4
@@ -249,6 +249,25 @@ def test_adapt_reaches_into_nested_models(rng, x):
     assert_unchanged(model.clone(), snapshot(model))
 
 
+def test_an_adapted_layer_is_not_adapted_again(model):
+    model.adapt("hidden1", rank=2)
+    layers = list(model)
+    for arguments in ({"target": "h*"}, {"target": "head", "modules_to_save": "hidden1"}):
+        with pytest.raises(ValueError, match=r"layer 'hidden1' has an adapter already.*model\.merge\(\)"):
+            model.adapt(**arguments, rank=2)
+        assert list(model) == layers
+    again = model.merge().adapt("hidden1", rank=2)
+    assert type(again["hidden1"].base_layer) is nblora.Dense
+
+
+def test_a_rank_that_is_too_large_names_the_layer_or_is_lowered(model):
+    with pytest.raises(ValueError, match=r"between 1 and 4, got 5: layer 'head' maps 6 to 4 .*lower_rank=True"):
+        model.adapt("*", rank=5)
+    with pytest.warns(UserWarning, match="layer 'head' maps 6 to 4 features, so its adapter has rank 4 instead of 5"):
+        model.adapt("*", rank=5, lower_rank=True)
+    assert [layer.rank for layer in model] == [5, 5, 4]
+
+
 def test_adapting_again_leaves_the_first_adapters(model):
     model.adapt("hidden1", rank=2)
     first = model["hidden1"]
@@ -261,7 +280,7 @@ def test_adapting_again_leaves_the_first_adapters(model):
 
 
 def test_merge_returns_a_plain_model(model, x, rng):
-    model.adapt("hidden*", rank=2)
+    model.adapt("hidden*", "delta", rank=2)
     for name in ("hidden1", "hidden2"):
         randomise(model[name], rng)
     before = snapshot(model)
@@ -278,7 +297,7 @@ def test_merge_returns_a_plain_model(model, x, rng):
 
 def test_disable_adapter(model, x, rng):
     before = model(x)
-    model.adapt("hidden*", rank=2)
+    model.adapt("hidden*", "delta", rank=2)
     randomise(model["hidden1"], rng)
     with model.disable_adapter() as entered:
         assert entered is model
@@ -301,7 +320,7 @@ def test_print_trainable_parameters(rng, capsys):
 
 
 def test_save_and_load(model, x, rng, tmp_path):
-    model.adapt("hidden*", rank=2, modules_to_save="head")
+    model.adapt("hidden*", "delta", rank=2, modules_to_save="head")
     randomise(model["hidden1"], rng)
     model.save(tmp_path / "model")
     loaded = nblora.Sequential.load(tmp_path / "model")

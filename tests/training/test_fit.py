@@ -45,6 +45,13 @@ def test_plain_descent_equals_the_public_calls(adapter):
     assert_close_state(support.state(model), support.state(twin))
 
 
+def test_a_learning_rate_beside_a_name():
+    model, twin = support.network(), support.network()
+    fit(model, optimizer="sgd", lr=0.3)
+    fit(twin, optimizer=SGD(0.3))
+    assert_close_state(support.state(model), support.state(twin))
+
+
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("optimizer", [SGD(0.2), SGD(0.2, 0.8), AdamW(0.01)], ids=repr)
 def test_fused_equals_unfused(optimizer, frozen):

@@ -54,6 +54,8 @@ def test_updates_match_the_naive_formula(optimizer, naive, dtype):
         (lambda: SGD(0.1, 1.0), ValueError, "momentum"),
         (lambda: as_optimizer("adam"), ValueError, "'adamw', 'sgd'"),
         (lambda: as_optimizer(AdamW), TypeError, "Optimizer object"),
+        (lambda: as_optimizer("adamw", -1.0), ValueError, "lr must be"),
+        (lambda: as_optimizer(AdamW(lr=0.1), 0.2), ValueError, r"lr=0.2 is for an optimizer given by name"),
         (lambda: WarmupCosine(warmup=-1), ValueError, "warmup"),
         (lambda: WarmupCosine(warmup=1.5), ValueError, "warmup"),
         (lambda: WarmupCosine(final=2), ValueError, "final must be between 0 and 1, got 2"),
@@ -69,6 +71,8 @@ def test_wrong_settings(make, error, message):
 
 def test_names_take_the_defaults():
     assert repr(as_optimizer("adamw")) == repr(AdamW())
+    assert repr(as_optimizer("adamw", 0.5)) == repr(AdamW(0.5))
+    assert repr(as_optimizer("sgd", 0)) == repr(SGD(0.0))
     assert repr(AdamW()) == "AdamW(lr=0.001, betas=(0.9, 0.999), eps=1e-08, weight_decay=0.01, lora_plus_ratio=None)"
     assert repr(as_optimizer("sgd")) == "SGD(lr=0.01, momentum=0.0, lora_plus_ratio=None)"
     assert repr(as_schedule("cosine")) == "WarmupCosine(warmup=0, final=0.0, total_steps=None)"
