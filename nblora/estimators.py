@@ -7,10 +7,9 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from nblora import Dense, Sequential, checks, load
-from nblora.adapters import Adapter
+from nblora.adapters import DEFAULT_ADAPTER, Adapter
 from nblora.errors import MissingExtraError
-from nblora.layers import Layer
-from nblora.models.sequential import DEFAULT_ADAPTER
+from nblora.layers import Layer, tree
 from nblora.models.targets import match_names
 from nblora.training import SGD, AdamW, Constant, EarlyStopping, Loss, Optimizer, fit
 from nblora.training.data import check_samples
@@ -232,7 +231,7 @@ class _LoRAEstimator(BaseEstimator):
             model, head = self._new_network(X, rng), None
         else:
             model, head = self._copied_base(X.shape[1], rng)
-        names = [name for name, _ in model._sequence() if name != head]
+        names = [name for name, _ in tree.units(model) if name != head]
         self._adapt(model, match_names("target", self.target, names), head, rng)
         self.model_ = model
 
@@ -251,7 +250,7 @@ class _LoRAEstimator(BaseEstimator):
         base = load(self.base) if isinstance(self.base, str | os.PathLike) else self.base
         check_model(base)
         model = base if isinstance(base, Sequential) else Sequential({"base": base})
-        adapted = any(isinstance(layer, Adapter) for _, layer in model._sequence())
+        adapted = any(isinstance(layer, Adapter) for _, layer in tree.units(model))
         model = model.merge() if adapted else model.clone()
         if model.in_features != features:
             raise ValueError(f"base takes {model.in_features} features, but X has {features} features")
@@ -275,7 +274,7 @@ class _LoRAEstimator(BaseEstimator):
         if self.method == "delta":
             settings |= {"delta_scaling": self.delta_scaling, "momentum_factor": self.momentum_factor}
         settings["freeze_base_layer"] = self.base is not None
-        layers = dict(model._sequence())
+        layers = dict(tree.units(model))
         by_rank: dict[int, list[str]] = {}
         for name in names:
             largest = min(layers[name].in_features, layers[name].out_features)

@@ -1,32 +1,36 @@
 """`Adapter`: what every adapter does around its base layer, whichever method it follows."""
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Self
 
 import numpy as np
 
 from nblora import checks
-from nblora.backends.protocol import Base, Delta, Gradients, Operands
+from nblora.backends.protocol import Array, Base, Delta, Operands
 from nblora.layers.base import Layer, layer_from_state
-from nblora.layers.dense import Dense
-from nblora.layers.diagnostics import describe_linear
-from nblora.layers.linear import Linear
+from nblora.layers.diagnostics import describe_projection
 from nblora.layers.low_rank import LoRALayer
-from nblora.layers.named_parameters import Parameter
+from nblora.layers.parameters import Parameter
+from nblora.layers.projection import Projection
+from nblora.layers.run import Run
 from nblora.storage.checkpoint import take_tensor
-from nblora.storage.onnx_graph import OnnxGraph
 
 
-class Adapter(Linear, abstract=True):
-    """A base layer plus a trained change of it.
+class Adapter(Projection, abstract=True):
+    """A base layer plus a trained change of it, in one fused computation on the pre-activation.
 
-    On a `Dense` or `FullyConnected` base everything is one fused computation on the pre-activation. Any other base
-    (a model, another adapter) is computed by itself and the change is added to its output.
+    Only operands make an adapter different from its base: `_operands` is its forward. A base that is no single product
+    (a model, another adapter) gets an `AroundModel` of the same class and name.
     """
 
     method: ClassVar[str]
-    _own_arrays: ClassVar[tuple[str, ...]] = ()
+
+    def __new__(cls, base_layer: Any = None, *arguments: Any, **settings: Any) -> Self:
+        if isinstance(base_layer, Layer) and not base_layer.adaptable:
+            cls = around_model(cls)
+        return super().__new__(cls)
 
     def _wrap(self, base_layer: Any, lora_layer: LoRALayer, freeze: bool, lora_dropout: float, rng: Any) -> None:
         """Begin life around `base_layer`, all arguments checked but the base."""
@@ -38,8 +42,6 @@ class Adapter(Linear, abstract=True):
         self.lora_dropout = checks.check_fraction("lora_dropout", lora_dropout)
         self._rng = _saveable(np.random.default_rng(rng))
         self._enabled = True
-        self._fused = isinstance(base_layer, Dense)
-        lora_layer._move(base_layer._backend)
         self._open(base_layer._backend)
 
     def _new_low_rank(
@@ -49,6 +51,14 @@ class Adapter(Linear, abstract=True):
         check_base(base_layer)
         sizes = base_layer.in_features, base_layer.out_features
         return LoRALayer(*sizes, rank, alpha, use_rslora=use_rslora, init=init, dtype=base_layer.dtype, seed=rng)
+
+    # --- the tree ----------------------------------------------------------------------------------------------
+
+    def children(self) -> dict[str, Layer]:
+        return {"base": self.base_layer, "": self.lora_layer}  # the factors are named as the adapter's own
+
+    def _freezes(self, child: str) -> bool:
+        return not self.trainable or (child == "base" and self.is_base_layer_frozen)
 
     # --- the low-rank part -------------------------------------------------------------------------------------
 
@@ -73,91 +83,28 @@ class Adapter(Linear, abstract=True):
         """The delta as a backend takes it; None for methods without one."""
         return None
 
+    def _base_operands(self) -> Operands:
+        """What the base computes with; its weight is trained where it is not frozen."""
+        return self.base_layer._operands()._replace(train_base=not self.is_base_layer_frozen)
+
     def _operands(self) -> Operands:
-        base = self.base_layer.as_operand() if self._fused else self._stand_in_base()
-        code = self.base_layer._activation if self._fused else 0
-        train_base = self._fused and not self.is_base_layer_frozen
+        base = self._base_operands()
         if not self._enabled:
-            return Operands(base, None, None, code, train_base)
-        return Operands(base, self.lora_layer.as_operand(), self._delta_operand(), code, train_base)
+            return base
+        return base._replace(low_rank=self.lora_layer.as_operand(), delta=self._delta_operand())
 
-    def _stand_in_base(self) -> Base | None:
-        """What the change is computed on where the base computes by itself."""
-        return None
+    def _targets(self) -> Iterator[tuple[str, Parameter]]:
+        yield from self._base_targets()
+        yield from self.lora_layer._targets()
 
-    def _dropout_mask(self, rows: np.ndarray) -> Any:
-        if self.lora_dropout == 0 or not self._enabled:
+    def _base_targets(self) -> Iterator[tuple[str, Parameter]]:
+        return iter(()) if self.is_base_layer_frozen else self.base_layer._targets()
+
+    def _dropout_mask(self, rows: Array) -> Array | None:
+        if self.lora_dropout == 0 or not (self._enabled and self._training):
             return None
         kept = self._rng.random(rows.shape, self.dtype) >= self.lora_dropout
         return self._backend.from_host(kept * self.dtype.type(1 / (1 - self.lora_dropout)))
-
-    def forward(self, x: Any) -> np.ndarray:
-        if self._fused:
-            return super().forward(x)
-        samples, on_device = self._enter("x", x, self.in_features)
-        y = self.base_layer.forward(samples)
-        if self._enabled:
-            self._backend.add(y, super().forward(samples))
-        elif self._training:
-            self._saved = None
-        return self._leave(y, on_device)
-
-    def backward(self, grad_output: Any, accumulate: bool = False) -> np.ndarray:
-        if self._fused:
-            return super().backward(grad_output, accumulate)
-        self._require_forward()
-        if self._saved is None and not self._enabled:
-            grad_input = self.base_layer.backward(grad_output, accumulate)
-            if self._gradients is None or not accumulate:
-                self._gradients = {p.name: self._backend.zeros_like(p.array) for p in self._own_trainable()}
-            return grad_input
-        grad, on_device = self._enter("grad_output", grad_output, self.out_features)
-        own = super().backward(grad, accumulate)
-        grad_input = self.base_layer.backward(grad, accumulate)
-        self._backend.add(grad_input, own)
-        return self._leave(grad_input, on_device)
-
-    def backward_update(self, grad_output: Any, lr: float) -> np.ndarray:
-        if self._enabled:
-            return super().backward_update(grad_output, lr)
-        checks.check_not_negative("lr", lr)
-        grad_input = self.backward(grad_output)
-        self.update_parameters(lr)
-        self._forget_gradients()
-        return grad_input
-
-    def _sweep(self, grad_output: Any, lr: float, delta_lr: float) -> np.ndarray:
-        if self._fused:
-            return super()._sweep(grad_output, lr, delta_lr)
-        self._require_forward()
-        grad, on_device = self._enter("grad_output", grad_output, self.out_features)
-        if self.is_base_layer_frozen:
-            grad_input = self.base_layer.backward(grad)
-            self.base_layer._forget_forward()
-        else:
-            grad_input = self.base_layer._sweep(grad, lr, delta_lr)
-        self._backend.add(grad_input, super()._sweep(grad, lr, delta_lr))
-        return self._leave(grad_input, on_device)
-
-    def _require_forward(self) -> None:
-        if self._fused or self._enabled:
-            super()._require_forward()
-        if not self._fused:
-            self.base_layer._require_forward()
-
-    def _forget_forward(self) -> None:
-        super()._forget_forward()
-        if not self._fused:
-            self.base_layer._forget_forward()
-
-    def _forget_gradients(self) -> None:
-        super()._forget_gradients()
-        if not self._fused:
-            self.base_layer._forget_gradients()
-
-    def _generators(self) -> dict[str, np.random.Generator]:
-        own = {"": self._rng}
-        return own if self._fused else own | {f"base.{name}": g for name, g in self.base_layer._generators().items()}
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[Self]:
@@ -169,77 +116,9 @@ class Adapter(Linear, abstract=True):
             if not self._closed:
                 self._enabled = before
 
-    # --- parameters and gradients ------------------------------------------------------------------------------
-
-    def _own_parameters(self) -> Iterator[Parameter]:
-        """What the adapter adds to its base."""
-        yield from self.lora_layer._parameters()
-
-    def _trainable(self) -> Iterator[Parameter]:
-        # To walk through a frozen base and name its parameters anew took a tenth of a tiny step.
-        return self._own_trainable() if self.is_base_layer_frozen else super()._trainable()
-
-    def _own_trainable(self) -> Iterator[Parameter]:
-        return (parameter for parameter in self._own_parameters() if parameter.trainable)
-
-    def _parameters(self) -> Iterator[Parameter]:
-        for parameter in self.base_layer._parameters():
-            trainable = not self.is_base_layer_frozen and (parameter.trainable or self._fused)
-            if parameter.optional:
-                trainable = False
-            yield parameter._replace(name=f"base.{parameter.name}", trainable=trainable)
-        yield from self._own_parameters()
-
-    def _named_gradients(self, gradients: Gradients) -> Iterator[tuple[str, Any]]:
-        yield "base.weight", gradients.weight
-        yield "base.bias", gradients.bias
-        named = {"lora_A": gradients.A, "lora_B": gradients.B, "delta": gradients.delta}
-        if self._saved is not None and self._saved[2].low_rank is None:  # the forward ran disabled
-            named = {p.name: self._backend.zeros_like(p.array) for p in self._own_trainable()}
-        yield from named.items()
-
-    def _held_gradients(self) -> dict[str, Any]:
-        held = super()._held_gradients()
-        if self._fused or self.is_base_layer_frozen:
-            return held
-        return held | {f"base.{name}": g for name, g in self.base_layer._held_gradients().items()}
-
-    def _apply_momentum(self, lr: float) -> None:
-        if not (self._fused or self.is_base_layer_frozen):
-            self.base_layer._apply_momentum(lr)
-
-    def zero_gradients(self) -> None:
-        if self._fused:
-            super().zero_gradients()
-            return
-        self._gradients = {p.name: self._backend.zeros_like(p.array) for p in self._own_trainable()}
-        self.base_layer.zero_gradients()
-
-    # --- modes -------------------------------------------------------------------------------------------------
-
-    def train(self) -> Self:
-        if not self._fused:
-            self.base_layer.train()
-        return super().train()
-
-    def eval(self) -> Self:
-        if not self._fused:
-            self.base_layer.eval()
-        return super().eval()
-
-    def reset_state(self) -> None:
-        if not self._fused:
-            self.base_layer.reset_state()
-        super().reset_state()
-
-    def _pieces(self, frozen: bool) -> Iterator[tuple[Layer, tuple[str, ...], tuple[str, ...]]]:
-        yield from self.base_layer._pieces(frozen or self.is_base_layer_frozen)
-        yield from self.lora_layer._pieces(frozen)
-        yield self, self._own_arrays, ()
-
     # --- merging, describing, keeping --------------------------------------------------------------------------
 
-    def merge_to_original_layer(self) -> Dense:
+    def merge_to_original_layer(self) -> Layer:
         """Return a new layer of the base's class with the change folded in: W' = W + s A B + c D, b' = b.
 
         The base is untouched and shares no memory with the new layer.
@@ -249,18 +128,8 @@ class Adapter(Linear, abstract=True):
         RuntimeError
             For a base that is neither `Dense` nor `FullyConnected`.
         """
-        base = self.base_layer
-        if not isinstance(base, Dense):
-            raise RuntimeError(
-                f"only Dense and FullyConnected layers can take a merged weight, and the base is a "
-                f"{type(base).__name__}: merge that one first and wrap what comes back"
-            )
-        operands = Operands(base.as_operand(), self.lora_layer.as_operand(), self._delta_operand(), 0, False)
-        weight = self._backend.to_host(self._backend.merge(operands))
-        bias = None if base.bias is None else np.array(self._backend.to_host(base.bias))
-        merged = type(base)(weight, bias, activation=base.activation)
-        merged._move(self._backend)
-        return merged
+        operands = Operands(self.base_layer.as_operand(), self.lora_layer.as_operand(), self._delta_operand(), 0, False)
+        return self.base_layer.with_weight(self._backend.merge(operands))
 
     def diagnostics(self) -> dict[str, Any]:
         extra = {
@@ -271,17 +140,7 @@ class Adapter(Linear, abstract=True):
             "scaling": self.scaling,
             "lora_dropout": self.lora_dropout,
         }
-        return describe_linear(self, extra | self._method_config())
-
-    def _onnx_operands(self) -> Operands:
-        operands = self._operands()
-        return operands if self._fused else operands._replace(base=None)  # that one adds itself
-
-    def _add_to_onnx(self, graph: OnnxGraph, x: str) -> str:
-        if self._fused:
-            return super()._add_to_onnx(graph, x)
-        y = self.base_layer._add_to_onnx(graph, x)
-        return graph.node("Add", y, super()._add_to_onnx(graph, x)) if self._enabled else y
+        return describe_projection(self, extra | self._method_config())
 
     def _method_config(self) -> dict[str, Any]:
         """The settings that only this method has."""
@@ -308,19 +167,69 @@ class Adapter(Linear, abstract=True):
         rank = checks.check_integer("rank", config["rank"], 1)
         A = take_tensor(tensors, "lora_A", base.dtype, (base.in_features, rank))
         B = take_tensor(tensors, "lora_B", base.dtype, (rank, base.out_features))
-        adapter = cls.__new__(cls)
+        adapter = cls.__new__(cls, base)
         low_rank = LoRALayer.from_factors(A, B, config["alpha"], use_rslora=config["use_rslora"])
+        adapter._restore(base, config, tensors)
         adapter._wrap(base, low_rank, config["freeze_base_layer"], config["lora_dropout"], _generator(config))
-        adapter._restore(config, tensors)
-        return adapter.train() if config["training"] else adapter.eval()
+        adapter._training = checks.check_flag("training", config["training"])
+        return adapter
 
-    def _restore(self, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
-        """Take what only this method has from a saved state."""
+    def _restore(self, base: Layer, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
+        """Take what only this method has from a saved state, before it is wrapped around `base`."""
 
     def __repr__(self) -> str:
         if self._closed:
             return f"{type(self).__name__}(closed)"
         return f"{type(self).__name__}({self.base_layer!r}, rank={self.rank}, alpha={self.alpha:g})"
+
+
+class AroundModel(Adapter, abstract=True):
+    """An adapter whose base computes by itself: y = base(x) + s (x A) B + c (x D), the change added to its output."""
+
+    def _parts(self) -> dict[str, Layer]:
+        return {"base": self.base_layer}
+
+    def _base_operands(self) -> Operands:
+        delta = self._delta_operand()  # which is computed only on top of a weight
+        base = None if delta is None else Base(self._backend.zeros_like(delta.delta), None, False)
+        return Operands(base, None, None, 0, False)
+
+    def _base_targets(self) -> Iterator[tuple[str, Parameter]]:
+        return iter(())
+
+    def _forward(self, x: Array, run: Run) -> Array:
+        live, frozen = run.live, run.frozen
+        run.frozen = frozen or self.is_base_layer_frozen
+        y = self.base_layer._forward(x, run)
+        run.frozen, below, run.live = frozen, run.live, live
+        if self._enabled:
+            run.backend.add(y, super()._forward(x, run))
+        elif run.training:
+            run.keep(self, None)
+        run.live = run.live or below
+        return y
+
+    def _backward(self, grad: Array, run: Run) -> Array | None:
+        own = super()._backward(grad, run)
+        below = self.base_layer._backward(grad, run)
+        if own is None or below is None:
+            return below if own is None else own
+        run.backend.add(below, own)
+        return below
+
+    def merge_to_original_layer(self) -> Layer:
+        raise RuntimeError(
+            f"only Dense and FullyConnected layers can take a merged weight, and the base is a "
+            f"{type(self.base_layer).__name__}: merge that one first and wrap what comes back"
+        )
+
+
+@functools.cache
+def around_model(cls: type[Adapter]) -> type[Adapter]:
+    """The class `cls` for bases that compute by themselves, of the same name."""
+    if issubclass(cls, AroundModel):
+        return cls
+    return type(cls.__name__, (AroundModel, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__}, abstract=True)
 
 
 def check_base(base_layer: Any) -> None:

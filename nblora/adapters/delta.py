@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 
 from nblora import checks
-from nblora.backends.protocol import Base, Delta
+from nblora.backends.protocol import Array, Delta
 from nblora.layers.base import Layer
-from nblora.layers.named_parameters import Parameter
+from nblora.layers.parameters import Parameter
 from nblora.storage.checkpoint import take_tensor
 
 from .base import Adapter
@@ -38,7 +38,6 @@ class DeltaLoRAAdapter(Adapter):
     """
 
     method = "delta"
-    _own_arrays = ("_delta", "_velocity")
 
     def __init__(
         self,
@@ -56,29 +55,43 @@ class DeltaLoRAAdapter(Adapter):
     ) -> None:
         rng = np.random.default_rng(seed)
         low_rank = self._new_low_rank(base_layer, rank, alpha, use_rslora, init, rng)
+        zeros = (np.zeros((base_layer.in_features, base_layer.out_features), base_layer.dtype) for _ in range(2))
+        self._set_method(base_layer, delta_scaling, momentum_factor, *zeros)
         self._wrap(base_layer, low_rank, freeze_base_layer, lora_dropout, rng)
-        self._set_method(delta_scaling, momentum_factor)
-        shape = self.base_layer.weight.shape if self._fused else (self.in_features, self.out_features)
-        self._delta, self._velocity = (self._backend.from_host(np.zeros(shape, self.dtype)) for _ in range(2))
 
-    def _set_method(self, delta_scaling: Any, momentum_factor: Any) -> None:
+    def _set_method(self, base: Layer, delta_scaling: Any, momentum_factor: Any, delta: Any, velocity: Any) -> None:
+        """Take D and V, of logical shapes and stored like the base's weight, and how they act."""
         self.delta_scaling = checks.check_positive("delta_scaling", delta_scaling)
-        self.momentum_factor = checks.check_fraction("momentum_factor", momentum_factor)
+        momentum = checks.check_fraction("momentum_factor", momentum_factor)
+        turned = base.adaptable and base._weight.transposed
+        self._velocity = Parameter(
+            np.ascontiguousarray(velocity.T) if turned else velocity, transposed=turned, state=True
+        )
+        self._delta = Parameter(
+            np.ascontiguousarray(delta.T) if turned else delta,
+            transposed=turned,
+            velocity=self._velocity,
+            momentum=momentum,
+        )
 
     @property
-    def _transposed(self) -> bool:
-        """Whether D and V are stored as (out, in): like the base's weight."""
-        return self._fused and self.base_layer._transposed
+    def momentum_factor(self) -> float:
+        """m."""
+        return self._delta.momentum
+
+    @momentum_factor.setter
+    def momentum_factor(self, value: float) -> None:
+        self._delta.momentum = checks.check_fraction("momentum_factor", value)
 
     @property
-    def delta(self) -> np.ndarray:
+    def delta(self) -> Array:
         """D as a live view, (in_features, out_features)."""
-        return self._delta.T if self._transposed else self._delta
+        return self._delta.array.T if self._delta.transposed else self._delta.array
 
     @property
-    def velocity(self) -> np.ndarray:
+    def velocity(self) -> Array:
         """V as a live view, (in_features, out_features)."""
-        return self._velocity.T if self._transposed else self._velocity
+        return self._velocity.array.T if self._velocity.transposed else self._velocity.array
 
     def get_current_delta(self) -> np.ndarray:
         """Return a copy of D, (in_features, out_features)."""
@@ -88,34 +101,27 @@ class DeltaLoRAAdapter(Adapter):
         """Clear the cached input, the gradients and the velocity; with `include_delta=True` zero the delta too."""
         checks.check_flag("include_delta", include_delta)
         super().reset_state()
-        self._velocity[...] = 0
         if include_delta:
-            self._delta[...] = 0
+            self._delta.array[...] = 0
+
+    def _reset_own_state(self) -> None:
+        super()._reset_own_state()
+        self._velocity.array[...] = 0
 
     def _delta_operand(self) -> Delta | None:
-        return Delta(self._delta, self._velocity, self.delta_scaling, self.momentum_factor)
+        return Delta(self._delta.array, self._velocity.array, self.delta_scaling, self._delta.momentum)
 
-    def _stand_in_base(self) -> Base | None:
-        return Base(self._backend.zeros_like(self._delta), None, False)
+    def _targets(self) -> Iterator[tuple[str, Parameter]]:
+        yield from super()._targets()
+        yield "delta", self._delta
 
-    def _own_parameters(self) -> Iterator[Parameter]:
-        yield from super()._own_parameters()
-        transposed = self._transposed
-        yield Parameter("delta", self._delta, transposed, momentum=True)
-        yield Parameter("velocity", self._velocity, transposed, trainable=False, optional=True)
-
-    def _apply_momentum(self, lr: float) -> None:
-        super()._apply_momentum(lr)
-        gradient = (self._gradients or {}).get("delta")
-        if gradient is not None:
-            self._backend.momentum_update(self._delta, self._velocity, gradient, self.momentum_factor, lr)
+    def _own_parameters(self) -> dict[str, Parameter]:
+        return {"delta": self._delta, "velocity": self._velocity}
 
     def _method_config(self) -> dict[str, Any]:
         return {"delta_scaling": self.delta_scaling, "momentum_factor": self.momentum_factor}
 
-    def _restore(self, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
-        self._set_method(config["delta_scaling"], config["momentum_factor"])
-        shape = self.in_features, self.out_features
-        delta, velocity = (take_tensor(tensors, name, self.dtype, shape) for name in ("delta", "velocity"))
-        stored = (np.ascontiguousarray(array.T if self._transposed else array) for array in (delta, velocity))
-        self._delta, self._velocity = map(self._backend.from_host, stored)
+    def _restore(self, base: Layer, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
+        shape = base.in_features, base.out_features
+        state = (take_tensor(tensors, name, base.dtype, shape) for name in ("delta", "velocity"))
+        self._set_method(base, config["delta_scaling"], config["momentum_factor"], *state)

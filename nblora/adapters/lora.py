@@ -63,7 +63,7 @@ class LoRAAdapter(Adapter):
     def from_factors(cls, base_layer: Layer, A: Any, B: Any, alpha: float = -1.0, *, use_rslora: bool = False) -> Self:
         """Make an adapter of given factors, (in, rank) and (rank, out), whose rank may exceed min(in, out)."""
         check_base(base_layer)
-        adapter = cls.__new__(cls)
+        adapter = cls.__new__(cls, base_layer)
         low_rank = LoRALayer.from_factors(A, B, alpha, use_rslora=use_rslora)
         adapter._wrap(base_layer, low_rank, True, 0.0, None)
         return adapter

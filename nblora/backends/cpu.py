@@ -206,12 +206,18 @@ class CPUBackend:
             return y, None
         return y, Saved(x, u if low_rank is not None else None, z if activation else None, mask)
 
-    def backward(self, grad_output: Array, saved: Saved, operands: Operands) -> Gradients:
+    def backward(self, grad_output: Array, saved: Saved, operands: Operands, input_gradient: bool = True) -> Gradients:
         """Every gradient, from the values as they are; `delta` and `weight` stored."""
         return self._sweep(grad_output, saved, operands, False, 0.0, 0.0)
 
     def backward_update(
-        self, grad_output: Array, saved: Saved, operands: Operands, lr: float, delta_lr: float
+        self,
+        grad_output: Array,
+        saved: Saved,
+        operands: Operands,
+        lr: float,
+        delta_lr: float,
+        input_gradient: bool = True,
     ) -> Gradients:
         """Backward and the update of velocity, delta and a trained weight in one sweep, in place."""
         return self._sweep(grad_output, saved, operands, True, lr, delta_lr)

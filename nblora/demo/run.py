@@ -219,7 +219,10 @@ def state_bytes(model: Sequential, optimizer: Optimizer) -> int:
     """Bytes that training holds beyond the frozen weights: trainable parameters, each with the optimiser's arrays
     (AdamW's two moments) or, for a delta, its velocity. Gradients are left out: a fused delta has none."""
     copies = {True: 2, False: 1 + len(optimizer.slots)}
-    return sum(int(np.prod(p.shape)) * model.dtype.itemsize * copies[p.momentum] for p in model._trainable())
+    return sum(
+        int(np.prod(p.shape)) * model.dtype.itemsize * copies[p.parameter.velocity is not None]
+        for p in model._trainable()
+    )
 
 
 def check_merge(model: Sequential, row: MethodResult, split: Split) -> None:

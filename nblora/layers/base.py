@@ -2,17 +2,22 @@
 
 import importlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
 from nblora import checks
 from nblora.backends import resolve
+from nblora.backends.protocol import Array
+from nblora.errors import FormatError
 from nblora.storage.checkpoint import read_checkpoint, write_checkpoint
-from nblora.storage.onnx_graph import OnnxGraph
 
-from .named_parameters import NamedParameters, Parameter
+from . import tree
+from .parameters import Named, NamedParameters, Parameter
+from .run import Run
+from .saving import FROZEN, complete
+from .sinks import Held, Sweep, descend
 
 PRECISIONS = ("float32", "tf32", "bf16-base")
 ROOMS_OF_KINDS = ("nblora.adapters", "nblora.models")
@@ -20,11 +25,12 @@ ROOMS_OF_KINDS = ("nblora.adapters", "nblora.models")
 
 
 class Layer(NamedParameters):
-    """Base of every layer, adapter and model.
+    """Base of every layer, adapter and model: a node of a tree.
 
-    A subclass states its sizes (`in_features`, `out_features`, `dtype`), lists its parameters (`_parameters`), and
-    computes (`forward`, `backward`, `_sweep`). Gradients live in `_gradients` under the parameters' names, in the
-    stored layout, between a `backward` and the call that discards them.
+    A subclass states its sizes (`in_features`, `out_features`, `dtype`), names its parameters (`_own_parameters`), and
+    computes on arrays of its device (`_forward`, `_backward`). Layers that it holds as attributes are its children.
+    Names, modes, moving, counting, saving and updating follow from that, here and in `tree.py`. Nothing of a forward
+    is kept in a layer but in its run, of which a public `forward` keeps the last.
     """
 
     kinds: ClassVar[dict[str, type["Layer"]]] = {}
@@ -32,7 +38,12 @@ class Layer(NamedParameters):
     in_features: int
     out_features: int
     trainable: bool = True
+    adaptable: ClassVar[bool] = False
+    """Whether the layer is one product with a weight, which an adapter's change may join and be merged into."""
+    _computes: ClassVar[bool] = False
     _closed = False
+    _run: Run | None = None
+    _state = 0  # counts the events that make runs stale
 
     def __init_subclass__(cls, abstract: bool = False, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -40,15 +51,44 @@ class Layer(NamedParameters):
             Layer.kinds[cls.__name__] = cls
 
     def _open(self, backend: Any) -> None:
-        """Begin life: in training mode, on `backend`, whose arrays the layer's are, without gradients."""
-        self._backend = backend
+        """Begin life: in training mode, with arrays that are on the host or wherever the children have theirs; end on
+        `backend`."""
+        self._backend = resolve("cpu")
         self._training = True
-        self._gradients: dict[str, Any] | None = None
-
-    def _open_from_host(self, backend: Any) -> None:
-        """Begin life with arrays that are on the host or wherever the layers within have theirs; end on `backend`."""
-        self._open(resolve("cpu"))
         self._move(backend)
+
+    # --- the tree ----------------------------------------------------------------------------------------------
+
+    def children(self) -> dict[str, "Layer"]:
+        """Return the layers that this one holds, by name."""
+        self._require_open()
+        return {name: value for name, value in vars(self).items() if isinstance(value, Layer)}
+
+    def _own_parameters(self) -> dict[str, Parameter]:
+        """The parameters that are not its children's, by name."""
+        return {}
+
+    def _parts(self) -> dict[str, "Layer"]:
+        """The children that compute by themselves."""
+        return self.children()
+
+    def _freezes(self, child: str) -> bool:
+        """Whether it keeps a child as it is."""
+        return False
+
+    def _set_child(self, name: str, layer: "Layer") -> None:
+        """Put another layer in the place of a child."""
+        setattr(self, name, layer)
+
+    def _around(self, children: Mapping[str, "Layer"]) -> "Layer":
+        """The same container around other children."""
+        raise NotImplementedError
+
+    def _parameters(self) -> Iterator[Named]:
+        return tree.parameters(self)
+
+    def _trainable(self) -> Iterator[Named]:
+        return tree.trainable(self)
 
     # --- computing ---------------------------------------------------------------------------------------------
 
@@ -73,6 +113,20 @@ class Layer(NamedParameters):
         ValueError
             For another number of features.
         """
+        values, on_device = self._enter("x", x, self.in_features)
+        self._run = None  # its memory serves this one
+        run = Run(self._backend, self._training)
+        y = self._forward(values, run)
+        if self._training:
+            self._run, run.shape = run, y.shape
+        return self._leave(y, on_device)
+
+    def _forward(self, x: Array, run: Run) -> Array:
+        """Compute on arrays of the device; a new array, or one that no backward of `run` reads."""
+        raise NotImplementedError
+
+    def _backward(self, grad: Array, run: Run) -> Array | None:
+        """Hand every gradient to the run's sink, and return the input's, None where nobody wants it."""
         raise NotImplementedError
 
     def __call__(self, x: Any) -> np.ndarray:
@@ -99,7 +153,16 @@ class Layer(NamedParameters):
         RuntimeError
             Before `forward`, in evaluation mode, and after an update that made the last forward stale.
         """
-        raise NotImplementedError
+        checks.check_flag("accumulate", accumulate)
+        run, grad, on_device = self._go_back(grad_output)
+        trainable = list(self._trainable())
+        if not accumulate:
+            self._forget_gradients(trainable)
+        grad_input = self._backward(grad, run.back(Held()))
+        for named in trainable:
+            if named.parameter.gradient is None:  # the forward went past it, as past a disabled adapter
+                named.parameter.gradient = self._backend.zeros_like(named.array)
+        return self._leave(grad_input, on_device)
 
     def backward_update(self, grad_output: Any, lr: float) -> np.ndarray:
         """Do `backward(grad_output)` and `update_parameters(lr)` in one sweep over the weights.
@@ -113,12 +176,15 @@ class Layer(NamedParameters):
             Gradient with respect to the last forward's input.
         """
         rate = checks.check_not_negative("lr", lr)
-        trainable = self._check_trainable_memory()
-        grad_input = self._sweep(grad_output, rate, rate)
-        self._descend(trainable, rate)
-        self._apply_momentum(rate)
-        self._forget_gradients()
-        return grad_input
+        run, grad, on_device = self._go_back(grad_output)
+        trainable = self._writeable()
+        sweep = Sweep(rate, rate)
+        grad_input = self._backward(grad, run.back(sweep))
+        sweep.finish(self._backend, trainable)
+        self._forget_gradients(trainable)
+        run.end()
+        self._run = None
+        return self._leave(grad_input, on_device)
 
     def update_parameters(self, lr: float) -> None:
         """Update all trainable parameters, in place, from the last gradients, which are kept.
@@ -131,120 +197,26 @@ class Layer(NamedParameters):
             Where there are no gradients.
         """
         rate = checks.check_not_negative("lr", lr)
-        self._held_gradients()
-        self._check_trainable_memory()
-        self._apply_gradients(rate)
+        held = self._with_gradients()
+        self._writeable()
+        for _, parameter, _ in held:
+            descend(self._backend, parameter, parameter.gradient, rate, rate)
         self._forget_forward()
 
-    def _sweep(self, grad_output: Any, lr: float, delta_lr: float) -> np.ndarray:
-        """Backward that updates the dense parameters on its way, leaving the other gradients in `_gradients`."""
-        raise NotImplementedError
+    def _go_back(self, grad_output: Any) -> tuple[Run, Array, bool]:
+        """The last forward's run, the gradient of its output on the device, and whether it was there."""
+        run = self._run
+        if run is None or run.is_stale:
+            self._require_open()
+            raise RuntimeError(_why_no_forward(self._training))
+        grad, on_device = self._enter("grad_output", grad_output, self.out_features)
+        if grad.shape != run.shape:
+            raise ValueError(f"grad_output must have the output's shape {run.shape}, got {grad.shape}")
+        return run, grad, on_device
 
-    def _apply_gradients(self, lr: float) -> None:
-        """Update in place every trainable parameter whose gradient is held."""
-        self._descend(self._trainable(), lr)
-        self._apply_momentum(lr)
-
-    def _descend(self, parameters: Iterable[Parameter], lr: float) -> None:
-        """Update in place those of `parameters` whose gradient is held and which follow no velocity."""
-        gradients = self._held_gradients()
-        for parameter in parameters:
-            if parameter.name in gradients and not parameter.momentum:
-                self._backend.sgd_update(parameter.array, gradients[parameter.name], lr)
-
-    def _apply_momentum(self, lr: float) -> None:
-        """Update in place what follows a velocity, where its gradient is held: nothing but in delta adapters."""
-
-    def _require_forward(self) -> None:
-        """RuntimeError where there is no forward to go back through, at any depth."""
-        raise NotImplementedError
-
-    def _forget_forward(self) -> None:
-        """Drop what the last forward kept for backward."""
-        raise NotImplementedError
-
-    def _forget_gradients(self) -> None:
-        """Drop the gradients."""
-        self._gradients = None
-
-    def _sequence(self) -> Iterator[tuple[str, "Layer"]]:
-        """The layers that compute one after the other, with the names that prefix their parameters'."""
-        yield "", self
-
-    def _generators(self) -> dict[str, np.random.Generator]:
-        """The random generators that forward draws from, by the name of their layer."""
-        return {}
-
-    # --- parameters --------------------------------------------------------------------------------------------
-
-    def _trainable(self) -> Iterator[Parameter]:
-        return (parameter for parameter in self._parameters() if parameter.trainable)
-
-    @property
-    def parameter_count(self) -> int:
-        """The number of trainable parameters, counted as elements."""
-        return sum(int(np.prod(parameter.shape)) for parameter in self._trainable())
-
-    def get_parameters(self) -> np.ndarray:
-        """Return all trainable parameters as one vector: a copy, each row-major in its logical shape."""
-        return self._pack([self._logical_copy(parameter) for parameter in self._trainable()])
-
-    def set_parameters(self, vector: Any) -> None:
-        """Set all trainable parameters, in place, from a vector packed as `get_parameters` packs them.
-
-        Raises
-        ------
-        ValueError
-            For a vector of another length; nothing is changed.
-        """
-        array = checks.as_real("parameters", vector)
-        if array.shape != (self.parameter_count,):
-            raise ValueError(f"parameters must have shape ({self.parameter_count},), got {array.shape}")
-        values, start = {}, 0
-        for parameter in self._trainable():
-            stop = start + int(np.prod(parameter.shape))
-            values[parameter.name] = array[start:stop].reshape(parameter.shape)
-            start = stop
-        self._assign(values)
-
-    def get_parameter_gradients(self) -> np.ndarray:
-        """Return all gradients as one vector: a copy, packed as `get_parameters` packs the parameters.
-
-        Raises
-        ------
-        RuntimeError
-            Where there are no gradients.
-        """
-        gradients = self._held_gradients()
-        return self._pack([self._logical_copy(p._replace(array=gradients[p.name])) for p in self._trainable()])
-
-    def zero_gradients(self) -> None:
-        """Set all gradients to zero."""
-        self._gradients = {p.name: self._backend.zeros_like(p.array) for p in self._trainable()}
-
-    def _pack(self, arrays: list[np.ndarray]) -> np.ndarray:
-        return np.concatenate([array.ravel() for array in arrays]) if arrays else np.zeros(0, self.dtype)
-
-    def _held_gradients(self) -> dict[str, Any]:
-        if self._gradients is None:
-            raise RuntimeError("there are no gradients: call forward and backward first")
-        return self._gradients
-
-    def _store_gradients(self, gradients: Iterable[tuple[str, Any]], accumulate: bool) -> None:
-        """Keep those of the pairs of name and gradient that are not None, added to the held ones where `accumulate`."""
-        new = {name: gradient for name, gradient in gradients if gradient is not None}
-        if accumulate and self._gradients is not None:
-            for name, gradient in self._gradients.items():
-                self._backend.add(gradient, new[name])
-        else:
-            self._gradients = new
-
-    def _check_trainable_memory(self) -> list[Parameter]:
-        """Return the trainable parameters, once all of them can be updated in place."""
-        trainable = list(self._trainable())
-        for parameter in trainable:
-            checks.check_writeable(parameter.name, parameter.array)
-        return trainable
+    def _forget_gradients(self, trainable: list[Named]) -> None:
+        for named in trainable:
+            named.parameter.gradient = None
 
     # --- modes and life ----------------------------------------------------------------------------------------
 
@@ -255,22 +227,37 @@ class Layer(NamedParameters):
 
     def train(self) -> Self:
         """Enter training mode, in which every object begins, and return self."""
-        self._require_open()
-        self._training = True
+        self._set_mode(True)
         return self
 
     def eval(self) -> Self:
         """Enter evaluation mode and return self: nothing is kept for backward, and threads may share the object."""
-        self._require_open()
-        self._training = False
-        self._forget_forward()
+        self._set_mode(False)
         return self
+
+    def _set_mode(self, training: bool) -> None:
+        self._require_open()
+        for _, layer, _ in tree.walk(self):
+            layer._training = training
+        if not training:
+            self._forget_forward()
 
     def reset_state(self) -> None:
         """Clear the cached input and the gradients; keep what was learned."""
         self._require_open()
         self._forget_forward()
-        self._forget_gradients()
+        for _, layer, _ in tree.walk(self):
+            layer._reset_own_state()
+
+    def _forget_forward(self) -> None:
+        """Drop what forwards kept for backward, here and below."""
+        for _, layer, _ in tree.walk(self):
+            layer._run = None
+            layer._state += 1
+
+    def _reset_own_state(self) -> None:
+        for parameter in self._own_parameters().values():
+            parameter.gradient = None
 
     @property
     def device(self) -> str:
@@ -303,41 +290,24 @@ class Layer(NamedParameters):
 
     def _move(self, backend: Any) -> None:
         """Take all arrays to `backend`: every one of them, or where one fails, none."""
+        nodes = [node for node in tree.walk(self) if node.layer._backend is not backend]
         moved = []
-        for layer, names, frozen in self._pieces(False):
-            if layer._backend is not backend:
-                arrays = {name: layer._moved(name, backend.from_host) for name in names}
-                arrays |= {name: layer._moved(name, backend.base_from_host) for name in frozen}
-                moved.append((layer, arrays))
-        for layer, arrays in moved:
-            held = layer._gradients
-            if held is not None:
-                held = {name: backend.from_host(layer._backend.to_host(array)) for name, array in held.items()}
-            layer.__dict__.update(arrays, _backend=backend, _gradients=held)
-        if moved:
-            self._forget_forward()
+        for node in nodes:
+            for parameter in node.layer._own_parameters().values():
+                take = backend.base_from_host if parameter.dense and not node.trains else backend.from_host
+                fetch = node.layer._backend.to_host
+                held = parameter.gradient
+                moved.append((parameter, take(fetch(parameter.array)), held if held is None else take(fetch(held))))
+        for parameter, array, gradient in moved:
+            parameter.array, parameter.gradient = array, gradient
+        for node in nodes:
+            node.layer._backend, node.layer._run = backend, None
 
-    def _moved(self, name: str, take: Any) -> Any:
-        array = getattr(self, name)
-        return None if array is None else take(self._backend.to_host(array))
-
-    def _pieces(self, frozen: bool) -> Iterator[tuple["Layer", tuple[str, ...], tuple[str, ...]]]:
-        """Every layer that moves with this one, itself included, with the names of its arrays and of frozen weights.
-
-        `frozen` says that an adapter around this layer does not train it.
-        """
-        raise NotImplementedError
-
-    def _samples(self, name: str, value: Any, features: int) -> tuple[Any, bool]:
-        """`value` checked as (..., features), and whether it is on the backend's device."""
+    def _enter(self, name: str, value: Any, features: int) -> tuple[Array, bool]:
+        """`value` checked as (..., features) and brought to the device, and whether it was there."""
         adopted = self._backend.adopt(value)
         samples = checks.as_samples(name, value if adopted is None else adopted, features, self.dtype)
-        return samples, adopted is not None
-
-    def _enter(self, name: str, value: Any, features: int) -> tuple[Any, bool]:
-        """Like `_samples`, brought to the device."""
-        samples, on_device = self._samples(name, value, features)
-        return self._backend.from_host(samples), on_device
+        return self._backend.from_host(samples), adopted is not None
 
     def _leave(self, array: Any, on_device: bool) -> Any:
         """An array of the backend as the caller wants it: on the device, or as NumPy."""
@@ -345,7 +315,7 @@ class Layer(NamedParameters):
 
     def clone(self) -> Self:
         """Return a deep copy that shares no memory with this object, its random state included; on the same device."""
-        twin = self._from_state(self._config(), {p.name: self._logical_copy(p) for p in self._parameters()})
+        twin = self._from_state(self._config(), self._tensors())
         twin._move(self._backend)
         return twin
 
@@ -355,8 +325,11 @@ class Layer(NamedParameters):
         So layers cross process boundaries (joblib, Dask) at the size of their parameters; where that device is
         missing, unpickling is a DeviceUnavailableError.
         """
-        tensors = {p.name: self._logical_copy(p) for p in self._parameters()}
-        return _restore_layer, (type(self), self._config(), tensors, self.device)
+        return _restore_layer, (type(self).__name__, self._config(), self._tensors(), self.device)
+
+    def _tensors(self) -> dict[str, np.ndarray]:
+        """Copies of all parameters by name, in logical shapes."""
+        return {name: self._logical_copy(parameter) for name, parameter, _ in self._parameters()}
 
     def close(self) -> None:
         """Free what the object holds; every later call but this one raises RuntimeError."""
@@ -420,12 +393,9 @@ class Layer(NamedParameters):
             Where onnx is not installed.
         """
         self._require_open()
-        graph = OnnxGraph(self.dtype)
-        graph.write(path, self._add_to_onnx(graph, "x"), self.in_features, self.out_features)
+        from .onnx import write_graph
 
-    def _add_to_onnx(self, graph: OnnxGraph, x: str) -> str:
-        """Add the forward computation on the value called `x`, and return the name of its result."""
-        raise NotImplementedError
+        write_graph(self, path)
 
     def diagnostics(self) -> dict[str, Any]:
         """Return a flat dict that describes the layer; it never raises on NaN."""
@@ -445,29 +415,45 @@ class Layer(NamedParameters):
 
         An existing file is replaced as a whole or, whatever happens, left as it was.
         """
-        tensors = {p.name: self._logical_copy(p) for p in self._parameters()}
-        write_checkpoint(path, type(self).__name__, self._config(), tensors)
+        write_checkpoint(path, type(self).__name__, self._config(), self._tensors())
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Read an object that `save` wrote.
+    def load(cls, path: str | os.PathLike[str], *, base: "Layer | str | os.PathLike[str] | None" = None) -> Self:
+        """Read an object that `save` wrote, or the checkpoint of a run, as `nblora.load` does.
 
         Raises
         ------
         FormatError
             For a broken file, one of another format version, and one that holds another kind of object.
         """
-        loaded = read_layer(path)
+        loaded = read_layer(path, base=base)
         if not isinstance(loaded, cls):
-            from nblora.errors import FormatError
-
             raise FormatError(f"{os.fspath(path)}: holds a {type(loaded).__name__}, not a {cls.__name__}")
         return loaded
 
 
-def read_layer(path: str | os.PathLike[str]) -> Layer:
-    """Return the object that `save` wrote to `path`, whatever its kind (public as `nblora.load`)."""
-    return read_checkpoint(path, lambda kind, config, tensors: layer_from_state(kind, config, tensors))
+def read_layer(path: str | os.PathLike[str], *, base: "Layer | str | os.PathLike[str] | None" = None) -> Layer:
+    """Return the object that `save` wrote to `path`, whatever its kind (public as `nblora.load`).
+
+    Parameters
+    ----------
+    path : path
+    base : Layer or path, optional
+        For the checkpoint of a `fit`, which holds what was trained and a digest of the rest: the model that was
+        trained, or the plain one that it was made from. Its values are copied.
+
+    Raises
+    ------
+    FormatError
+        For a broken file, one of another format version, and a checkpoint whose base is missing or another.
+    """
+    source = base if base is None or isinstance(base, Layer) else read_layer(base)
+
+    def build(kind: str, config: dict[str, Any], tensors: dict[str, np.ndarray]) -> Layer:
+        complete(tensors, config.get(FROZEN, {}), source)
+        return layer_from_state(kind, config, tensors)
+
+    return read_checkpoint(path, build)
 
 
 def layer_from_state(kind: str, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Layer:
@@ -484,7 +470,11 @@ def _kind(name: str) -> type[Layer]:
     return Layer.kinds[name]
 
 
-def _restore_layer(
-    cls: type[Layer], config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], device: str
-) -> Layer:
-    return cls._from_state(config, tensors).to(device)
+def _restore_layer(kind: str, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], device: str) -> Layer:
+    return layer_from_state(kind, config, tensors).to(device)
+
+
+def _why_no_forward(training: bool) -> str:
+    if not training:
+        return "backward needs a forward in training mode: call train() and forward() first"
+    return "backward needs a forward first: none was made since the object was made, reset or updated"

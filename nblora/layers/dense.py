@@ -7,17 +7,16 @@ import numpy as np
 
 from nblora import checks
 from nblora.backends import default_backend
-from nblora.backends.protocol import Base, Gradients, Operands
+from nblora.backends.protocol import Array, Base, Operands
 from nblora.storage.checkpoint import take_tensor
 
 from .activations import ACTIVATIONS, activation_code
-from .base import Layer
-from .diagnostics import describe_linear
-from .linear import Linear
-from .named_parameters import Parameter
+from .diagnostics import describe_projection
+from .parameters import Parameter
+from .projection import Projection
 
 
-class Dense(Linear):
+class Dense(Projection):
     """y = act(x W + b), with the weight stored as (in_features, out_features).
 
     Parameters
@@ -38,18 +37,19 @@ class Dense(Linear):
         True at first. A layer that is not trainable has no trainable parameters and gets no gradients.
     """
 
+    adaptable = True
     _transposed: ClassVar[bool] = False
 
     def __init__(self, weight: Any, bias: Any = None, *, activation: str = "identity") -> None:
-        self.weight = checks.as_parameter("weight", weight, (None, None))
-        self.dtype = self.weight.dtype
-        shape = self.weight.shape[::-1] if self._transposed else self.weight.shape
-        self.in_features, self.out_features = shape
-        self.bias = None
+        stored = checks.as_parameter("weight", weight, (None, None))
+        self.dtype = stored.dtype
+        self._weight = Parameter(stored, transposed=self._transposed, dense=True)
+        self.in_features, self.out_features = self._weight.shape
+        self._bias = None
         if bias is not None:
-            self.bias = checks.as_parameter("bias", bias, (self.out_features,), self.dtype)
+            self._bias = Parameter(checks.as_parameter("bias", bias, (self.out_features,), self.dtype))
         self._activation = activation_code(activation)
-        self._open_from_host(default_backend())
+        self._open(default_backend())
 
     @classmethod
     def random(
@@ -74,6 +74,16 @@ class Dense(Linear):
         return cls(weight, vector, activation=activation)
 
     @property
+    def weight(self) -> Array:
+        """The stored weight."""
+        return self._weight.array
+
+    @property
+    def bias(self) -> Array | None:
+        """The bias, None where there is none."""
+        return None if self._bias is None else self._bias.array
+
+    @property
     def activation(self) -> str:
         """The name of the activation function."""
         return ACTIVATIONS[self._activation]
@@ -85,23 +95,21 @@ class Dense(Linear):
     def _operands(self) -> Operands:
         return Operands(self.as_operand(), None, None, self._activation, self.trainable)
 
-    def _pieces(self, frozen: bool) -> Iterator[tuple[Layer, tuple[str, ...], tuple[str, ...]]]:
-        if frozen or not self.trainable:
-            yield self, ("bias",), ("weight",)
-        else:
-            yield self, ("weight", "bias"), ()
+    def _targets(self) -> Iterator[tuple[str, Parameter]]:
+        return iter(self._own_parameters().items())
 
-    def _parameters(self) -> Iterator[Parameter]:
-        yield Parameter("weight", self.weight, self._transposed, self.trainable, swept=True)
-        if self.bias is not None:
-            yield Parameter("bias", self.bias, False, self.trainable)
+    def _own_parameters(self) -> dict[str, Parameter]:
+        return {"weight": self._weight} if self._bias is None else {"weight": self._weight, "bias": self._bias}
 
-    def _named_gradients(self, gradients: Gradients) -> Iterator[tuple[str, Any]]:
-        yield "weight", gradients.weight
-        yield "bias", gradients.bias
+    def with_weight(self, weight: Any) -> Self:
+        """Return a layer like this one, on its device, with another weight, stored like its own."""
+        bias = None if self.bias is None else np.array(self._backend.to_host(self.bias))
+        twin = type(self)(self._backend.to_host(weight), bias, activation=self.activation)
+        twin._move(self._backend)
+        return twin
 
     def diagnostics(self) -> dict[str, Any]:
-        return describe_linear(self, {"activation": self.activation, "trainable": self.trainable})
+        return describe_projection(self, {"activation": self.activation, "trainable": self.trainable})
 
     def _config(self) -> dict[str, Any]:
         return {

@@ -6,14 +6,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from .linear import Linear
+    from .projection import Projection
 
 _DENSE_SVD_LIMIT = 512  # below it a full SVD takes less than 0.1 s
 
 
-def describe_linear(layer: "Linear", extra: Mapping[str, Any]) -> dict[str, Any]:
+def describe_projection(layer: "Projection", extra: Mapping[str, Any]) -> dict[str, Any]:
     """A flat dict of type, sizes, counts, norms and non-finite values of one layer; `extra` follows its sizes."""
-    arrays = {p.name: layer._backend.to_host(p.array) for p in layer._parameters()}
+    named = list(layer._parameters())
+    arrays = [layer._backend.to_host(p.array) for p in named]
     result: dict[str, Any] = {
         "type": type(layer).__name__,
         "in_features": layer.in_features,
@@ -38,11 +39,10 @@ def describe_linear(layer: "Linear", extra: Mapping[str, Any]) -> dict[str, Any]
                 result["velocity_norm"] = frobenius_norm(_float64(layer, operands.delta.velocity))
                 change += operands.delta.scaling * delta
             result["stable_rank"] = stable_rank(change)
-        for name in arrays:
-            if layer._gradients is not None and name in layer._gradients:
-                gradient = layer._backend.to_host(layer._gradients[name])
-                result[f"gradient_norm.{name}"] = frobenius_norm(gradient)
-    result["non_finite_count"] = sum(count_non_finite(array) for array in arrays.values())
+        for name, parameter, _ in named:
+            if parameter.gradient is not None:
+                result[f"gradient_norm.{name}"] = frobenius_norm(layer._backend.to_host(parameter.gradient))
+    result["non_finite_count"] = sum(map(count_non_finite, arrays))
     return result
 
 
@@ -81,5 +81,5 @@ def _product_norm(A: np.ndarray, B: np.ndarray) -> float:
     return float(np.sqrt(np.maximum(np.sum((A.T @ A) * (B @ B.T)), 0.0)))
 
 
-def _float64(layer: "Linear", array: Any) -> np.ndarray:
+def _float64(layer: "Projection", array: Any) -> np.ndarray:
     return np.asarray(layer._backend.to_host(array), np.float64)

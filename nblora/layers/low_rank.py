@@ -8,18 +8,17 @@ import numpy as np
 
 from nblora import checks
 from nblora.backends import default_backend
-from nblora.backends.protocol import Gradients, LowRank, Operands
+from nblora.backends.protocol import Array, LowRank, Operands
 from nblora.storage.checkpoint import take_tensor
 
-from .base import Layer
-from .diagnostics import describe_linear
-from .linear import Linear
-from .named_parameters import Parameter
+from .diagnostics import describe_projection
+from .parameters import Parameter
+from .projection import Projection
 
 INITIALISERS = ("kaiming", "gaussian")
 
 
-class LoRALayer(Linear):
+class LoRALayer(Projection):
     """y = s (x A) B with s = alpha / rank: the low-rank correction alone, without a base.
 
     Parameters
@@ -70,9 +69,7 @@ class LoRALayer(Linear):
             A = rng.uniform(-bound, bound, (self.in_features, rank))
         else:
             A = rng.normal(0.0, 1 / rank, (self.in_features, rank))
-        self.A = A.astype(self.dtype)
-        self.B = np.zeros((rank, self.out_features), self.dtype)
-        self._open_from_host(default_backend())
+        self._hold(A.astype(self.dtype), np.zeros((rank, self.out_features), self.dtype))
 
     @classmethod
     def from_factors(cls, A: Any, B: Any, alpha: float = -1.0, *, use_rslora: bool = False) -> Self:
@@ -81,13 +78,17 @@ class LoRALayer(Linear):
         They are taken over without a copy where they are float32 or float64 and C-contiguous.
         """
         layer = cls.__new__(cls)
-        layer.A = checks.as_parameter("A", A, (None, None))
-        layer.dtype = layer.A.dtype
-        layer.B = checks.as_parameter("B", B, (layer.A.shape[1], None), layer.dtype)
-        layer.in_features, layer.out_features = layer.A.shape[0], layer.B.shape[1]
-        layer._scale(layer.A.shape[1], alpha, use_rslora)
-        layer._open_from_host(default_backend())
+        down = checks.as_parameter("A", A, (None, None))
+        layer.dtype = down.dtype
+        up = checks.as_parameter("B", B, (down.shape[1], None), layer.dtype)
+        layer.in_features, layer.out_features = down.shape[0], up.shape[1]
+        layer._scale(down.shape[1], alpha, use_rslora)
+        layer._hold(down, up)
         return layer
+
+    def _hold(self, A: np.ndarray, B: np.ndarray) -> None:
+        self._A, self._B = Parameter(A), Parameter(B, plus=True)
+        self._open(default_backend())
 
     def _scale(self, rank: int, alpha: float, use_rslora: bool) -> None:
         self.rank = rank
@@ -95,26 +96,32 @@ class LoRALayer(Linear):
         self.use_rslora = checks.check_flag("use_rslora", use_rslora)
         self.scaling = self.alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
+    @property
+    def A(self) -> Array:
+        """The factor that reads x."""
+        return self._A.array
+
+    @property
+    def B(self) -> Array:
+        """The factor that writes y."""
+        return self._B.array
+
     def as_operand(self) -> LowRank:
         """Return the factors as a backend takes them."""
-        return LowRank(self.A, self.B, self.scaling)
+        return LowRank(self._A.array, self._B.array, self.scaling)
 
     def _operands(self) -> Operands:
         return Operands(None, self.as_operand(), None, 0, False)
 
-    def _pieces(self, frozen: bool) -> Iterator[tuple[Layer, tuple[str, ...], tuple[str, ...]]]:
-        yield self, ("A", "B"), ()
+    def _targets(self) -> Iterator[tuple[str, Parameter]]:
+        yield "A", self._A
+        yield "B", self._B
 
-    def _parameters(self) -> Iterator[Parameter]:
-        yield Parameter("lora_A", self.A, trainable=self.trainable)
-        yield Parameter("lora_B", self.B, trainable=self.trainable)
-
-    def _named_gradients(self, gradients: Gradients) -> Iterator[tuple[str, Any]]:
-        yield "lora_A", gradients.A
-        yield "lora_B", gradients.B
+    def _own_parameters(self) -> dict[str, Parameter]:
+        return {"lora_A": self._A, "lora_B": self._B}
 
     def diagnostics(self) -> dict[str, Any]:
-        return describe_linear(self, {"rank": self.rank, "alpha": self.alpha, "scaling": self.scaling})
+        return describe_projection(self, {"rank": self.rank, "alpha": self.alpha, "scaling": self.scaling})
 
     def _config(self) -> dict[str, Any]:
         return {

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nblora.errors import FormatError
+from nblora.layers import tree
 from nblora.results import KINDS, ResultFile, read_result_file
 
 from .bars import benchmark_bars, difference_intervals
@@ -291,7 +292,7 @@ def _stable_ranks(ax: "Axes", ranks: dict[str, dict[str, Any]]) -> None:
 
 
 def _layer(result: ResultFile, metric: str | None) -> tuple[list[Panel], str]:
-    changes = {name or type(layer).__name__: layer for name, layer in result.content._sequence()}
+    changes = {name or type(layer).__name__: layer for name, layer in tree.units(result.content)}
     found = {name: (_change(layer), type(layer).__name__) for name, layer in changes.items()}
     found = {name: pair for name, pair in found.items() if np.any(pair[0])}
     if not found:

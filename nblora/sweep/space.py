@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from nblora import checks
-from nblora.models.sequential import DEFAULT_ADAPTER
+from nblora.adapters import DEFAULT_ADAPTER
 
 Settings = dict[str, Any]
 

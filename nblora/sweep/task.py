@@ -16,7 +16,7 @@ import numpy as np
 from nblora import Dense, Sequential
 from nblora.adapters import Adapter
 from nblora.errors import NonFiniteError
-from nblora.layers import Layer
+from nblora.layers import Layer, tree
 from nblora.training import SGD, AdamW, evaluate, fit
 from nblora.training.losses import CrossEntropy, as_loss
 
@@ -138,7 +138,7 @@ def prepare(task: Task, settings: Mapping[str, Any]) -> Sequential:
     if method in ("lora", "delta"):
         chosen = {name: settings[name] for name in OF_CONSTRUCTORS if name in settings}
         return model.adapt(task.target, method, modules_to_save=task.modules_to_save, seed=settings["seed"], **chosen)
-    leaves = [layer for _, layer in model._sequence()]
+    leaves = [layer for _, layer in tree.units(model)]
     for layer in leaves:
         layer.trainable = method == "full" or layer is leaves[-1]
     return model
@@ -148,7 +148,7 @@ def _plain_model(task: Task, seed: int) -> Sequential:
     if task.base is None:
         return _new_network(task, seed)
     model = task.base if isinstance(task.base, Sequential) else Sequential(task.base)
-    adapted = any(isinstance(layer, Adapter) for _, layer in model._sequence())
+    adapted = any(isinstance(layer, Adapter) for _, layer in tree.units(model))
     return model.merge() if adapted else model.clone()
 
 

@@ -1,4 +1,4 @@
-"""The state of a run as a file: a model's file, which `nblora.load` reads too, with the run's state beside it."""
+"""The state of a run as a file: what was trained, a digest of what was not, and how the run goes on."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -7,34 +7,40 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nblora import checks
-from nblora.layers import Layer
+from nblora.layers import Layer, tree
+from nblora.layers.saving import FROZEN, check_same_base
 from nblora.storage.checkpoint import read_checkpoint, take_tensor, write_checkpoint
 
 from .callbacks import Callback
 from .history import Row
-from .step import Step, Trained
+from .sinks import Trained
+from .step import Step
 
 # Names of a run's tensors begin with a word that no parameter's name begins with: layers' names have no dots.
 _SLOT, _CALLBACK = "fit.:slot.", "fit.:callback."
 
 
 class RunState(NamedTuple):
-    """What a checkpoint holds beside the model: all that decides how the run goes on."""
+    """What a checkpoint holds beside what was trained: all that decides how the run goes on.
+
+    `frozen` has a digest of each parameter that is not trained.
+    """
 
     epoch: int
     step: int
     shuffle: dict[str, Any] | None
     rows: list[Row]
+    frozen: dict[str, str]
 
 
 def write_run(
     path: str | os.PathLike[str], model: Layer, step: Step, callbacks: list[Callback], state: RunState
 ) -> None:
-    """Write model, optimiser, callbacks and random states to one file, atomically."""
-    tensors = {p.name: model._logical_copy(p) for p in model._parameters()}
+    """Write what was trained, optimiser, callbacks and random states to one file, atomically."""
+    tensors = {named.name: model._logical_copy(named.parameter) for named in tree.changing(model)}
     for trained in step.trained:
         for slot, array in zip(step.optimizer.slots, trained.slots, strict=True):
-            tensors[f"{_SLOT}{slot}.{trained.name}"] = model._logical_copy(trained.parameter._replace(array=array))
+            tensors[f"{_SLOT}{slot}.{trained.name}"] = model._logical_copy(trained.parameter, array)
     kept = []
     for place, callback in enumerate(callbacks):
         held = callback.state_dict()
@@ -47,11 +53,11 @@ def write_run(
         "step": state.step,
         "optimizer": type(step.optimizer).__name__,
         "shuffle": state.shuffle,
-        "random_states": {name: g.bit_generator.state for name, g in model._generators().items()},
+        "random_states": {name: g.bit_generator.state for name, g in tree.generators(model).items()},
         "callbacks": kept,
         "rows": state.rows,
     }
-    write_checkpoint(path, type(model).__name__, {**model._config(), "fit": run}, tensors)
+    write_checkpoint(path, type(model).__name__, {**model._config(), "fit": run, FROZEN: state.frozen}, tensors)
 
 
 def read_run(path: str | os.PathLike[str], model: Layer, step: Step, callbacks: list[Callback]) -> RunState:
@@ -66,14 +72,17 @@ def read_run(path: str | os.PathLike[str], model: Layer, step: Step, callbacks: 
     def build(kind: str, config: dict[str, Any], tensors: dict[str, np.ndarray]) -> tuple[RunState, Callable[[], None]]:
         if "fit" not in config:
             raise ValueError("holds a model but no state of a run: resume needs what fit(checkpoint=...) wrote")
-        run = config.pop("fit")
+        run, frozen = config.pop("fit"), config.pop(FROZEN, {})
         _check_same_model(model, kind, config)
+        if frozen:  # files of before have the frozen values themselves
+            check_same_base(model, frozen)
         actions = [*_model_actions(model, run, tensors), *_slot_actions(step, run, tensors)]
         state = RunState(
             checks.check_integer("epoch", run["epoch"], 1),
             checks.check_integer("step", run["step"], 1),
             None if run["shuffle"] is None else _checked_state(run["shuffle"]),
             [_checked_row(row) for row in run["rows"]],
+            frozen,
         )
         _load_callbacks(callbacks, run["callbacks"], tensors)
 
@@ -90,13 +99,15 @@ def read_run(path: str | os.PathLike[str], model: Layer, step: Step, callbacks: 
 
 
 def _model_actions(model: Layer, run: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> list[Callable[[], None]]:
-    values = {p.name: take_tensor(tensors, p.name, model.dtype, p.shape) for p in model._parameters()}
-    changed = {p.name for p in model._parameters() if p.trainable or p.optional}
-    for name in values.keys() - changed:
-        if not np.array_equal(values[name], model.get_parameter(name), equal_nan=True):
+    changing = {named.name for named in tree.changing(model)}
+    values = {}
+    for name, parameter, _ in model._parameters():
+        if name in changing:
+            values[name] = take_tensor(tensors, name, model.dtype, parameter.shape)
+        elif name in tensors and not np.array_equal(tensors[name], model.get_parameter(name), equal_nan=True):
             raise ValueError(f"the frozen parameter {name!r} has other values than the model's")
-    actions = [_setter(model, {name: values[name] for name in values if name in changed})]
-    for name, generator in model._generators().items():
+    actions = [_setter(model, values)]
+    for name, generator in tree.generators(model).items():
         actions.append(_state_setter(generator, _checked_state(run["random_states"][name])))
     return actions
 

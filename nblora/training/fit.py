@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 
 from nblora import checks
-from nblora.layers import Layer
+from nblora.layers import Layer, tree
 
 from .callbacks import check_callbacks
 from .data import Samples, check_samples
 from .history import History
 from .losses import Loss, as_loss
 from .optimizers import as_optimizer
-from .run import EVALUATION_BATCH, Run, mean_figures, modes_of, restore_modes
+from .run import EVALUATION_BATCH, Run, mean_figures, restore_modes
 from .schedules import as_schedule
 from .step import Step
 
@@ -146,7 +146,7 @@ def fit(
     run.callbacks = check_callbacks(callbacks, run.columns())
     shown = None if progress is None else checks.check_flag("progress", progress)
     source = None if resume is None else _check_path("resume", resume)
-    model._check_trainable_memory()
+    model._writeable()
     return run.start(source, shown)
 
 
@@ -169,12 +169,12 @@ def evaluate(model: Layer, x: Any, y: Any, *, loss: Any, batch_size: int = EVALU
     objective = as_loss(loss)
     samples = check_samples(("x", "y"), x, y, model, objective)
     size = checks.check_integer("batch_size", batch_size, 1)
-    modes = modes_of(model)
+    modes = tree.modes(model)
     model.eval()
     try:
         return mean_figures(model, samples, objective, size)
     finally:
-        restore_modes(model, modes)
+        restore_modes(modes)
 
 
 def check_model(model: Any) -> None:

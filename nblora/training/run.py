@@ -7,17 +7,19 @@ import numpy as np
 
 from nblora import checks
 from nblora.errors import NonFiniteError
-from nblora.layers import Layer
+from nblora.layers import Layer, tree
+from nblora.layers.saving import digests
 
 from .callbacks import Callback
 from .checkpoint import RunState, read_run, write_run
 from .data import Samples
+from .faults import check_parameters, first_fault
 from .history import History, Row
 from .losses import Loss
 from .progress import Progress
 from .schedules import Schedule
 from .snapshot import Snapshot
-from .step import Step, first_fault
+from .step import Step
 
 EVALUATION_BATCH = 256  # without a backward to feed, larger batches only save calls
 
@@ -44,6 +46,7 @@ class Run:
         self.callbacks: list[Callback] = []
         self.history = History()
         self.epoch = 0
+        self._frozen: dict[str, str] | None = None
 
     def columns(self) -> list[str]:
         """The history's columns, as they will be."""
@@ -61,12 +64,12 @@ class Run:
             callback.on_train_begin()
         if resume is not None:
             self._resume(resume)
-        modes, safe = modes_of(self.model), Snapshot(self.model)
+        modes, safe = tree.modes(self.model), Snapshot(self.model)
         bar = Progress(shown, self.epochs, len(self.samples.x), self.epoch)
         try:
             # Overflow is looked for where it matters; NumPy's warnings would tell of it without layer or step.
             with np.errstate(over="ignore", invalid="ignore"):
-                self.step.enter_training()
+                self.model.train()
                 self._train(safe, bar)
             for callback in self.callbacks:
                 callback.on_train_end()
@@ -78,9 +81,9 @@ class Run:
             raise
         finally:
             bar.close()
+            self.model._forget_gradients(list(self.model._trainable()))
             self.model._forget_forward()
-            self.model._forget_gradients()
-            restore_modes(self.model, modes)
+            restore_modes(modes)
         return self.history
 
     def _resume(self, path: Path) -> None:
@@ -121,7 +124,7 @@ class Run:
                 callback.on_step_end(self.step.count, figures)
             bar.advance(self.epoch + 1, len(x), result.loss)
         seconds = time.perf_counter() - started
-        self.step.check_parameters()
+        check_parameters(self.model, self.step.count)
         row: Row = {"epoch": self.epoch + 1, "step": self.step.count}
         row.update({name: value / count for name, value in total.items()})
         row.update(self._validate())
@@ -143,7 +146,7 @@ class Run:
                 f"the validation loss is {figures['loss']} after step {self.step.count}, "
                 f"first from {self._fault(self.held_out, size)}"
             )
-        self.step.enter_training()
+        self.model.train()
         return {f"val_{name}": value for name, value in figures.items()}
 
     def _fault(self, samples: Samples, batch_size: int) -> str:
@@ -153,7 +156,9 @@ class Run:
 
     def _write(self, path: Path) -> None:
         shuffle = None if self.rng is None else dict(self.rng.bit_generator.state)
-        state = RunState(self.epoch, self.step.count, shuffle, self.history.rows)
+        if self._frozen is None:
+            self._frozen = digests(self.model)
+        state = RunState(self.epoch, self.step.count, shuffle, self.history.rows, self._frozen)
         write_run(path, self.model, self.step, self.callbacks, state)
 
     def _explain(self, error: NonFiniteError) -> str:
@@ -175,12 +180,7 @@ def mean_figures(model: Layer, samples: Samples, loss: Loss, batch_size: int) ->
     return {name: value / len(samples.x) for name, value in total.items()}
 
 
-def modes_of(model: Layer) -> list[tuple[Layer, bool]]:
-    """Whether the model and each of its layers is in training mode."""
-    return [(model, model.training), *((layer, layer.training) for _, layer in model._sequence())]
-
-
-def restore_modes(model: Layer, modes: list[tuple[Layer, bool]]) -> None:
-    """Bring back what `modes_of` found."""
+def restore_modes(modes: list[tuple[Layer, bool]]) -> None:
+    """Bring back what `tree.modes` found."""
     for layer, training in modes:
-        layer.train() if training else layer.eval()
+        layer._training = training

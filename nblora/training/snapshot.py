@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from nblora.layers import Layer
+from nblora.layers import Layer, tree
 
 
 class Snapshot:
@@ -12,9 +12,9 @@ class Snapshot:
     """
 
     def __init__(self, model: Layer) -> None:
-        self._live = {p.name: p.array for p in model._parameters() if p.trainable or p.optional}
+        self._live = {named.name: named.array for named in tree.changing(model)}
         self.arrays = {name: array.copy() for name, array in self._live.items()}
-        self._generators = model._generators()
+        self._generators = tree.generators(model)
         self._take_states()
 
     def take(self) -> None:

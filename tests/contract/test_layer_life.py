@@ -112,7 +112,7 @@ def test_eval_keeps_nothing(layer, x):
     layer.eval().forward(x)
     kept = [value for part in [layer, *parts_of(layer)] for value in vars(part).values() if value is x]
     assert kept == []
-    assert all(part._saved is None for part in [layer, *parts_of(layer)] if hasattr(part, "_saved"))
+    assert all(part._run is None for part in [layer, *parts_of(layer)])
 
 
 def parts_of(layer):

@@ -3,6 +3,7 @@
 import numpy as np
 
 import nblora
+from nblora.layers import tree
 
 # max|error| / max|reference|
 TOLERANCE = {"float32": 2e-5, "float64": 1e-12}
@@ -52,7 +53,7 @@ def network(dtype="float64", adapter="delta", dropout=0.0, head=True, seed=1):
 def state(model):
     """Every parameter and random state of a model."""
     arrays = {name: model.get_parameter(name) for name in model.parameter_names()}
-    return arrays, {name: g.bit_generator.state for name, g in model._generators().items()}
+    return arrays, {name: g.bit_generator.state for name, g in tree.generators(model).items()}
 
 
 def assert_same_state(computed, reference):

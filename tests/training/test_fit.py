@@ -4,6 +4,9 @@ import numpy as np
 import pytest
 
 import nblora
+from nblora.backends.cpu import CPUBackend
+from nblora.layers import tree
+from nblora.layers.sinks import descend
 from nblora.training import SGD, AdamW, Callback, CrossEntropy, Schedule, evaluate
 
 from . import support
@@ -65,16 +68,19 @@ def test_fused_equals_unfused(optimizer, frozen):
 
 
 def test_each_layer_takes_the_cheapest_path(monkeypatch):
+    """The sweep where the optimiser allows it; and of the first trained layer's input no gradient is computed."""
     taken = []
-    for cls in (nblora.DeltaLoRAAdapter, nblora.Dense):
-        for way in ("_sweep", "backward"):
-            original = getattr(cls, way)
+    for way in ("backward_update", "backward"):
+        original = getattr(CPUBackend, way)
 
-            def spy(self, *args, _original=original, _way=way, **kwargs):
-                taken.append((type(self).__name__, _way))
-                return _original(self, *args, **kwargs)
+        def spy(self, grad, saved, operands, *rates, input_gradient, _original=original, _way=way):
+            kind = "Dense" if operands.delta is None else "DeltaLoRAAdapter"
+            found = _original(self, grad, saved, operands, *rates, input_gradient=input_gradient)
+            assert (found.x is not None) == input_gradient == (kind == "Dense")
+            taken.append((kind, _way))
+            return found
 
-            monkeypatch.setattr(cls, way, spy)
+        monkeypatch.setattr(CPUBackend, way, spy)
 
     def paths(**settings):
         taken.clear()
@@ -82,9 +88,9 @@ def test_each_layer_takes_the_cheapest_path(monkeypatch):
         return taken.copy()
 
     # The frozen first layer never appears.
-    assert paths(optimizer=SGD(0.1)) == [("Dense", "_sweep"), ("DeltaLoRAAdapter", "_sweep")]
-    assert paths(optimizer=AdamW()) == [("Dense", "backward"), ("DeltaLoRAAdapter", "_sweep")]
-    assert paths(optimizer=SGD(0.1, 0.9)) == [("Dense", "backward"), ("DeltaLoRAAdapter", "_sweep")]
+    assert paths(optimizer=SGD(0.1)) == [("Dense", "backward_update"), ("DeltaLoRAAdapter", "backward_update")]
+    assert paths(optimizer=AdamW()) == [("Dense", "backward"), ("DeltaLoRAAdapter", "backward_update")]
+    assert paths(optimizer=SGD(0.1, 0.9)) == [("Dense", "backward"), ("DeltaLoRAAdapter", "backward_update")]
     assert paths(clip_norm=1.0) == [("Dense", "backward"), ("DeltaLoRAAdapter", "backward")]
 
 
@@ -141,8 +147,8 @@ def test_clipping_scales_every_gradient():
     settings = {"loss": "cross_entropy", "optimizer": SGD(0.5), "epochs": 1, "shuffle": False}
     history = nblora.fit(model, x, y, clip_norm=norm / 4, **settings)
     assert history["grad_norm"] == [pytest.approx(norm, rel=1e-12)]
-    for gradient in (g for layer in twin for g in (layer._gradients or {}).values()):
-        gradient *= (norm / 4) / (norm + 1e-6)
+    for _, parameter, _ in tree.trainable(twin):
+        parameter.gradient *= (norm / 4) / (norm + 1e-6)
     twin.update_parameters(0.5)
     assert_close_state(support.state(model), support.state(twin))
     loose = before.clone()
@@ -158,7 +164,7 @@ def test_clipping_leaves_out_what_is_not_trained():
     before, twin = support.state(model)[0], model.clone()
     twin.lora_layer.trainable = False
     twin.backward(CrossEntropy().value_and_gradient(twin(x), y)[1])
-    norm = np.linalg.norm(twin._gradients["delta"])
+    norm = np.linalg.norm(twin._delta.gradient)
     history = nblora.fit(model, x, y, loss="cross_entropy", clip_norm=1.0, epochs=1)
     assert history["grad_norm"] == [pytest.approx(norm, rel=1e-12)]
     np.testing.assert_array_equal(model.get_parameter("lora_B"), before["lora_B"])
@@ -301,10 +307,9 @@ def test_schedules_scale_every_rate():
         part = slice(step % 5 * 8, step % 5 * 8 + 8)
         _, gradient = CrossEntropy().value_and_gradient(twin(x[part]), y[part])
         twin.backward(gradient)
-        held = twin["middle"]._gradients.pop("delta")
-        twin.update_parameters(0.4 * 0.5**step)
-        twin["middle"]._gradients = {"delta": held}
-        twin["middle"]._apply_momentum(0.8 * 0.5**step)
+        for _, parameter, _ in tree.trainable(twin):
+            rates = 0.4 * 0.5**step, 0.8 * 0.5**step
+            descend(twin._backend, parameter, parameter.gradient, *rates)
     assert_close_state(support.state(model), support.state(twin))
 
 

@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 import nblora
 from nblora.errors import FormatError
@@ -58,7 +59,7 @@ def test_an_interrupted_run_goes_on(optimizer, tmp_path):
     fit(whole, **settings)
     with pytest.raises(KeyboardInterrupt):
         fit(broken, checkpoint=path, callbacks=[support.Interrupt(13)], **settings)
-    support.assert_same_state(support.state(broken), support.state(nblora.load(path)))
+    support.assert_same_state(support.state(broken), support.state(nblora.load(path, base=whole)))
     for model in (broken, support.network(dropout=0.3)):
         fit(model, resume=path, **settings)
         support.assert_same_state(support.state(model), support.state(whole))
@@ -118,10 +119,38 @@ def test_an_adapter_around_a_model(frozen, tmp_path):
     support.assert_same_state(support.state(rest), support.state(whole))
 
 
-def test_load_reads_the_model(tmp_path):
+def test_load_takes_the_frozen_base_from_a_model_or_a_file(tmp_path):
+    """That was trained, or that it was made from; the file holds what was trained alone."""
+    plain = support.network()
+    plain = nblora.Sequential({name: getattr(layer, "base_layer", layer) for name, layer in plain.named_layers()})
+    plain.save(tmp_path / "plain")
     model = support.network(dropout=0.2)
     fit(model, epochs=1, checkpoint=tmp_path / "run")
-    support.assert_same_state(support.state(nblora.load(tmp_path / "run")), support.state(model))
+    expected = support.state(model)
+    for base in (model, plain, tmp_path / "plain"):
+        loaded = nblora.load(tmp_path / "run", base=base)
+        support.assert_same_state(support.state(loaded), expected)
+        assert not np.shares_memory(loaded["first"].weight, model["first"].weight)
+    support.assert_same_state(support.state(nblora.Sequential.load(tmp_path / "run", base=plain)), expected)
+    with safe_open(tmp_path / "run", framework="numpy") as file:
+        names = {name for name in file.keys() if not name.startswith("fit.")}  # noqa: SIM118 - not a mapping
+    changed = {"middle.lora_A", "middle.lora_B", "middle.delta", "middle.velocity", "head.weight", "head.bias"}
+    assert names == changed
+
+
+def test_load_without_the_base_or_with_another(tmp_path):
+    model = support.network()
+    fit(model, epochs=1, checkpoint=tmp_path / "run")
+    with pytest.raises(FormatError, match=r"frozen base .* nblora.load\(file, base=...\)"):
+        nblora.load(tmp_path / "run")
+    other = model.clone()
+    other.set_parameter("first.bias", other.get_parameter("first.bias") + 1)
+    with pytest.raises(FormatError, match=r"'first.bias' has other values than the base's"):
+        nblora.load(tmp_path / "run", base=other)
+    with pytest.raises(FormatError, match=r"base lacks the frozen parameter 'first.bias'"):
+        nblora.load(tmp_path / "run", base=nblora.Dense.random(3, 3))
+    with pytest.raises(FormatError, match=r"frozen parameter 'first.bias' has other values than the model's"):
+        fit(other, epochs=2, resume=tmp_path / "run")
 
 
 SCRIPT = """

@@ -1,0 +1,86 @@
+"""`Run`: one forward and its backward, and what the layers keep in between."""
+
+from typing import Any, NamedTuple
+
+from nblora.backends.protocol import Backend, Operands, Saved
+
+
+class Kept(NamedTuple):
+    """What a projection keeps of a forward: what its backend saved, the input's shape, the operands it computed with,
+    whether the input's gradient is wanted (`live`), and whether anything of its own is trained."""
+
+    saved: Saved
+    shape: tuple[int, ...]
+    operands: Operands
+    live: bool
+    trained: bool
+
+
+class Run:
+    """State of one forward, so that a layer has none: it may run twice in a run, and threads may share it.
+
+    Parameters
+    ----------
+    backend : Backend
+        Where the arrays are, and what computes.
+    training : bool
+        Whether a backward may follow: without it nothing is kept.
+    live : bool
+        Whether the gradient of the model's input is wanted.
+
+    Attributes
+    ----------
+    live : bool
+        Whether the gradient of the value at hand is wanted: by the caller, or by what is trained below. Layers raise
+        it as the forward passes them; what computes two things from one value brings it back in between.
+    frozen : bool
+        Whether an adapter around the layers at hand leaves them as they are.
+    sink : Sink
+        Where the gradients of the present backward go.
+    shape : tuple of int
+        Of the output.
+    """
+
+    sink: Any = None
+    shape: tuple[int, ...] = ()
+
+    def __init__(self, backend: Backend, training: bool = False, live: bool = True) -> None:
+        self.backend, self.training, self.live = backend, training, live
+        self.frozen = False
+        self._kept: dict[Any, list[Any]] = {}
+        self._left: dict[Any, int] = {}
+        self._states: dict[Any, int] = {}
+
+    def keep(self, layer: Any, kept: Any) -> None:
+        """Keep something for the backward of `layer`; None says that it has nothing to do there."""
+        self._kept.setdefault(layer, []).append(kept)
+        self._states[layer] = layer._state
+
+    def back(self, sink: Any) -> "Run":
+        """Begin a backward whose gradients go to `sink`; several may follow one forward."""
+        self.sink = sink
+        self._left.clear()
+        return self
+
+    def recall(self, layer: Any) -> Any:
+        """What `layer` kept, the last first."""
+        kept = self._kept[layer]
+        left = self._left[layer] = self._left.get(layer, len(kept)) - 1
+        return kept[left]
+
+    def repeats(self, layer: Any) -> bool:
+        """Whether `layer` ran more than once, so that its gradient is known only at the end of the backward."""
+        return len(self._kept[layer]) > 1
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether a layer was updated, reset or taken out of training since it ran."""
+        return any(layer._state != state for layer, state in self._states.items())
+
+    def end(self) -> None:
+        """Say that the layers that ran have been updated."""
+        for layer in self._states:
+            layer._state += 1
+
+    def passed(self, layer: Any, output: Any) -> None:
+        """Take notice of what a layer computed: nothing, but in runs that look for faults."""

@@ -1,0 +1,102 @@
+"""The tree of a layer: the only place that walks it.
+
+Names are dotted; a child called "" adds nothing to them, so that an adapter's factors are named as its own.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from .parameters import Named
+
+if TYPE_CHECKING:
+    from .base import Layer
+
+
+class Node(NamedTuple):
+    """A layer in a tree: its name, and whether something above keeps it from being trained."""
+
+    name: str
+    layer: "Layer"
+    frozen: bool
+
+    @property
+    def trains(self) -> bool:
+        """Whether the layer's own parameters are trained."""
+        return self.layer.trainable and not self.frozen
+
+
+def join(*names: str) -> str:
+    """A dotted name of its parts."""
+    return ".".join(filter(None, names))
+
+
+def walk(layer: "Layer", name: str = "", frozen: bool = False) -> Iterator[Node]:
+    """Every layer of the tree, the root first."""
+    yield Node(name, layer, frozen)
+    for key, child in layer.children().items():
+        yield from walk(child, join(name, key), frozen or layer._freezes(key))
+
+
+def parameters(layer: "Layer", name: str = "", frozen: bool = False) -> Iterator[Named]:
+    """Every parameter of the tree, those of children first."""
+    for key, child in layer.children().items():
+        yield from parameters(child, join(name, key), frozen or layer._freezes(key))
+    trained = layer.trainable and not frozen
+    for key, parameter in layer._own_parameters().items():
+        yield Named(join(name, key), parameter, trained and not parameter.state)
+
+
+def trainable(layer: "Layer", name: str = "") -> Iterator[Named]:
+    """Every trained parameter, in the order of `parameters`; frozen parts are not walked through."""
+    for key, child in layer.children().items():
+        if not layer._freezes(key):
+            yield from trainable(child, join(name, key))
+    if layer.trainable:
+        for key, parameter in layer._own_parameters().items():
+            if not parameter.state:
+                yield Named(join(name, key), parameter, True)
+
+
+def changing(layer: "Layer") -> Iterator[Named]:
+    """Every parameter that training changes: the trained ones, and the state of those that have one."""
+    return (named for named in parameters(layer) if named.trainable or named.parameter.state)
+
+
+def units(layer: "Layer", name: str = "") -> Iterator[tuple[str, "Layer"]]:
+    """The layers that compute something of their own, with their names: an adapter and its base are one."""
+    parts = layer._parts()
+    if not parts or layer._computes:
+        yield name, layer
+    for key, part in parts.items():
+        yield from units(part, join(name, key))
+
+
+def generators(layer: "Layer") -> dict[str, np.random.Generator]:
+    """The random generators that forwards draw from, by the name of their layer."""
+    return {name: part._rng for name, part, _ in walk(layer) if getattr(part, "_rng", None) is not None}
+
+
+def modes(layer: "Layer") -> list[tuple["Layer", bool]]:
+    """Whether each layer is in training mode."""
+    return [(part, part.training) for _, part, _ in walk(layer)]
+
+
+def slots(layer: "Layer", stop: type, name: str = "") -> Iterator[tuple[str, "Layer", str]]:
+    """Every place that holds a layer without children, or one of the kind `stop`: its dotted name, owner and key."""
+    for key, child in layer.children().items():
+        if isinstance(child, stop) or not child.children():
+            yield join(name, key), layer, key
+        else:
+            yield from slots(child, stop, join(name, key))
+
+
+def rebuilt(layer: "Layer", kind: type, replace: Any) -> "Layer":
+    """A tree of the same containers around copies of its layers, with `replace(layer)` for every layer of `kind`."""
+    if isinstance(layer, kind):
+        return replace(layer)
+    children = layer.children()
+    if not children:
+        return layer.clone()
+    return layer._around({key: rebuilt(child, kind, replace) for key, child in children.items()})

@@ -1,0 +1,86 @@
+"""`Training`: the sink of `fit`, which updates a model by one batch's gradients, all at once or on the way back."""
+
+import math
+
+from nblora.backends.protocol import Array, Backend, Operands
+from nblora.layers import Layer, tree
+from nblora.layers.parameters import Parameter
+from nblora.layers.run import Run
+from nblora.layers.sinks import Sweep, descend
+
+from .faults import faulty_gradient
+from .optimizers import Optimizer
+
+
+class Trained:
+    """A parameter that the optimiser updates: its name, its state, and the ratio of its learning rate."""
+
+    def __init__(self, name: str, parameter: Parameter, optimizer: Optimizer, backend: Backend) -> None:
+        self.name, self.parameter = name, parameter
+        self.slots = tuple(backend.zeros_like(parameter.array) for _ in optimizer.slots)
+        self.ratio = (optimizer.lora_plus_ratio or 1.0) if parameter.plus else 1.0
+
+
+class Training(Sweep):
+    """Moves trained parameters by the optimiser's rule, deltas by their velocity.
+
+    The sweep over a layer's weights updates them on its way, so that no dense gradient is ever held, unless the
+    gradients' norm must be known first, or the optimiser wants to see the gradient of a weight.
+    """
+
+    def __init__(self, model: Layer, optimizer: Optimizer, delta_lr: float | None, clip_norm: float | None) -> None:
+        super().__init__(optimizer.lr, optimizer.lr if delta_lr is None else delta_lr)
+        self.optimizer, self.clip_norm = optimizer, clip_norm
+        self._rates = self.lr, self.delta_lr
+        self._model, self._backend = model, model._backend
+        self._names = {parameter: name for name, parameter, _ in tree.trainable(model)}
+        self.trained = [
+            Trained(name, parameter, optimizer, model._backend)
+            for parameter, name in self._names.items()
+            if parameter.velocity is None
+        ]
+
+    def fuses(self, operands: Operands) -> bool:
+        return self.clip_norm is None and (self.optimizer.plain or not operands.train_base)
+
+    def put(self, parameter: Parameter, gradient: Array, run: Run) -> None:
+        if parameter in self._names:  # not of factors whose own layer is not to be trained
+            super().put(parameter, gradient, run)
+
+    def begin(self, factor: float) -> None:
+        """Before a backward: every learning rate times `factor`."""
+        self.lr, self.delta_lr = (factor * rate for rate in self._rates)
+        self.pending.clear()
+
+    def apply(self, step: int) -> float | None:
+        """After it: clip the gradients that it left, use them, and return their norm before (None without clipping).
+
+        Raises
+        ------
+        NonFiniteError
+            For a gradient that is not finite. A dense weight's is looked at only for the norm: a fault in it shows in
+            its low-rank part, its bias or the next loss, and looking through it costs as much as its update.
+        """
+        seen = [(p, g) for p, g in self.pending.items() if self.clip_norm is not None or not (p.dense or p.velocity)]
+        squares = [self._backend.sum_of_squares(gradient) for _, gradient in seen]
+        for (parameter, _), square in zip(seen, squares, strict=True):
+            if not math.isfinite(square):
+                raise faulty_gradient(self._model, self._names[parameter], step)
+        norm = None if self.clip_norm is None else self._clip(math.sqrt(sum(squares)), self.clip_norm)
+        for trained in self.trained:
+            gradient = self.pending.get(trained.parameter)
+            if gradient is not None:
+                array, rate = trained.parameter.array, trained.ratio * self.lr
+                self.optimizer.update(self._backend, array, gradient, trained.slots, rate, step)
+        for parameter, gradient in self.pending.items():
+            if parameter.velocity is not None:
+                descend(self._backend, parameter, gradient, self.lr, self.delta_lr)
+        return norm
+
+    def _clip(self, norm: float, most: float) -> float:
+        """Scale all gradients so that their global norm is at most `most`, as `torch.nn.utils.clip_grad_norm_`."""
+        factor = most / (norm + 1e-6)
+        if factor < 1:
+            for gradient in self.pending.values():
+                self._backend.scale(gradient, factor)
+        return norm
