@@ -151,9 +151,14 @@ def as_rows(array: np.ndarray) -> np.ndarray:
     return np.require(rows, requirements=["C", "A"])
 
 
+def is_writeable(array: Any) -> bool:
+    """Whether an array, which may be on a device, can be changed in place."""
+    return bool(getattr(getattr(array, "flags", None), "writeable", True))
+
+
 def check_writeable(name: str, array: np.ndarray) -> None:
     """ValueError for a read-only array about to be trained in place."""
-    if not getattr(getattr(array, "flags", None), "writeable", True):
+    if not is_writeable(array):
         raise ValueError(
             f"{name} is read-only and cannot be trained in place: give the layer a copy of it, or freeze it "
             "(a base held as bfloat16 is read-only: move it with precision='float32')"

@@ -12,8 +12,7 @@ from nblora.backends.protocol import Array, Base, Delta, Operands
 from nblora.layers.base import Layer, layer_from_state
 from nblora.layers.diagnostics import describe_projection
 from nblora.layers.low_rank import LoRALayer
-from nblora.layers.parameters import Parameter
-from nblora.layers.projection import Projection
+from nblora.layers.projection import Projection, Targets
 from nblora.layers.run import Run
 from nblora.storage.checkpoint import take_tensor
 
@@ -84,21 +83,22 @@ class Adapter(Projection, abstract=True):
         return None
 
     def _base_operands(self) -> Operands:
-        """What the base computes with; its weight is trained where it is not frozen."""
-        return self.base_layer._operands()._replace(train_base=not self.is_base_layer_frozen)
+        """What the base computes with."""
+        return self.base_layer._operands()
+
+    def _trains_base(self) -> bool:
+        """Whether gradients of the base come from the adapter's own computation."""
+        return not self.is_base_layer_frozen
 
     def _operands(self) -> Operands:
-        base = self._base_operands()
+        base, trained = self._base_operands(), self._trains_base()
         if not self._enabled:
-            return base
-        return base._replace(low_rank=self.lora_layer.as_operand(), delta=self._delta_operand())
+            return base._replace(train_base=trained)
+        return Operands(base.base, self.lora_layer.as_operand(), self._delta_operand(), base.activation, trained)
 
-    def _targets(self) -> Iterator[tuple[str, Parameter]]:
-        yield from self._base_targets()
-        yield from self.lora_layer._targets()
-
-    def _base_targets(self) -> Iterator[tuple[str, Parameter]]:
-        return iter(()) if self.is_base_layer_frozen else self.base_layer._targets()
+    def _targets(self) -> Targets:
+        base = self.base_layer._targets() if self._trains_base() else ()
+        return (*base, *self.lora_layer._targets())
 
     def _dropout_mask(self, rows: Array) -> Array | None:
         if self.lora_dropout == 0 or not (self._enabled and self._training):
@@ -194,8 +194,8 @@ class AroundModel(Adapter, abstract=True):
         base = None if delta is None else Base(self._backend.zeros_like(delta.delta), None, False)
         return Operands(base, None, None, 0, False)
 
-    def _base_targets(self) -> Iterator[tuple[str, Parameter]]:
-        return iter(())
+    def _trains_base(self) -> bool:
+        return False  # it goes back by itself
 
     def _forward(self, x: Array, run: Run) -> Array:
         live, frozen = run.live, run.frozen

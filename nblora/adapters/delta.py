@@ -1,6 +1,6 @@
 """`DeltaLoRAAdapter`: z = x W + b + s (x A) B + c (x D), the dense D trained with momentum."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -9,6 +9,7 @@ from nblora import checks
 from nblora.backends.protocol import Array, Delta
 from nblora.layers.base import Layer
 from nblora.layers.parameters import Parameter
+from nblora.layers.projection import Targets
 from nblora.storage.checkpoint import take_tensor
 
 from .base import Adapter
@@ -111,9 +112,8 @@ class DeltaLoRAAdapter(Adapter):
     def _delta_operand(self) -> Delta | None:
         return Delta(self._delta.array, self._velocity.array, self.delta_scaling, self._delta.momentum)
 
-    def _targets(self) -> Iterator[tuple[str, Parameter]]:
-        yield from super()._targets()
-        yield "delta", self._delta
+    def _targets(self) -> Targets:
+        return (*super()._targets(), ("delta", self._delta))
 
     def _own_parameters(self) -> dict[str, Parameter]:
         return {"delta": self._delta, "velocity": self._velocity}

@@ -155,13 +155,13 @@ class Layer(NamedParameters):
         """
         checks.check_flag("accumulate", accumulate)
         run, grad, on_device = self._go_back(grad_output)
-        trainable = list(self._trainable())
+        trained = tree.trained(self, [])
         if not accumulate:
-            self._forget_gradients(trainable)
+            _forget_gradients(trained)
         grad_input = self._backward(grad, run.back(Held()))
-        for named in trainable:
-            if named.parameter.gradient is None:  # the forward went past it, as past a disabled adapter
-                named.parameter.gradient = self._backend.zeros_like(named.array)
+        for parameter in trained:
+            if parameter.gradient is None:  # the forward went past it, as past a disabled adapter
+                parameter.gradient = self._backend.zeros_like(parameter.array)
         return self._leave(grad_input, on_device)
 
     def backward_update(self, grad_output: Any, lr: float) -> np.ndarray:
@@ -177,11 +177,13 @@ class Layer(NamedParameters):
         """
         rate = checks.check_not_negative("lr", lr)
         run, grad, on_device = self._go_back(grad_output)
-        trainable = self._writeable()
+        trained = tree.trained(self, [])
+        if not all(map(checks.is_writeable, [parameter.array for parameter in trained])):
+            self._check_writeable()
         sweep = Sweep(rate, rate)
         grad_input = self._backward(grad, run.back(sweep))
-        sweep.finish(self._backend, trainable)
-        self._forget_gradients(trainable)
+        sweep.finish(self._backend, trained)
+        _forget_gradients(trained)
         run.end()
         self._run = None
         return self._leave(grad_input, on_device)
@@ -198,7 +200,7 @@ class Layer(NamedParameters):
         """
         rate = checks.check_not_negative("lr", lr)
         held = self._with_gradients()
-        self._writeable()
+        self._check_writeable()
         for _, parameter, _ in held:
             descend(self._backend, parameter, parameter.gradient, rate, rate)
         self._forget_forward()
@@ -213,10 +215,6 @@ class Layer(NamedParameters):
         if grad.shape != run.shape:
             raise ValueError(f"grad_output must have the output's shape {run.shape}, got {grad.shape}")
         return run, grad, on_device
-
-    def _forget_gradients(self, trainable: list[Named]) -> None:
-        for named in trainable:
-            named.parameter.gradient = None
 
     # --- modes and life ----------------------------------------------------------------------------------------
 
@@ -472,6 +470,11 @@ def _kind(name: str) -> type[Layer]:
 
 def _restore_layer(kind: str, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], device: str) -> Layer:
     return layer_from_state(kind, config, tensors).to(device)
+
+
+def _forget_gradients(parameters: list[Parameter]) -> None:
+    for parameter in parameters:
+        parameter.gradient = None
 
 
 def _why_no_forward(training: bool) -> str:

@@ -1,6 +1,6 @@
 """`Dense` and `FullyConnected`: the pretrained layers that adapters wrap, one class for each layout of the weight."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -13,7 +13,7 @@ from nblora.storage.checkpoint import take_tensor
 from .activations import ACTIVATIONS, activation_code
 from .diagnostics import describe_projection
 from .parameters import Parameter
-from .projection import Projection
+from .projection import Projection, Targets
 
 
 class Dense(Projection):
@@ -90,13 +90,14 @@ class Dense(Projection):
 
     def as_operand(self) -> Base:
         """Return the arrays as a backend takes them."""
-        return Base(self.weight, self.bias, self._transposed)
+        bias = self._bias
+        return Base(self._weight.array, None if bias is None else bias.array, self._transposed)
 
     def _operands(self) -> Operands:
         return Operands(self.as_operand(), None, None, self._activation, self.trainable)
 
-    def _targets(self) -> Iterator[tuple[str, Parameter]]:
-        return iter(self._own_parameters().items())
+    def _targets(self) -> Targets:
+        return tuple(self._own_parameters().items())
 
     def _own_parameters(self) -> dict[str, Parameter]:
         return {"weight": self._weight} if self._bias is None else {"weight": self._weight, "bias": self._bias}

@@ -1,7 +1,7 @@
 """`LoRALayer`: the low-rank map y = s (x A) B (Hu et al., 2021, equation 3)."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Self
 
 import numpy as np
@@ -13,7 +13,7 @@ from nblora.storage.checkpoint import take_tensor
 
 from .diagnostics import describe_projection
 from .parameters import Parameter
-from .projection import Projection
+from .projection import Projection, Targets
 
 INITIALISERS = ("kaiming", "gaussian")
 
@@ -113,9 +113,8 @@ class LoRALayer(Projection):
     def _operands(self) -> Operands:
         return Operands(None, self.as_operand(), None, 0, False)
 
-    def _targets(self) -> Iterator[tuple[str, Parameter]]:
-        yield "A", self._A
-        yield "B", self._B
+    def _targets(self) -> Targets:
+        return ("A", self._A), ("B", self._B)
 
     def _own_parameters(self) -> dict[str, Parameter]:
         return {"lora_A": self._A, "lora_B": self._B}

@@ -306,12 +306,10 @@ class NamedParameters:
             raise RuntimeError("there are no gradients: call forward and backward first")
         return trainable
 
-    def _writeable(self) -> list[Named]:
-        """The trainable parameters, once all of them can be updated in place."""
-        trainable = list(self._trainable())
-        for named in trainable:
+    def _check_writeable(self) -> None:
+        """ValueError where a trainable parameter cannot be updated in place."""
+        for named in self._trainable():
             checks.check_writeable(named.name, named.array)
-        return trainable
 
     def _pack(self, arrays: Iterator[np.ndarray]) -> np.ndarray:
         vectors = [array.ravel() for array in arrays]

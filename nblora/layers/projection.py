@@ -1,13 +1,13 @@
 """`Projection`: y = act(x M + b), the one step that plain layers, low-rank layers and adapters share."""
 
-from collections.abc import Iterator
-
 from nblora import checks
 from nblora.backends.protocol import Array, Operands
 
 from .base import Layer
 from .parameters import Parameter
 from .run import Kept, Run
+
+Targets = tuple[tuple[str, Parameter], ...]
 
 
 class Projection(Layer, abstract=True):
@@ -19,7 +19,10 @@ class Projection(Layer, abstract=True):
         """What the layer computes with, as it is now."""
         raise NotImplementedError
 
-    def _targets(self) -> Iterator[tuple[str, Parameter]]:
+    def children(self) -> dict[str, Layer]:
+        return {}
+
+    def _targets(self) -> Targets:
         """The parameters that a backward has gradients of, each after its place in `Gradients`."""
         raise NotImplementedError
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from nblora.backends.protocol import Array, Operands
 
-from .parameters import Named, Parameter
+from .parameters import Parameter
 from .run import Kept, Run
 
 
@@ -78,9 +78,9 @@ class Sweep(Sink):
         if held is not gradient:
             run.backend.add(held, gradient)
 
-    def finish(self, backend: Any, trainable: list[Named]) -> None:
+    def finish(self, backend: Any, trained: list[Parameter]) -> None:
         """Update what is left of the trained parameters; a delta that the forward passed by still follows its V."""
-        for _, parameter, _ in trainable:
+        for parameter in trained:
             gradient = self.pending.get(parameter)
             if gradient is None and parameter.velocity is not None and parameter not in self.swept:
                 gradient = backend.zeros_like(parameter.array)

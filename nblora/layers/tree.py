@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from .parameters import Named
+from .parameters import Named, Parameter
 
 if TYPE_CHECKING:
     from .base import Layer
@@ -48,15 +48,21 @@ def parameters(layer: "Layer", name: str = "", frozen: bool = False) -> Iterator
         yield Named(join(name, key), parameter, trained and not parameter.state)
 
 
-def trainable(layer: "Layer", name: str = "") -> Iterator[Named]:
-    """Every trained parameter, in the order of `parameters`; frozen parts are not walked through."""
+def trainable(layer: "Layer") -> Iterator[Named]:
+    """Every trained parameter, in the order of `parameters`."""
+    return (named for named in parameters(layer) if named.trainable)
+
+
+def trained(layer: "Layer", found: list[Parameter]) -> list[Parameter]:
+    """`found` and every trained parameter, without their names, which would cost a tenth of a tiny step."""
     for key, child in layer.children().items():
         if not layer._freezes(key):
-            yield from trainable(child, join(name, key))
+            trained(child, found)
     if layer.trainable:
-        for key, parameter in layer._own_parameters().items():
+        for parameter in layer._own_parameters().values():
             if not parameter.state:
-                yield Named(join(name, key), parameter, True)
+                found.append(parameter)
+    return found
 
 
 def changing(layer: "Layer") -> Iterator[Named]:

@@ -146,7 +146,7 @@ def fit(
     run.callbacks = check_callbacks(callbacks, run.columns())
     shown = None if progress is None else checks.check_flag("progress", progress)
     source = None if resume is None else _check_path("resume", resume)
-    model._writeable()
+    model._check_writeable()
     return run.start(source, shown)
 
 

@@ -81,7 +81,6 @@ class Run:
             raise
         finally:
             bar.close()
-            self.model._forget_gradients(list(self.model._trainable()))
             self.model._forget_forward()
             restore_modes(modes)
         return self.history

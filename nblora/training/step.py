@@ -39,6 +39,8 @@ class Step:
                 "model has no trainable parameters: wrap its layers in adapters (model.adapt), or set "
                 "layer.trainable = True"
             )
+        for _, parameter, _ in model._trainable():
+            parameter.gradient = None
         self._sink = Training(model, optimizer, delta_lr, clip_norm)
 
     @property
