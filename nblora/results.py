@@ -16,7 +16,7 @@ KINDS = {
     "comparison": "the --json file of `nblora compare`",
     "inspection": "what `nblora inspect --json` prints",
     "curves": "a CSV of learning curves with the columns method, seed and epoch",
-    "history": "the CSV of a `History`",
+    "history": "the CSV of a `History`, or the checkpoint of a `fit` (.safetensors)",
     "layer": "a layer, adapter or model that nblora saved (.safetensors)",
 }
 
@@ -38,9 +38,7 @@ def read_result_file(path: str | os.PathLike[str]) -> ResultFile:
     """
     name = Path(path)
     if name.suffix == ".safetensors":
-        from nblora.layers import read_layer
-
-        return ResultFile("layer", read_layer(name))
+        return _safetensors(name)
     try:
         text = name.read_text(encoding="utf-8")
     except UnicodeDecodeError:
@@ -60,6 +58,19 @@ def read_result_file(path: str | os.PathLike[str]) -> ResultFile:
     if kind is None:
         raise _unknown(name)
     return ResultFile(kind, content)
+
+
+def _safetensors(name: Path) -> ResultFile:
+    """A saved layer, or the history of a run's checkpoint, which holds no whole model."""
+    from nblora.layers.base import layer_from_state
+    from nblora.storage.checkpoint import read_checkpoint
+
+    def build(kind: str, config: dict[str, Any], tensors: dict[str, Any]) -> ResultFile:
+        if "fit" in config:
+            return ResultFile("history", config["fit"]["rows"])
+        return ResultFile("layer", layer_from_state(kind, config, tensors))
+
+    return read_checkpoint(name, build)
 
 
 def _kind_of_json(content: Any) -> str | None:

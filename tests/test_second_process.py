@@ -97,7 +97,9 @@ def save_checkpoint(tmp_path, rng):
     nblora.fit(whole, x, y, epochs=3, **settings)
     nblora.fit(model, x, y, epochs=2, checkpoint=folder / "state", **settings)
     keep(folder, model, rng)
-    yield {"name": "checkpoint", "folder": str(folder), "code": "loaded = nblora.load('state').eval()" + SAME}
+    base = "nblora.load('start')"
+    code = f"loaded = nblora.load('state', base={base}).eval()" + SAME
+    yield {"name": "checkpoint", "folder": str(folder), "code": code}
     np.save(folder / "whole.npy", whole.get_parameters())
     resume = f"""
 loaded, data = nblora.load('start'), np.load('data.npz')

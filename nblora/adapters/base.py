@@ -25,10 +25,11 @@ class Adapter(Projection, abstract=True):
     """
 
     method: ClassVar[str]
+    _rng: np.random.Generator
 
     def __new__(cls, base_layer: Any = None, *arguments: Any, **settings: Any) -> Self:
         if isinstance(base_layer, Layer) and not base_layer.adaptable:
-            cls = around_model(cls)
+            return super().__new__(around_model(cls))  # type: ignore[return-value, arg-type]  # a subclass of cls
         return super().__new__(cls)
 
     def _wrap(self, base_layer: Any, lora_layer: LoRALayer, freeze: bool, lora_dropout: float, rng: Any) -> None:

@@ -64,7 +64,7 @@ class DeltaLoRAAdapter(Adapter):
         """Take D and V, of logical shapes and stored like the base's weight, and how they act."""
         self.delta_scaling = checks.check_positive("delta_scaling", delta_scaling)
         momentum = checks.check_fraction("momentum_factor", momentum_factor)
-        turned = base.adaptable and base._weight.transposed
+        turned = base.adaptable and base._operands().base.transposed  # type: ignore[attr-defined]  # a projection
         self._velocity = Parameter(
             np.ascontiguousarray(velocity.T) if turned else velocity, transposed=turned, state=True
         )

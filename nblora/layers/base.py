@@ -43,6 +43,7 @@ class Layer(NamedParameters):
     _computes: ClassVar[bool] = False
     _closed = False
     _run: Run | None = None
+    _rng: np.random.Generator | None = None  # of what draws numbers in a forward
     _state = 0  # counts the events that make runs stale
 
     def __init_subclass__(cls, abstract: bool = False, **kwargs: Any) -> None:

@@ -2,7 +2,7 @@
 
 import os
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from nblora.backends.protocol import Backend, Operands
 from nblora.storage.onnx_graph import OnnxGraph
@@ -53,7 +53,7 @@ class Tracer:
         z = terms[0]
         for term in terms[1:]:
             z = graph.node("Add", z, term)
-        features = operands.low_rank.B.shape[1] if low_rank is not None else _outputs(base)
+        features = _outputs(base) if low_rank is None else low_rank.B.shape[1]
         return Symbol(graph.activation(z, ACTIVATIONS[code]), features), None
 
     def add(self, target: Symbol, source: Symbol) -> None:
@@ -68,6 +68,6 @@ def _outputs(base: Any) -> int:
 def write_graph(layer: "Layer", path: str | os.PathLike[str]) -> None:
     """Write a layer's forward, as it is in evaluation mode, to an ONNX file."""
     graph = OnnxGraph(layer.dtype)
-    run = Run(Tracer(graph, layer._backend))
+    run = Run(cast(Backend, Tracer(graph, layer._backend)))
     y = layer._forward(Symbol("x", layer.in_features), run)
     graph.write(path, y.name, layer.in_features, layer.out_features)

@@ -75,10 +75,7 @@ class Run:
     @property
     def is_stale(self) -> bool:
         """Whether a layer was updated, reset or taken out of training since it ran."""
-        for layer, state in self._states.items():
-            if layer._state != state:
-                return True
-        return False
+        return any(layer._state != state for layer, state in self._states.items())
 
     def end(self) -> None:
         """Say that the layers that ran have been updated."""

@@ -81,7 +81,7 @@ def units(layer: "Layer", name: str = "") -> Iterator[tuple[str, "Layer"]]:
 
 def generators(layer: "Layer") -> dict[str, np.random.Generator]:
     """The random generators that forwards draw from, by the name of their layer."""
-    return {name: part._rng for name, part, _ in walk(layer) if getattr(part, "_rng", None) is not None}
+    return {name: part._rng for name, part, _ in walk(layer) if part._rng is not None}
 
 
 def modes(layer: "Layer") -> list[tuple["Layer", bool]]:

@@ -3,7 +3,7 @@
 import contextlib
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 
@@ -81,7 +81,7 @@ class Model(Layer, abstract=True):
 
     def merge(self) -> Self:
         """Return a plain model, with every adapter merged into a new layer; it shares no memory with this one."""
-        return tree.rebuilt(self, Adapter, lambda adapter: adapter.merge_to_original_layer())
+        return cast(Self, tree.rebuilt(self, Adapter, lambda adapter: adapter.merge_to_original_layer()))
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[Self]:

@@ -110,29 +110,6 @@ class Sequential(Model):
         return f"{type(self).__name__}({rows}{os.linesep})"
 
 
-def _check_plain(layers: Mapping[str, Layer]) -> None:
-    """ValueError where an adapter is among the layers to adapt, or to train as they are."""
-    for name, layer in layers.items():
-        if isinstance(layer, Adapter):
-            raise ValueError(
-                f"layer {name!r} has an adapter already, a {type(layer).__name__} of rank {layer.rank}: train that one "
-                "on, name other layers, or adapt what model.merge() returns, where it is part of the weight"
-            )
-
-
-def _rank_of(name: str, layer: Layer, rank: int, lower: bool) -> int:
-    """`rank`, or the largest that a small layer can have, where `lower` allows it."""
-    largest = min(layer.in_features, layer.out_features)
-    small = f"layer {name!r} maps {layer.in_features} to {layer.out_features} features"
-    if not checks.check_flag("lower_rank", lower):
-        remedy = f"{small}; take a lower rank, leave that layer out of target, or pass lower_rank=True"
-        return checks.check_integer("rank", rank, 1, largest, remedy)
-    asked = checks.check_integer("rank", rank, 1)
-    if asked > largest:
-        warnings.warn(f"{small}, so its adapter has rank {largest} instead of {asked}", UserWarning, stacklevel=3)
-    return min(asked, largest)
-
-
 def _named(layers: tuple[Any, ...]) -> dict[str, Layer]:
     if len(layers) == 1 and isinstance(layers[0], Mapping):
         named = dict(layers[0])

@@ -83,8 +83,8 @@ def fit(
     progress : bool, optional
         Show a bar with the loss and samples/s; default: where standard error is a terminal.
     checkpoint : path, optional
-        After each epoch, write the whole model, its frozen base included, and the run's state to this file,
-        atomically. `nblora.load` reads the model from it.
+        After each epoch, write what is trained, a digest of the rest, and the run's state to this file, atomically.
+        `nblora.load(file, base=model)` makes the model of it and of its frozen base.
     resume : path, optional
         Go on from such a file: model, optimiser, callbacks, schedule's position and random states are brought to where
         they were, and the run then equals an uninterrupted one bit for bit, given the same data and arguments. Where
