@@ -50,6 +50,7 @@ CASES = [
     Case(activation=SIGMOID, masked=True),
     Case(delta=False, base=False, bias=False),
     Case(delta=False, base=False, bias=False, masked=True),
+    Case(delta=False, low_rank=False, activation=RELU),
 ]
 
 
@@ -164,6 +165,8 @@ def run(shape, dtype, transposed, case, backend=BACKEND, tolerance=None):
 
     y, saved = backend.forward(x, operands, mask, True)
     check("y", y)
+    assert (saved.x is None) == (not (case.delta or case.low_rank or case.train))
+    assert (saved.z is None) == (case.activation == IDENTITY)
     y_alone, nothing = backend.forward(x, operands, mask, False)
     assert nothing is None
     np.testing.assert_array_equal(backend.to_host(y_alone), backend.to_host(y))
@@ -171,6 +174,10 @@ def run(shape, dtype, transposed, case, backend=BACKEND, tolerance=None):
     gradients = backend.backward(gy, saved, operands)
     for name in gradients._fields:
         check(name, getattr(gradients, name))
+    without = backend.backward(gy, saved, operands, input_gradient=False)
+    assert without.x is None
+    for name in gradients._fields[1:]:
+        check(name, getattr(without, name))
 
     swept = backend.backward_update(gy, saved, operands, problem.lr, problem.delta_lr)
     for name in ("x", "A", "B", "bias"):
@@ -183,6 +190,17 @@ def run(shape, dtype, transposed, case, backend=BACKEND, tolerance=None):
     if case.base:
         check("weight after", operands.base.weight)
         check("merged", backend.merge(brought(problem.operands(), bring)))
+
+    operands = brought(problem.operands(), bring)
+    swept = backend.backward_update(gy, saved, operands, problem.lr, problem.delta_lr, input_gradient=False)
+    assert swept.x is None
+    for name in ("A", "B", "bias"):
+        check(name, getattr(swept, name))
+    if case.delta:
+        check("velocity after", operands.delta.velocity)
+        check("delta after", operands.delta.delta)
+    if case.base:
+        check("weight after", operands.base.weight)
 
 
 def brought(operands, bring):

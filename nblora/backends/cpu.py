@@ -21,7 +21,7 @@ from nblora.kernels.losses import cpu as loss_kernel
 from nblora.kernels.update import cpu as update_kernel
 
 from .crew import Crew, thread_count
-from .protocol import Array, Base, Gradients, Operands, Saved
+from .protocol import Array, Base, Gradients, Operands, Saved, keeps_input
 
 SERIAL_WORK = 1 << 17
 """Multiply-adds below which a call runs in the calling thread: waking another costs 5 to 10 µs, 2^17 take 3 µs."""
@@ -204,11 +204,12 @@ class CPUBackend:
             self._scratch.give(scratch, packed)
         if not keep:
             return y, None
-        return y, Saved(x, u if low_rank is not None else None, z if activation else None, mask)
+        kept = x if keeps_input(operands) else None
+        return y, Saved(kept, u if low_rank is not None else None, z if activation else None, mask)
 
     def backward(self, grad_output: Array, saved: Saved, operands: Operands, input_gradient: bool = True) -> Gradients:
         """Every gradient, from the values as they are; `delta` and `weight` stored."""
-        return self._sweep(grad_output, saved, operands, False, 0.0, 0.0)
+        return self._sweep(grad_output, saved, operands, None, input_gradient)
 
     def backward_update(
         self,
@@ -220,21 +221,33 @@ class CPUBackend:
         input_gradient: bool = True,
     ) -> Gradients:
         """Backward and the update of velocity, delta and a trained weight in one sweep, in place."""
-        return self._sweep(grad_output, saved, operands, True, lr, delta_lr)
+        return self._sweep(grad_output, saved, operands, (lr, delta_lr), input_gradient)
 
     def _sweep(
-        self, grad_output: Array, saved: Saved, operands: Operands, update: bool, lr: float, delta_lr: float
+        self,
+        grad_output: Array,
+        saved: Saved,
+        operands: Operands,
+        rates: tuple[float, float] | None,
+        input_gradient: bool,
     ) -> Gradients:
+        """Backward; with `rates`, lr and delta_lr, also the update."""
+        if not (input_gradient or keeps_input(operands)):
+            return Gradients(None, None, None, None, None, None)
+        update, (lr, delta_lr) = rates is not None, rates or (0.0, 0.0)
         base, low_rank, delta, activation, train = operands
         x, u, z, mask = saved
-        dtype = x.dtype
+        dtype = grad_output.dtype
         none, none_1d = self._stand_ins[dtype]
         weight = none
         if base is not None:
             weight = base.weight if train and update else _plain(base.weight)
         has_bias = base is not None and base.bias is not None
-        (samples, inputs), outputs = x.shape, grad_output.shape[1]
-        gx = np.empty((samples, inputs), dtype)
+        transposed = base is not None and base.transposed
+        samples, outputs = grad_output.shape
+        inputs = x.shape[1] if x is not None else weight.shape[1 if transposed else 0]
+        gx = np.empty((samples, inputs), dtype) if input_gradient else None
+        x = cast(np.ndarray, gx if x is None else x)  # where no x was kept none is read
         dA = dB = db = dD = dW = None
         A = B = none
         masked = False
@@ -255,7 +268,6 @@ class CPUBackend:
         gy = _plain(grad_output)
         work = samples * outputs * ((inputs if base is not None else 0) + rank) + (weight.size if delta else 0)
         workers = _workers(work)
-        transposed = base is not None and base.transposed
         few = base is not None and 0 < samples <= FEW
         if few:
             size = _packed_size(packed_few_sweep, dtype, samples, inputs, outputs, rank, workers)
@@ -275,7 +287,7 @@ class CPUBackend:
             B,
             np.empty((samples, outputs), dtype) if activation else gy,
             t,
-            gx,
+            none if gx is None else gx,
             none if dA is None else dA,
             none if dB is None else dB,
             none_1d if db is None else db,
@@ -300,10 +312,11 @@ class CPUBackend:
             bool(train),
             masked,
             update,
+            input_gradient,
         )
         self._crew.run(few_sweep if few else sweep_kernel.sweep, task, workers)
         self._scratch.give(scratch, packed)
-        if masked:
+        if masked and gx is not None:
             update_kernel.add_masked_low_rank(gx, _plain(cast(np.ndarray, mask)), t, A)
         return Gradients(gx, dA, dB, dD, dW, db)
 

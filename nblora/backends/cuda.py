@@ -1,7 +1,7 @@
 """The CUDA backend: which kernel, on which tile, on which grid. Arrays stay on the device from one call to the next."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from nblora.kernels.cuda.tiles import Tile
 from nblora.kernels.cuda.update import elementwise, sum_of_squares
 
 from .device import Device, DeviceArray, open_device
-from .protocol import Array, Gradients, Operands, Saved
+from .protocol import Array, Gradients, Operands, Saved, keeps_input
 
 
 @dataclass(frozen=True)
@@ -242,7 +242,7 @@ class CUDABackend:
             if low_rank:
                 low = self._project(x, low_rank.A, False, low_rank.scaling, mask)
             y = self._forward(x, operands, low, outputs, z)
-        return y, Saved(x, low, z, mask) if keep else None
+        return y, Saved(x if keeps_input(operands) else None, low, z, mask) if keep else None
 
     def _forward(self, x: Array, operands: Operands, low: Array | None, outputs: int, z: Array | None) -> Array:
         base, low_rank, delta, code, _ = operands
@@ -278,9 +278,9 @@ class CUDABackend:
         )
         return y if grid[2] == 1 else self._finish(y, x.shape[0], bias=bias, code=code, z=z)
 
-    def backward(self, grad_output: Array, saved: Saved, operands: Operands) -> Gradients:
+    def backward(self, grad_output: Array, saved: Saved, operands: Operands, input_gradient: bool = True) -> Gradients:
         """Every gradient, from the values as they are; `delta` and `weight` stored."""
-        gz, gradients_ = self._skinny(grad_output, saved, operands)
+        gz, gradients_ = self._skinny(grad_output, saved, operands, input_gradient)
         base, _, delta, _, train = operands
         dD = dW = None
         if base and (delta or train):
@@ -296,14 +296,21 @@ class CUDABackend:
         return self._product(tile, p, False, q, False, factor)
 
     def backward_update(
-        self, grad_output: Array, saved: Saved, operands: Operands, lr: float, delta_lr: float
+        self,
+        grad_output: Array,
+        saved: Saved,
+        operands: Operands,
+        lr: float,
+        delta_lr: float,
+        input_gradient: bool = True,
     ) -> Gradients:
         """Backward in one sweep that never holds dD or dW: V = m V + (1-m) dD, D -= delta_lr V, W -= lr dW."""
-        gz, gradients_ = self._skinny(grad_output, saved, operands)
+        gz, gradients_ = self._skinny(grad_output, saved, operands, input_gradient)
         base, _, delta, _, train = operands
         if base and (delta or train):
             dtype = gz.dtype.type
-            p, q = (gz, saved.x) if base.transposed else (saved.x, gz)
+            x = cast(Array, saved.x)
+            p, q = (gz, x) if base.transposed else (x, gz)
             tile = self._shapes[gz.dtype.name].wide
             V, D = (delta.velocity, delta.delta) if delta else (base.weight, base.weight)
             momentum, c = (delta.momentum, delta.scaling) if delta else (0.0, 0.0)
@@ -325,7 +332,9 @@ class CUDABackend:
             )
         return gradients_
 
-    def _skinny(self, grad_output: Array, saved: Saved, operands: Operands) -> tuple[Array, Gradients]:
+    def _skinny(
+        self, grad_output: Array, saved: Saved, operands: Operands, input_gradient: bool
+    ) -> tuple[Array, Gradients]:
         """gz, and every gradient but the dense ones: none of this changes a parameter."""
         base, low_rank, _, code, train = operands
         gz = grad_output if saved.z is None else self._through_activation(grad_output, saved.z, code)
@@ -340,7 +349,7 @@ class CUDABackend:
             dA, dB = self.zeros_like(low_rank.A), self.zeros_like(low_rank.B)
         if base and train and base.bias is not None:
             db = self._bias_gradient(gz) if N else self.zeros_like(base.bias)
-        gx = self._input_gradient(gz, t, operands, saved) if N else self._device.empty(samples.shape, gz.dtype)
+        gx = self._input_gradient(gz, t, operands, saved) if input_gradient else None
         return gz, Gradients(gx, dA, dB, None, None, db)
 
     def _through_activation(self, grad_output: Array, z: Array, code: int) -> Array:
@@ -358,8 +367,11 @@ class CUDABackend:
 
     def _input_gradient(self, gz: Array, t: Array | None, operands: Operands, saved: Saved) -> Array:
         base, low_rank, delta, _, _ = operands
-        N, inputs = saved.x.shape
         A = low_rank.A if low_rank else None
+        N = gz.shape[0]
+        inputs = base.weight.shape[0 if not base.transposed else 1] if base else A.shape[0]  # type: ignore[union-attr]  # one of the two is there
+        if not N:
+            return self._device.empty((0, inputs), gz.dtype)
         mask = saved.mask if low_rank else None
         if N == 1 and base:
             sums = self._vector_sums(gz, base.weight, not base.transposed, delta)

@@ -47,24 +47,31 @@ class Operands(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What backward needs of a forward: `x` (N, in); `low` = s (mask∘x) A (N, rank); pre-activation `z` (N, out), None
-    for the identity; `mask` (N, in) of 0 and 1/(1-p), None without dropout."""
+    """What backward needs of a forward: `x` (N, in), None where nothing is trained that multiplies it; `low` =
+    s (mask∘x) A (N, rank); pre-activation `z` (N, out), None for the identity; `mask` (N, in) of 0 and 1/(1-p), None
+    without dropout."""
 
-    x: Array
+    x: Array | None
     low: Array | None
     z: Array | None
     mask: Array | None
 
 
 class Gradients(NamedTuple):
-    """Gradients of one backward, None where there is no such parameter, it is frozen, or it was consumed."""
+    """Gradients of one backward, None where there is no such parameter, it is frozen, it was consumed, or, for `x`, it
+    was not asked for."""
 
-    x: Array
+    x: Array | None
     A: Array | None
     B: Array | None
     delta: Array | None
     weight: Array | None
     bias: Array | None
+
+
+def keeps_input(operands: Operands) -> bool:
+    """Whether backward reads the input: a frozen base alone does not."""
+    return operands.train_base or operands.low_rank is not None or operands.delta is not None
 
 
 class Backend(Protocol):
@@ -101,12 +108,19 @@ class Backend(Protocol):
         """y = act(x (W + c D) + s (mask∘x) A B + b), (N, out), and what backward needs where `keep`."""
         ...
 
-    def backward(self, grad_output: Array, saved: Saved, operands: Operands) -> Gradients:
-        """Every gradient, from the values as they are; `delta` and `weight` stored."""
+    def backward(self, grad_output: Array, saved: Saved, operands: Operands, input_gradient: bool = True) -> Gradients:
+        """Every gradient, from the values as they are; `delta` and `weight` stored. Without `input_gradient` that of x
+        is neither computed nor held."""
         ...
 
     def backward_update(
-        self, grad_output: Array, saved: Saved, operands: Operands, lr: float, delta_lr: float
+        self,
+        grad_output: Array,
+        saved: Saved,
+        operands: Operands,
+        lr: float,
+        delta_lr: float,
+        input_gradient: bool = True,
     ) -> Gradients:
         """Backward in one sweep that never holds dD or dW: V = m V + (1-m) dD, D -= delta_lr V, and W -= lr dW where
         the base is trained, in place. The gradients of A, B and the bias are handed back, theirs is the caller's."""

@@ -302,11 +302,12 @@ def use_gradients(task, p, rows, q0, q1, L, l_at, R, r_at, samples, edge, other_
     """Use G of a group of rows wherever a sweep asks for it."""
     kind = task.gx.dtype.type
     zero, one, tiles = kind(0), kind(1), task.row_tiles
+    following = task.S if task.input_gradient else task.V  # the input gradient reads S and D before the update does
     if task.has_delta and task.update:
         momentum, gain, lr = kind(task.momentum), kind((1 - task.momentum) * task.c), kind(task.delta_lr)
         use_gradient(
             tiles, MOMENTUM, task.V, task.D, p, rows, q0, q1, L, l_at, R, r_at, samples, momentum, gain, lr,
-            edge, other_edge, task.S, task.D,
+            edge, other_edge, following, task.D,
         )  # fmt: skip
     elif task.has_delta:
         gain = kind(task.c)

@@ -76,7 +76,7 @@ def _pack_x(task, f0, f1):
             pack(task.packed, x_at, panel_width(task.packed), task.x, f0, f1)
         else:
             pack(task.packed, x_at, GROUP, task.x, f0, f1)
-    if task.has_low_rank and not task.masked:
+    if task.has_low_rank and task.input_gradient and not task.masked:
         pack_transposed(task.packed, A_at, task.A, f0, min(f1, task.A.shape[0]))
 
 
@@ -92,7 +92,7 @@ def _rows_job(task, i0, i1, Z, edge, other_edge):
         q1 = min(q0 + span, outputs)
         for i in range(i0, i1, GROUP):
             end = min(i + GROUP, i1)
-            for p in range(i, end, DOT_ROWS):
+            for p in range(i, end if task.input_gradient else i, DOT_ROWS):
                 at = place(p - i0, N, width)
                 add_dots(
                     task.row_tiles, S, D, c, task.has_delta, p, min(DOT_ROWS, end - p), q0, q1, packed, 0, Z, at, N,
@@ -115,10 +115,11 @@ def _sum_job(task, job, block, edge, other_edge):
         q1, Z = min(q0 + span, inputs), packed[at + q0 * N :]
         for o in range(job * block, end, GROUP if has_gradient else block):
             last = min(o + GROUP, end) if has_gradient else end
-            add_sums(
-                task.row_tiles, S, D, c, task.has_delta, o, last, q0, q1, packed, gz_at, Z, N, edge,
-                ahead, o * pitch + q0 if has_gradient else -1,
-            )  # fmt: skip
+            if task.input_gradient:
+                add_sums(
+                    task.row_tiles, S, D, c, task.has_delta, o, last, q0, q1, packed, gz_at, Z, N, edge,
+                    ahead, o * pitch + q0 if has_gradient else -1,
+                )  # fmt: skip
             if has_gradient:
                 use_gradients(task, o, last - o, q0, q1, packed, gz_at, packed, x_at, N, edge, other_edge)
 
@@ -134,13 +135,14 @@ def _input_job(task, i0, i1, low_jobs, sums, Z, edge, other_edge):
     else:
         begin_panels(Z, N, i0, i1, task.db, False)
         _rows_job(task, i0, i1, Z, edge, other_edge)
-    if task.has_low_rank and not task.masked:
+    if task.has_low_rank and task.input_gradient and not task.masked:
         wait_for(task.counters, LOW, low_jobs)
         At = packed[A_at : A_at + rank * inputs].reshape(rank, inputs)
         add_sums(
             task.row_tiles, At, At, At.dtype.type(0), False, 0, rank, i0, i1, packed, t_at, Z, N, edge, At, -1
         )  # fmt: skip
-    unpack_panels(task.gx, Z, i0, i1)
+    if task.input_gradient:
+        unpack_panels(task.gx, Z, i0, i1)
 
 
 @part
@@ -178,7 +180,8 @@ def few_sweep_worker(task, worker, workers):
             t_at, job * DOT_ROWS, edge,
         )  # fmt: skip
         fetch_add(task.counters, LOW, 1)
-    sums = sum_jobs(outputs, workers) if task.transposed else 0
+    wanted = task.input_gradient or task.has_delta or task.train
+    sums = sum_jobs(outputs, workers) if task.transposed and wanted else 0
     rows = sum_block(outputs, max(sums, 1))
     while True:
         job = draw(task.counters, DRAWN + 2 * workers, sums, worker, workers)
@@ -188,8 +191,9 @@ def few_sweep_worker(task, worker, workers):
         fetch_add(task.counters, SUMMED, 1)
     wait_for(task.counters, SUMMED, sums)
     block = block_of(inputs, N, workers, Z)
+    blocks = (inputs + block - 1) // block if task.input_gradient or (wanted and not task.transposed) else 0
     while True:
-        job = draw(task.counters, DRAWN + 3 * workers, (inputs + block - 1) // block, worker, workers)
+        job = draw(task.counters, DRAWN + 3 * workers, blocks, worker, workers)
         if job < 0:
             break
         _input_job(task, job * block, min(job * block + block, inputs), lows, sums, Z, edge, other_edge)

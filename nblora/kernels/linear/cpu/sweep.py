@@ -9,7 +9,8 @@ either. A block of G lives in scratch until it has been used, so the gradient ne
 Workers draw jobs, kind after kind: samples (gz, packed for both of its products, and t), input gradient,
 factors and bias, weight gradient. A kind that needs another waits until that one's blocks are counted as done. Up to
 `BLOCK` samples the input and weight gradients are one kind: a job owns whole rows (Dense) or columns (FullyConnected)
-of S, those whose input gradient it computes, and updates each tile right after it took its part of the product.
+of S, those whose input gradient it computes, and updates each tile right after it took its part of the product. Where
+nobody reads the input gradient its jobs are left out, and its packed operand with them.
 """
 
 from typing import NamedTuple
@@ -74,7 +75,7 @@ class SweepTask(NamedTuple):
     B: object  # (rank, out)
     gz: object  # (N, out), written; is gy for the identity
     t: object  # (N, rank), written
-    gx: object  # (N, in), written
+    gx: object  # (N, in), written where `input_gradient`
     dA: object  # (in, rank), written
     dB: object  # (rank, out), written
     db: object  # (out,), written where `train` and `has_bias`
@@ -100,6 +101,7 @@ class SweepTask(NamedTuple):
     train: bool
     masked: bool
     update: bool
+    input_gradient: bool
 
 
 @part
@@ -125,7 +127,7 @@ def _packing(task, size):
     """Where gz is packed: for the input gradient, and for the weight gradient."""
     N, outputs = task.gz.shape
     blocks, block = _count(N, size), operand_block(size, task.packed)
-    operand = Packed(task.packed, 0, blocks, block if task.has_base else 0)
+    operand = Packed(task.packed, 0, blocks, block if task.has_base and task.input_gradient else 0)
     return operand, Packed(task.packed, blocks * _count(outputs, DEPTH) * block, blocks, panels_block(size))
 
 
@@ -141,9 +143,9 @@ def _prepare(task, n0, n1, size, has_gradient, work):
     for k in range(0, gz.shape[1] if task.has_base else 0, DEPTH):
         end = min(k + DEPTH, gz.shape[1])
         at, panels_at = packed_at(operand, block, k // DEPTH), packed_at(panels, block, k // DEPTH)
-        if task.transposed:
+        if task.input_gradient and task.transposed:
             pack_rows(operand.array[at + start * ROW_STRIDE :], gz, gz, s, False, n0, n1, k, end)
-        else:
+        elif task.input_gradient:
             pack_columns_transposed(operand.array[at + start * DEPTH :], gz, k, end, n0, n1)
         if has_gradient and task.transposed:
             pack_steps(panels.array[panels_at:], size, start, gz, k, end, n0, n1)
@@ -249,7 +251,7 @@ def _fused_gradient(task, i0, i1, k0, k1, size, todo, work):
 def _gradient_job(task, i0, i1, k0, k1, size, work):
     """Compute and use G for the inputs i0 <= i < i1 of a block and the outputs k0 <= k < k1 of several."""
     N, packing = task.x.shape[0], _packing(task, size)[1]
-    for n in range(0, N, size):
+    for n in range(0, max(N, 1), size):  # without samples G is zero, and used
         end = min(n + size, N)
         if task.transposed:
             pack_columns(work.r, size, 0, task.x, task.x, work.r.dtype.type(0), False, n, end, i0, i1)
@@ -369,7 +371,7 @@ def sweep_worker(task, worker, workers):
     width = panel_width(task.gz)
 
     has_gradient = task.has_delta or task.train
-    fused = has_gradient and N <= BLOCK
+    fused = has_gradient and task.input_gradient and N <= BLOCK
     size, samples = _blocks(N, task.transposed, task.gz)
     piece = block_size(size, width, _count(2 * workers, max(1, _count(N, size))), BLOCK)
     pieces = _count(size, piece)
@@ -377,7 +379,7 @@ def sweep_worker(task, worker, workers):
     quantum = width if task.transposed else TILE_ROWS
     groups = max(1, _count(N, samples))
     features = block_size(inputs, quantum, job_pieces(inputs, groups, workers, not task.transposed), BLOCK)
-    crosses = groups * _count(inputs, features)
+    crosses = groups * _count(inputs, features) if task.input_gradient else 0
     factors = factor_jobs(task)
     i_size = block_size(inputs, quantum, 1, BLOCK)
     k_size = block_size(outputs, DEPTH, 4 * workers // _count(inputs, i_size), long_blocks(task.gz) * DEPTH)
