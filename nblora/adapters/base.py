@@ -92,10 +92,13 @@ class Adapter(Projection, abstract=True):
         return not self.is_base_layer_frozen
 
     def _operands(self) -> Operands:
-        base, trained = self._base_operands(), self._trains_base()
-        if not self._enabled:
-            return base._replace(train_base=trained)
-        return Operands(base.base, self.lora_layer.as_operand(), self._delta_operand(), base.activation, trained)
+        return self._adapted() if self._enabled else self._base_operands()._replace(train_base=self._trains_base())
+
+    def _adapted(self) -> Operands:
+        """What the adapter computes with where it is not disabled, and is merged from."""
+        base = self._base_operands()
+        low_rank, delta = self.lora_layer.as_operand(), self._delta_operand()
+        return Operands(base.base, low_rank, delta, base.activation, self._trains_base())
 
     def _targets(self) -> Targets:
         base = self.base_layer._targets() if self._trains_base() else ()
@@ -129,8 +132,7 @@ class Adapter(Projection, abstract=True):
         RuntimeError
             For a base that is neither `Dense` nor `FullyConnected`.
         """
-        operands = Operands(self.base_layer.as_operand(), self.lora_layer.as_operand(), self._delta_operand(), 0, False)
-        return self.base_layer.with_weight(self._backend.merge(operands))
+        return self.base_layer.with_weight(self._backend.merge(self._adapted()))
 
     def diagnostics(self) -> dict[str, Any]:
         extra = {

@@ -1,7 +1,7 @@
 """`Projection`: y = act(x M + b), the one step that plain layers, low-rank layers and adapters share."""
 
 from nblora import checks
-from nblora.backends.protocol import Array, Operands
+from nblora.backends.protocol import Array, Gradients, Operands
 
 from .base import Layer
 from .parameters import Parameter
@@ -25,6 +25,10 @@ class Projection(Layer, abstract=True):
     def _targets(self) -> Targets:
         """The parameters that a backward has gradients of, each after its place in `Gradients`."""
         raise NotImplementedError
+
+    def _gradients_of(self, gradients: Gradients) -> list[tuple[Parameter, Array | None]]:
+        """Each parameter with its gradient, None where it has none; of parameters that no operand is, computed here."""
+        return [(parameter, getattr(gradients, part)) for part, parameter in self._targets()]
 
     def _parts(self) -> dict[str, Layer]:
         return {}  # what it holds takes part in its product

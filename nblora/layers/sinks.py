@@ -35,8 +35,7 @@ class Sink:
             )
         else:
             gradients = run.backend.backward(grad, kept.saved, kept.operands, input_gradient=kept.live)
-        for part, parameter in layer._targets():
-            gradient = getattr(gradients, part)
+        for parameter, gradient in layer._gradients_of(gradients):
             if gradient is not None:
                 self.put(parameter, gradient, run)
             elif fused and parameter.velocity is not None and kept.operands.delta is not None:
