@@ -24,7 +24,7 @@ ROOMS = {
     "weights": 7,
 }
 DOORS = {"nblora", "cli", "demo", "estimators", "sweep", "plots", "bench", "info", "compare", "results"}
-LEAVES = {"errors", "checks", "storage", "_version"}
+LEAVES = {"errors", "checks", "linalg", "storage", "_version"}
 HEAVY = {"scipy", "click", "tqdm", "matplotlib", "sklearn", "torch", "onnx", "safetensors.torch", "dask", "pandas"}
 
 PACKAGE = ROOT / "nblora"

@@ -16,10 +16,10 @@ from nblora.formats.peft_tensors import PREFIX
 from nblora.formats.peft_writer import only_these, pattern_fields, write_adapter
 from nblora.formats.rounding import narrow
 from nblora.layers import Dense
+from nblora.linalg import best_product
 
 Adapter = LoRAAdapter | DeltaLoRAAdapter
 _DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-_DENSE_SVD = 1024
 
 
 @dataclass(frozen=True)
@@ -147,41 +147,6 @@ def _factors(name: str, adapter: Adapter, fold: int | None) -> tuple[np.ndarray,
     P, Q, error = best_product(delta / scaling, fold)
     report = ExportedModule(name, adapter.rank + fold, scaling, norm, error)
     return np.concatenate([A, P], axis=1), np.concatenate([B, Q]), report
-
-
-def best_product(matrix: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, float]:
-    """The best approximation P Q of a dense matrix in the Frobenius norm (Eckart and Young, 1936).
-
-    Parameters
-    ----------
-    matrix : ndarray of float64, shape (in, out)
-    rank : int
-        At most min(in, out).
-
-    Returns
-    -------
-    P : ndarray of float64, shape (in, rank)
-    Q : ndarray of float64, shape (rank, out)
-        The roots of the singular values are shared evenly.
-    error : float
-        ‖matrix − P Q‖ / ‖matrix‖; 0 for zeros.
-    """
-    smallest = min(matrix.shape)
-    if smallest <= _DENSE_SVD or 4 * rank > smallest:
-        U, values, V = np.linalg.svd(matrix, full_matrices=False)
-        U, values, V = U[:, :rank], values[:rank], V[:rank]
-    else:
-        # Lanczos iteration, to full precision: the whole decomposition costs in·out·min(in, out).
-        from scipy.sparse.linalg import svds
-
-        start = np.random.default_rng(0).standard_normal(smallest)
-        U, values, V = svds(matrix, k=rank, v0=start)
-        order = np.argsort(values)[::-1]
-        U, values, V = U[:, order], values[order], V[order]
-    roots = np.sqrt(values)
-    P, Q = U * roots, roots[:, None] * V
-    norm = np.linalg.norm(matrix)
-    return P, Q, float(np.linalg.norm(matrix - P @ Q) / norm) if norm else 0.0
 
 
 def _config(given: Mapping[str, Any] | None, ranks: dict[str, int], alphas: dict[str, float]) -> dict[str, Any]:

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nblora.linalg import frobenius_norm, stable_rank
+
 if TYPE_CHECKING:
     from .projection import Projection
-
-_DENSE_SVD_LIMIT = 512  # below it a full SVD takes less than 0.1 s
 
 
 def describe_projection(layer: "Projection", extra: Mapping[str, Any]) -> dict[str, Any]:
@@ -49,31 +49,6 @@ def describe_projection(layer: "Projection", extra: Mapping[str, Any]) -> dict[s
 def count_non_finite(array: np.ndarray) -> int:
     """The number of NaN and infinite values."""
     return int(array.size - np.count_nonzero(np.isfinite(array)))
-
-
-def frobenius_norm(array: np.ndarray) -> float:
-    """√Σ a², accumulated in float64."""
-    return float(np.sqrt(np.einsum("...,...", array, array, dtype=np.float64).sum(dtype=np.float64)))
-
-
-def stable_rank(change: np.ndarray) -> float:
-    """‖M‖²_F / ‖M‖²_2: 0 for a zero matrix, NaN where any value is not finite (Rudelson and Vershynin, 2007)."""
-    if count_non_finite(change):
-        return float("nan")
-    largest = float(np.max(np.abs(change), initial=0.0))
-    if largest == 0.0:
-        return 0.0
-    scaled = change / largest  # squares stay in range
-    return frobenius_norm(scaled) ** 2 / _spectral_norm(scaled) ** 2
-
-
-def _spectral_norm(matrix: np.ndarray) -> float:
-    if min(matrix.shape) <= _DENSE_SVD_LIMIT:
-        return float(np.linalg.norm(matrix, 2))
-    from scipy.sparse.linalg import svds
-
-    start = np.ones(min(matrix.shape))  # a fixed start, so that the figure repeats
-    return float(svds(matrix, k=1, v0=start, return_singular_vectors=False)[0])
 
 
 def _product_norm(A: np.ndarray, B: np.ndarray) -> float:

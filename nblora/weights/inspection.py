@@ -11,7 +11,8 @@ import numpy as np
 from nblora.errors import MissingExtraError
 from nblora.formats.peft import PeftAdapter
 from nblora.formats.peft_tensors import LoraModule
-from nblora.weights.algebra import decompose, read_factors
+from nblora.linalg import product_svd
+from nblora.weights.algebra import read_factors
 from nblora.weights.report import plain
 
 
@@ -149,7 +150,7 @@ def _describe(adapter: PeftAdapter, module: LoraModule) -> ModuleReport:
         # The factors of a grouped convolution are no factors of one matrix.
         values = np.full(min(module.rank, *A.shape, *B.shape), np.nan)
     else:
-        values = abs(module.scaling) * decompose(B, A)[1]
+        values = abs(module.scaling) * product_svd(B, A)[1]
     norm, largest = float(np.linalg.norm(values)), float(values[0])
     return ModuleReport(
         name=module.name,

@@ -145,13 +145,13 @@ def test_delta_left_out_is_reported(delta, tmp_path):
 
 
 def test_large_deltas_go_through_lanczos_to_the_same_end(rng):
-    from nblora.formats import peft_export
+    from nblora import linalg
 
     U, V = (np.linalg.qr(rng.standard_normal((1100, 12)))[0] for _ in range(2))
     matrix = U * np.geomspace(10, 0.1, 12) @ V.T
-    P, Q, error = peft_export.best_product(matrix, 5)
+    P, Q, error = linalg.best_product(matrix, 5)
     values = np.geomspace(10, 0.1, 12)
-    assert min(matrix.shape) > peft_export._DENSE_SVD
+    assert min(matrix.shape) > linalg._DENSE_SVD
     np.testing.assert_allclose(error, np.linalg.norm(values[5:]) / np.linalg.norm(values), rtol=1e-9)
     np.testing.assert_allclose(np.linalg.norm(matrix - P @ Q), np.linalg.norm(values[5:]), rtol=1e-9)
 
