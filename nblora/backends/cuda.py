@@ -6,12 +6,12 @@ from typing import Any, cast
 import numpy as np
 
 from nblora.errors import DeviceUnavailableError
-from nblora.kernels.cuda import forward as forward_kernels
-from nblora.kernels.cuda import gradients, vectors
-from nblora.kernels.cuda.forward import FACTOR, HAS_BASE, HAS_LOW, KEEP, LOW, OUT, WEIGHT, X
-from nblora.kernels.cuda.losses import losses
-from nblora.kernels.cuda.tiles import Tile
-from nblora.kernels.cuda.update import elementwise, sum_of_squares
+from nblora.kernels.linear.cuda import forward as forward_kernels
+from nblora.kernels.linear.cuda import gradients, vectors
+from nblora.kernels.linear.cuda.forward import FACTOR, HAS_BASE, HAS_LOW, KEEP, LOW, OUT, WEIGHT, X
+from nblora.kernels.linear.cuda.tiles import Tile
+from nblora.kernels.losses.cuda import losses
+from nblora.kernels.update.cuda import elementwise, sum_of_squares
 
 from .device import Device, DeviceArray, open_device
 from .protocol import Array, Gradients, Operands, Saved, keeps_input

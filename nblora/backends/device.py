@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from nblora.errors import DeviceMemoryError, DeviceUnavailableError
-from nblora.kernels.cuda.simulated import from_bfloat16, to_bfloat16
-from nblora.kernels.cuda.target import COMPILED, SIMULATED
-from nblora.kernels.cuda.target import module as cuda
+from nblora.kernels.common.cuda.simulated import from_bfloat16, to_bfloat16
+from nblora.kernels.common.cuda.target import COMPILED, SIMULATED
+from nblora.kernels.common.cuda.target import module as cuda
 
 
 def missing() -> str | None:

@@ -7,7 +7,7 @@ import numpy as np
 
 from nblora.backends.cuda import CUDABackend, Shapes
 from nblora.backends.device import Device, DeviceArray
-from nblora.kernels.cuda.tiles import Tile
+from nblora.kernels.linear.cuda.tiles import Tile
 from tests.cuda.emulator import emulate
 
 # Small tiles: a few threads each, so that small arrays have many blocks with edges on every side.
@@ -45,7 +45,7 @@ class EmulatedDevice(Device):
         return memory.ctypes.data
 
     def upload(self, host, bfloat16=False):
-        from nblora.kernels.cuda.simulated import to_bfloat16
+        from nblora.kernels.common.cuda.simulated import to_bfloat16
 
         values = to_bfloat16(host) if bfloat16 else np.asarray(host)
         memory = self._allocate(values.shape, values.dtype)
@@ -53,7 +53,7 @@ class EmulatedDevice(Device):
         return DeviceArray(memory, self, bfloat16)
 
     def download(self, array):
-        from nblora.kernels.cuda.simulated import from_bfloat16
+        from nblora.kernels.common.cuda.simulated import from_bfloat16
 
         host = np.array(array.memory)
         return from_bfloat16(host) if array.bfloat16 else host

@@ -15,7 +15,7 @@ from greenlet import getcurrent, greenlet
 from numba import types
 from numba.np.numpy_support import as_dtype
 
-from nblora.kernels.cuda import simulated, target
+from nblora.kernels.common.cuda import simulated, target
 
 ORDERS = ("forward", "reverse", "random")
 CASTS = {types.int32: int, types.int64: int, types.float32: np.float32, types.float64: np.float64}

@@ -9,11 +9,19 @@ from pathlib import Path
 
 import numpy as np
 
-import nblora.kernels.cuda
+import nblora.kernels
 
-FOLDER = Path(nblora.kernels.cuda.__file__).parent
-PACKAGE = nblora.kernels.cuda.__name__
-RELOADED = ("tiles", "forward", "gradients", "vectors", "update", "losses")
+FOLDER = Path(nblora.kernels.__file__).parent
+PACKAGE = nblora.kernels.__name__
+RELOADED = (
+    "common.cuda.sums",
+    "linear.cuda.tiles",
+    "linear.cuda.forward",
+    "linear.cuda.gradients",
+    "linear.cuda.vectors",
+    "update.cuda",
+    "losses.cuda",
+)
 
 # What may be taken away: pattern, what stands there instead. Every place where a pattern matches is one mutant;
 # `python -m tests.cuda.mutants` lists them.
@@ -36,11 +44,16 @@ GUARDS = [
 ]
 
 
+def source_file(module):
+    """Where a kernel's source lies."""
+    return FOLDER / (module.replace(".", "/") + ".py")
+
+
 def mutants():
     """(name, module, function from source to source) of every mutant."""
     found = []
     for module in RELOADED:
-        source = (FOLDER / f"{module}.py").read_text()
+        source = source_file(module).read_text()
         for pattern, instead in [BARRIER, *GUARDS]:
             for place, match in enumerate(re.finditer(pattern, source)):
                 line = source.count("\n", 0, match.start()) + 1
@@ -58,7 +71,7 @@ def mutants():
 def mutated(module, mutate):
     """Import the kernels and the backend anew, with one module's source changed; the module `emulated` over them."""
     names = [*(f"{PACKAGE}.{name}" for name in RELOADED), "nblora.backends.cuda", "tests.cuda.emulated"]
-    packages = [sys.modules[PACKAGE], sys.modules["nblora.backends"], sys.modules["tests.cuda"]]
+    packages = [importlib.import_module(name) for name in sorted({name.rpartition(".")[0] for name in names})]
     held = {name: sys.modules.pop(name, None) for name in names}
     attributes = [dict(vars(package)) for package in packages]
     for name in names:  # `from package import module` looks at the package first
@@ -85,7 +98,7 @@ class _Finder:
     def find_spec(self, name, path=None, target=None):
         if name != self.name:
             return None
-        location = str(FOLDER / f"{name.rpartition('.')[2]}.py")
+        location = str(source_file(name.removeprefix(f"{PACKAGE}.")))
         return importlib.util.spec_from_file_location(name, location, loader=_Loader(name, location, self.mutate))
 
 

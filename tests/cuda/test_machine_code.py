@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("greenlet", reason="the emulator needs greenlet (extra test)")
 
-from nblora.kernels.cuda.target import COMPILED
+from nblora.kernels.common.cuda.target import COMPILED
 from tests.cuda import machine_code
 from tests.cuda.machine_code import ARCHITECTURES, OUTPUTS, compile_kernel
 from tests.cuda.recorded import record, record_updates, recording_backend

@@ -13,7 +13,7 @@ MUTANTS = mutants.mutants()
 
 @pytest.mark.slow
 def test_whole_kernels_pass():
-    found = mutants.killed_by("tiles", lambda source: source)
+    found = mutants.killed_by("linear.cuda.tiles", lambda source: source)
     assert found is None, found
 
 
@@ -30,14 +30,14 @@ def test_no_barrier_is_missed():
     assert len(MUTANTS) == 50
 
 
-@pytest.mark.parametrize("mutant", [m for m in MUTANTS if m[0].startswith("tiles")], ids=lambda m: m[0])
+@pytest.mark.parametrize("mutant", [m for m in MUTANTS if m[0].startswith("linear.cuda.tiles")], ids=lambda m: m[0])
 def test_mutants_of_tiles(mutant):
     _, module, mutate = mutant
     assert mutants.killed_by(module, mutate) is not None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mutant", [m for m in MUTANTS if not m[0].startswith("tiles")], ids=lambda m: m[0])
+@pytest.mark.parametrize("mutant", [m for m in MUTANTS if not m[0].startswith("linear.cuda.tiles")], ids=lambda m: m[0])
 def test_mutants(mutant):
     _, module, mutate = mutant
     assert mutants.killed_by(module, mutate) is not None

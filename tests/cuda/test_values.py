@@ -136,7 +136,7 @@ def test_tiles_of_a_device(shape, precision, dtype, transposed):
 @pytest.mark.parametrize("shape", [(1, 33, 18, 2), (9, 12, 40, 9), (17, 18, 19, 5), (8, 16, 16, 4)], ids=str)
 def test_bfloat16_base(shape, transposed):
     """The base's weight is rounded once, and from then on everything is float32."""
-    from nblora.kernels.cuda.simulated import from_bfloat16, to_bfloat16
+    from nblora.kernels.common.cuda.simulated import from_bfloat16, to_bfloat16
     from tests.test_kernels import Problem, brought
 
     problem = Problem(shape, "float32", transposed, Case())

@@ -40,8 +40,8 @@ def source_digest() -> str:
     settings = (numba.__version__, config.BOUNDSCHECK, config.OPT, os.environ.get("NBLORA_VECTOR_BITS"))
     digest.update(repr(settings).encode())
     for path in sorted(KERNELS.rglob("*.py")):
-        if path.is_relative_to(KERNELS / "cuda"):
-            continue  # never cached here: a change of them leaves the CPU's kernels as they are
+        if "cuda" in path.relative_to(KERNELS).with_suffix("").parts:
+            continue  # a change of a GPU's kernels leaves the CPU's as they are
         digest.update(str(path.relative_to(KERNELS)).encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

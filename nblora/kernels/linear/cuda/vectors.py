@@ -5,9 +5,9 @@ import functools
 import numpy as np
 from numba.core import types
 
-from .intrinsics import add_scaled, load, store, zeros
-from .rules import rules
-from .target import cuda, int32, int64, kernel
+from nblora.kernels.common.cuda.intrinsics import add_scaled, load, store, zeros
+from nblora.kernels.common.cuda.rules import rules
+from nblora.kernels.common.cuda.target import cuda, int32, int64, kernel
 
 FINISH_LOW, FINISH_MASK, FINISH_BIAS, FINISH_KEEP = (1 << bit for bit in range(4))
 GROUP = 32

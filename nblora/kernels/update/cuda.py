@@ -11,9 +11,10 @@ from types import SimpleNamespace
 import numpy as np
 from numba.core import types
 
-from .intrinsics import add_scaled, load, multiply, scale, store, zeros
-from .rules import rules
-from .target import cuda, device_function, float64, int64, kernel
+from nblora.kernels.common.cuda.intrinsics import add_scaled, load, multiply, scale, store, zeros
+from nblora.kernels.common.cuda.rules import rules
+from nblora.kernels.common.cuda.sums import block_sum
+from nblora.kernels.common.cuda.target import cuda, device_function, float64, int64, kernel
 
 
 @functools.cache
@@ -115,29 +116,6 @@ def elementwise(dtype: str, threads: int):
         adamw=adamw,
         activation_gradient=activation_gradient,
     )
-
-
-@functools.cache
-def block_sum(threads: int):
-    """A device function: the sum of one float64 a thread, in a tree, the same for every thread of the block.
-
-    Once a kernel: nothing holds back a thread that would write to the same shared memory again.
-    """
-    HALF = threads // 2
-
-    @device_function
-    def block_sum(shared, t, value):
-        shared[t] = value
-        cuda.syncthreads()  # every value is there
-        width = HALF
-        while width > 0:
-            if t < width:
-                shared[t] += shared[t + width]
-            cuda.syncthreads()  # this level of the tree is there
-            width //= 2
-        return shared[0]
-
-    return block_sum
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Kernels for NVIDIA GPUs, and the only place besides `backends/cuda.py` that imports CUDA.
+"""What the kernels for NVIDIA GPUs stand on; CUDA is imported here and in `backends/` alone.
 
 Every kernel comes from a factory that takes the tile and what is there (delta, mask, ...): these are constants of the
 compiled kernel. Arrays are C-contiguous, bounds come from their shapes, each output element has one owner, and there

@@ -6,10 +6,11 @@ stream. No kernel here writes a gradient of the size of W unless it is asked for
 
 import functools
 
+from nblora.kernels.common.cuda.intrinsics import add_scaled, load, multiply, part, scale, store, with_part, zeros
+from nblora.kernels.common.cuda.rules import rules
+from nblora.kernels.common.cuda.target import COMPILED, cuda, int32, int64, kernel
+
 from .forward import FACTOR, HAS_BASE, HAS_LOW, LOW, OUT, WEIGHT, X
-from .intrinsics import add_scaled, load, multiply, part, scale, store, with_part, zeros
-from .rules import rules
-from .target import COMPILED, cuda, int32, int64, kernel
 from .tiles import Tile, accumulator, geometry
 
 

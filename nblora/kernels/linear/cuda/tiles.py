@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numba.core import types
 
-from .intrinsics import (
+from nblora.kernels.common.cuda.intrinsics import (
     add_scaled,
     load,
     load_shared,
@@ -30,7 +30,7 @@ from .intrinsics import (
     with_part,
     zeros,
 )
-from .target import cuda, device_function, int32, int64
+from nblora.kernels.common.cuda.target import cuda, device_function, int32, int64
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,10 @@
 
 import functools
 
-from .intrinsics import add_scaled, load, part, store, zeros
-from .rules import rules
-from .target import COMPILED, cuda, int32, int64, kernel
+from nblora.kernels.common.cuda.intrinsics import add_scaled, load, part, store, zeros
+from nblora.kernels.common.cuda.rules import rules
+from nblora.kernels.common.cuda.target import COMPILED, cuda, int32, int64, kernel
+
 from .tiles import Tile, accumulator, geometry
 
 # What a launch says in `flags`: which arrays may be read in aligned vectors, and which parts there are.

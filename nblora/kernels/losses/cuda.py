@@ -7,8 +7,8 @@ import functools
 import math
 from types import SimpleNamespace
 
-from .target import cuda, float64, kernel
-from .update import block_sum
+from nblora.kernels.common.cuda.sums import block_sum
+from nblora.kernels.common.cuda.target import cuda, float64, kernel
 
 
 @functools.cache
