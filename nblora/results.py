@@ -48,8 +48,11 @@ def read_result_file(path: str | os.PathLike[str]) -> ResultFile:
     first = text.lstrip().partition("\n")[0]
     if '"nblora.sweep"' in first:
         from nblora.sweep import read_results
+        from nblora.sweep.store import check_origin
 
-        return ResultFile("sweep", read_results(name))
+        records = list({record["key"]: record for record in read_results(name)}.values())  # failed runs are repeated
+        check_origin(records, os.fspath(name))
+        return ResultFile("sweep", records)
     try:
         content = json.loads(text)
     except (ValueError, RecursionError):

@@ -30,7 +30,8 @@ def command(
     \b
       loss = "cross_entropy"
       [data]
-      sklearn = "digits"
+      file = "own.csv"            # or .parquet, .npz; or sklearn = "digits"
+      label = "species"           # the column to predict
       [base]
       hidden = [32]
       [grid]
@@ -43,15 +44,21 @@ def command(
     Each run's result is added to the results file when the run ends. A sweep that was stopped, in whatever way, goes on
     where it was when it is started again with the same file. Dask needs: pip install 'nblora[dask]'.
 
-    `nblora compare` and `nblora plot` read the results file.
+    `nblora compare` and `nblora plot` read the results file. The exit code is 1 where runs failed, with the reasons.
     """
     from nblora.sweep import Sweep, text_table
+    from nblora.sweep.summary import failures
 
     if scheduler is not None and cluster is not None:
         raise click.UsageError("--scheduler and --cluster exclude each other")
     sweep = Sweep.from_toml(specification, threads=threads)
     path = results or specification.with_suffix(".jsonl")
     records = sweep.run(path, workers=workers, scheduler=scheduler, cluster=cluster, progress=False if quiet else None)
+    failed = failures(records)
     if not quiet:
         click.echo(text_table(records, sweep.metric, rows))
         click.echo(f"Results of {len(records)} runs in {path}")
+    elif failed:
+        click.echo("\n".join(failed), err=True)
+    if failed:
+        raise click.exceptions.Exit(1)

@@ -80,8 +80,8 @@ def difference_intervals(
 
     Parameters
     ----------
-    differences : mapping of names to triples (difference, low, high)
-        Intervals that hold zero are drawn hollow: they claim nothing.
+    differences : mapping of names to (difference, low, high) or (difference, low, high, decided)
+        What is undecided is drawn hollow; without the fourth that is an interval that holds zero.
     x_label, title, ax
         As in `learning_curves`.
 
@@ -94,8 +94,8 @@ def difference_intervals(
     ax = ax if ax is not None else new_axes((SIZE[0], 1.4 + 0.36 * max(2, len(differences))))
     with style():
         ax.axvline(0, color="black", linewidth=1, linestyle="--")
-        for place, (middle, low, high) in enumerate(differences.values()):
-            hollow = low <= 0 <= high
+        for place, (middle, low, high, *decided) in enumerate(differences.values()):
+            hollow = not decided[0] if decided else low <= 0 <= high
             errors = [[middle - low], [high - middle]]
             face = "white" if hollow else "black"
             ax.errorbar([middle], [place], xerr=errors, fmt="o", color="black", markerfacecolor=face, capsize=4)

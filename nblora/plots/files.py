@@ -258,7 +258,7 @@ def _comparison(result: ResultFile, metric: str | None) -> tuple[list[Panel], st
     content = result.content
     name = content.get("metric", "value")
     found = {
-        f"{row['first']} − {row['second']}": (row["difference"], row["low"], row["high"])
+        f"{row['first']} − {row['second']}": (row["difference"], row["low"], row["high"], row["decided"])
         for row in content["differences"]
         if row["low"] is not None
     }

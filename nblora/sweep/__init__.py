@@ -1,5 +1,6 @@
 """Sweeps: the same task with many settings, on this machine or on a Dask cluster, resumed wherever they were killed."""
 
+from .data import read_data, split_data
 from .space import draw_random, expand_grid
 from .store import read_results
 from .summary import best_of_each_method, over_seeds, text_table
@@ -13,6 +14,8 @@ __all__ = [
     "draw_random",
     "expand_grid",
     "over_seeds",
+    "read_data",
     "read_results",
+    "split_data",
     "text_table",
 ]

@@ -6,18 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from nblora import checks
-from nblora.errors import FormatError, MissingExtraError
+from nblora.errors import FormatError
 from nblora.layers import read_layer
 
+from .data import SPLIT, load_scikit_learn, read_data
 from .space import draw_random, expand_grid
-from .task import Data
+from .task import DEFAULT_LOSS, Data
 
 TABLES = {"data", "base", "grid", "random", "fixed"}
 OPTIONS = {"loss", "metric", "threads"}
-SCIKIT_LEARN = ("breast_cancer", "diabetes", "digits", "iris", "wine")
 
 
 def read_specification(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -50,8 +47,8 @@ def _arguments(content: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     if ("grid" in content) == ("random" in content):
         raise ValueError("there must be one table [grid] or one table [random]")
     arguments: dict[str, Any] = {name: content[name] for name in OPTIONS if name in content}
-    arguments["data"] = _data(content["data"], folder)
     arguments.update(_base(content.get("base", {}), folder))
+    arguments["data"] = _data(content["data"], folder, content.get("loss", DEFAULT_LOSS), "base" in arguments)
     fixed = content.get("fixed", {})
     if "grid" in content:
         arguments["runs"] = expand_grid(content["grid"], fixed)
@@ -72,54 +69,19 @@ def _base(table: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return chosen
 
 
-def _data(table: Mapping[str, Any], folder: Path) -> Data:
-    if "file" in table:
-        _check_keys("[data]", table, {"file"})
-        return _read_arrays(folder / table["file"])
-    _check_keys("[data]", table, {"sklearn", "validation", "test", "split_seed"})
-    if "sklearn" not in table:
-        raise ValueError("[data] must have file (an .npz) or sklearn (a data set's name)")
-    return _load_sklearn(
-        table["sklearn"], table.get("validation", 0.2), table.get("test", 0.2), table.get("split_seed", 0)
-    )
-
-
-def _read_arrays(path: Path) -> Data:
-    """Read an .npz file with arrays named like the fields of `Data`."""
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return Data(**{name: arrays[name] for name in arrays.files})
-    except (ValueError, TypeError, OSError) as error:
-        if isinstance(error, FileNotFoundError | PermissionError):
-            raise
-        raise FormatError(
-            f"{path}: must be an .npz file of x, y, x_validation, y_validation and perhaps x_test, y_test: {error}"
-        ) from error
-
-
-def _load_sklearn(name: Any, validation: Any, test: Any, seed: Any) -> Data:
-    """One of the data sets that come with scikit-learn, standardised by its training part, split at random."""
-    name = checks.check_choice("data.sklearn", name, SCIKIT_LEARN)
-    shares = [
-        checks.check_fraction(f"data.{part}", share) for part, share in (("validation", validation), ("test", test))
-    ]
-    if not 0 < shares[0] < 1 - shares[1]:
-        raise ValueError(f"data.validation and data.test must leave samples for training, got {validation} and {test}")
-    try:
-        from sklearn import datasets
-    except ImportError as error:
-        raise MissingExtraError(
-            f"the data set {name!r} comes with scikit-learn: pip install 'nblora[sklearn]'"
-        ) from error
-    x, y = getattr(datasets, f"load_{name}")(return_X_y=True)
-    order = np.random.default_rng(checks.check_integer("data.split_seed", seed, 0)).permutation(len(x))
-    ends = np.cumsum([round(share * len(x)) for share in shares])
-    chosen, tested, trained = np.split(order, ends)
-    mean, deviation = x[trained].mean(0), x[trained].std(0)
-    x = ((x - mean) / np.where(deviation > 0, deviation, 1)).astype(np.float32)
-    y = y.astype(np.float32)[:, None] if y.dtype.kind == "f" else y.astype(np.int64)
-    held_out = (x[tested], y[tested]) if len(tested) else (None, None)
-    return Data(x[trained], y[trained], x[chosen], y[chosen], *held_out)
+def _data(table: Mapping[str, Any], folder: Path, loss: str, pretrained: bool) -> Data:
+    if ("file" in table) == ("sklearn" in table):
+        raise ValueError(
+            "[data] must have file (.npz, .csv, .tsv or .parquet) or sklearn (a data set's name), and one of them only"
+        )
+    if "sklearn" in table:
+        _check_keys("[data]", table, {"sklearn", *SPLIT})
+        return load_scikit_learn(table["sklearn"], **{name: table[name] for name in SPLIT if name in table})
+    _check_keys("[data]", table, {"file", "label", "features", "standardise", *SPLIT})
+    options = {name: value for name, value in table.items() if name != "file"}
+    if pretrained:  # it expects what it was trained on, which nobody but its owner knows how to scale
+        options.setdefault("standardise", False)
+    return read_data(folder / table["file"], loss=loss, **options)
 
 
 def _check_keys(place: str, table: Mapping[str, Any], known: set[str]) -> None:

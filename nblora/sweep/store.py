@@ -2,11 +2,13 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from nblora.errors import FormatError, NbloraError
+
+from .space import run_key
 
 FORMAT = "nblora.sweep"
 FORMAT_VERSION = 1
@@ -108,6 +110,29 @@ def read_results(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         _check_record(record, f"{os.fspath(path)}: line {number}")
         records.append(record)
     return records
+
+
+def check_origin(records: Sequence[Mapping[str, Any]], place: str) -> None:
+    """FormatError where records come from different data, or from different tasks on the same data.
+
+    Their differences would be taken for those of methods. Records of old files do not say where they come from, but
+    their keys tell whether it is where the others come from.
+    """
+    found = {name: sorted({record[name] for record in records if name in record}) for name in ("data", "task")}
+    tasks = found["task"]
+    strangers = any("task" not in r and r["key"] != run_key(r["settings"], task) for task in tasks[:1] for r in records)
+    if len(found["data"]) > 1:
+        what = f"different data ({', '.join(found['data'])})"
+    elif len(tasks) > 1:
+        what = f"the same data with different bases, targets, losses or numbers of threads ({', '.join(tasks)})"
+    elif strangers:
+        what = "other data, or of another base, target, loss or number of threads, of an older nblora"
+    else:
+        return
+    raise FormatError(
+        f"{place}: results on {what} do not belong in one file, where they would be compared with one another as if "
+        "only the settings differed: keep a file for each, `nblora sweep --results FILE`"
+    )
 
 
 def _check_record(record: Any, place: str) -> None:

@@ -1,6 +1,7 @@
 """From a sweep's records to what is asked of them: averages over seeds, and the best setting of each method."""
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,8 @@ import numpy as np
 from .sweep import sign
 
 Record = Mapping[str, Any]
+
+MANY_REASONS = 5  # lines about runs that failed
 
 
 def default_metric(records: Iterable[Record], split: str = "val") -> str:
@@ -68,8 +71,15 @@ def text_table(records: Sequence[Record], metric: str, rows: int = 10) -> str:
         values = np.array(list(by_seed.values()))
         spread = f" ± {values.std(ddof=1):.4f}" if len(values) > 1 else ""
         lines.append(f"  {values.mean():.4f}{spread}  n={len(values)}  {label(settings, varied) or settings['method']}")
-    for status in ("diverged", "failed"):
-        count = sum(record["status"] == status for record in records)
-        if count:
-            lines.append(f"  {count} runs {status}")
-    return "\n".join(lines)
+    diverged = sum(record["status"] == "diverged" for record in records)
+    if diverged:
+        lines.append(f"  {diverged} runs diverged")
+    return "\n".join([*lines, *(f"  {line}" for line in failures(records))])
+
+
+def failures(records: Iterable[Record]) -> list[str]:
+    """Return one line for each reason why runs failed, the most frequent first, with how many it ended."""
+    reasons = Counter(record.get("error", "no reason recorded") for record in records if record["status"] == "failed")
+    lines = [f"{count} runs failed: {reason}" for reason, count in reasons.most_common(MANY_REASONS)]
+    others = sum(count for _, count in reasons.most_common()[MANY_REASONS:])
+    return lines + ([f"{others} runs failed for other reasons"] if others else [])

@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,8 +15,8 @@ from nblora.training.losses import as_loss
 
 from .engines import dask_client, run_here, run_in_processes, run_on_dask
 from .space import Settings, draw_random, expand_grid, run_key
-from .store import ResultsFile
-from .task import Data, Records, Task
+from .store import ResultsFile, check_origin
+from .task import DEFAULT_LOSS, Data, Records, Task
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -29,7 +30,8 @@ class Sweep:
     Parameters
     ----------
     data : Data, or mapping with the names of its fields
-        `x`, `y`, `x_validation`, `y_validation` and, if wanted, `x_test`, `y_test`.
+        `x`, `y`, `x_validation`, `y_validation` and, if wanted, `x_test`, `y_test`. `read_data` and `split_data` make
+        it of a file, and of samples that are not split yet.
     runs : list of dict
         The settings of each run: what `grid` and `random` make.
     base : Layer, optional
@@ -63,7 +65,7 @@ class Sweep:
         *,
         base: Layer | None = None,
         hidden: Sequence[int] = (32,),
-        loss: str = "cross_entropy",
+        loss: str = DEFAULT_LOSS,
         target: Any = "*",
         modules_to_save: Any = None,
         metric: str | None = None,
@@ -73,7 +75,7 @@ class Sweep:
             check_model(base)
         if not runs:
             raise ValueError("runs must not be empty: give at least one combination of settings")
-        checked = data if isinstance(data, Data) else Data(**data)
+        checked = data if isinstance(data, Data) else _as_data(data)
         arrays: dict[str, Any] = {name: v if v is None else np.asarray(v) for name, v in vars(checked).items()}
         widths = tuple(checks.check_integer("hidden", width, 1) for width in hidden)
         threads = checks.check_integer("threads", threads, 1)
@@ -81,6 +83,7 @@ class Sweep:
         names = [f"val_{name}" for name in (*as_loss(loss).metrics, "loss")]
         self.metric = checks.check_choice("metric", metric or names[0], names)
         digest = self.task.digest()
+        self._origin = {"data": self.task.data_digest(), "task": digest}
         self.runs = {run_key(settings, digest): dict(settings) for settings in runs}
 
     @classmethod
@@ -135,7 +138,8 @@ class Sweep:
         ----------
         results : path
             Each run's record is added to this file when the run ends, one line of JSON. A sweep that was killed goes
-            on from it: start it again with the same file.
+            on from it: start it again with the same file. Runs on other data, or of another base, target or loss, are
+            another sweep, with a file of its own.
         workers : int, optional
             Processes of this machine, by default as many as its cores allow; 1 executes in this process. A script that
             uses more needs `if __name__ == "__main__":`, as with Python's multiprocessing.
@@ -156,7 +160,7 @@ class Sweep:
         Raises
         ------
         FormatError
-            For a results file that holds something else.
+            For a results file that holds something else, or results of another sweep.
         NbloraError
             While another sweep writes to the file.
         MissingExtraError
@@ -168,6 +172,7 @@ class Sweep:
             checks.check_choice("cluster", cluster, ("dask",))
         count = default_workers(self.task.threads) if workers is None else checks.check_integer("workers", workers, 1)
         with ResultsFile(results) as file, contextlib.ExitStack() as stack:
+            check_origin([*file.records.values(), self._origin], os.fspath(results))
             waiting = {key: settings for key, settings in self.runs.items() if not file.is_finished(key)}
             if not waiting:
                 return self._select(file)
@@ -188,7 +193,7 @@ class Sweep:
         off = None if progress is None else not progress
         with tqdm(total=len(self.runs), initial=len(done), unit="run", disable=off, dynamic_ncols=True) as bar:
             for record in ended:
-                file.append(record)
+                file.append(record | self._origin)
                 done.append(record)
                 best = self.best(done)
                 if best is not None:
@@ -204,6 +209,17 @@ class Sweep:
         It is the luckiest seed's: `summarise` averages over seeds.
         """
         return best_record(records, self.metric)
+
+
+def _as_data(parts: Mapping[str, Any]) -> Data:
+    known = {field.name for field in fields(Data)}
+    missing = [name for name in ("x", "y", "x_validation", "y_validation") if name not in parts]
+    if missing or not known.issuperset(parts):
+        raise TypeError(
+            f"data must have x, y, x_validation, y_validation and perhaps x_test, y_test, got "
+            f"{', '.join(parts) or 'nothing'}: split_data(x, y) makes the parts of samples that are not split"
+        )
+    return Data(**parts)
 
 
 def best_record(records: Sequence[Mapping[str, Any]], metric: str) -> Mapping[str, Any] | None:

@@ -20,6 +20,7 @@ from nblora.layers import Layer, tree
 from nblora.training import SGD, AdamW, evaluate, fit
 from nblora.training.losses import CrossEntropy, as_loss
 
+DEFAULT_LOSS = "cross_entropy"
 HISTORY = ("loss", "accuracy", "val_loss", "val_accuracy")
 OF_CONSTRUCTORS = ("rank", "alpha", "use_rslora", "init", "lora_dropout", "delta_scaling", "momentum_factor")
 
@@ -63,11 +64,19 @@ class Task:
     modules_to_save: Any
     threads: int
 
-    def digest(self) -> str:
-        """Return a name of data, base and what else decides a run's result."""
+    def data_digest(self) -> str:
+        """Return a name of the data's contents."""
+        return self._hash_of_data().hexdigest()[:16]
+
+    def _hash_of_data(self) -> Any:
         digest = hashlib.sha256()
         for field in fields(self.data):
             _add_array(digest, field.name, getattr(self.data, field.name))
+        return digest
+
+    def digest(self) -> str:
+        """Return a name of data, base and what else decides a run's result."""
+        digest = self._hash_of_data()
         if self.base is not None:
             digest.update(repr(self.base._config()).encode())
             for name in self.base.parameter_names():
@@ -155,7 +164,8 @@ def _plain_model(task: Task, seed: int) -> Sequential:
 def _new_network(task: Task, seed: int) -> Sequential:
     data = task.data
     if isinstance(as_loss(task.loss), CrossEntropy):
-        outputs = int(max(np.max(data.y), np.max(data.y_validation))) + 1
+        parts = [part for part in (data.y, data.y_validation, data.y_test) if part is not None]
+        outputs = int(max(np.max(part) for part in parts)) + 1
     else:
         outputs = data.y.shape[-1] if data.y.ndim > 1 else 1
     widths = [data.x.shape[-1], *task.hidden, outputs]
