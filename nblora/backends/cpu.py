@@ -5,6 +5,7 @@ that each kernel has one specialisation a dtype. Scratch is kept between calls, 
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -392,6 +393,14 @@ class CPUBackend:
     def sum_of_squares(self, array: Array) -> float:
         """Σ a², accumulated in float64."""
         return float(update_kernel.sum_of_squares(_plain(array).reshape(-1)))
+
+    def sums_of_squares(self, arrays: Sequence[Array]) -> list[float]:
+        """Σ a² of each."""
+        return [self.sum_of_squares(array) for array in arrays]
+
+    def read(self, numbers: Sequence[float]) -> list[float]:
+        """The numbers, which are floats here."""
+        return list(numbers)
 
     def mean_squared_error(self, output: Array, target: Array) -> tuple[float, Array]:
         """Mean squared error and its gradient."""

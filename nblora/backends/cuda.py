@@ -1,5 +1,6 @@
 """The CUDA backend: which kernel, on which tile, on which grid. Arrays stay on the device from one call to the next."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -482,6 +483,14 @@ class CUDABackend:
         partial = self._device.empty((self._blocks(array.size, threads),), np.float64)
         self._device.launch(sum_of_squares(threads), partial.size, threads, array, partial)
         return float(partial.copy_to_host().sum())
+
+    def sums_of_squares(self, arrays: Sequence[Array]) -> list[float]:
+        """Σ a² of each."""
+        return [self.sum_of_squares(array) for array in arrays]
+
+    def read(self, numbers: Sequence[float]) -> list[float]:
+        """Numbers as floats."""
+        return list(numbers)
 
     def mean_squared_error(self, output: Array, target: Array) -> tuple[float, Array]:
         """Mean squared error and its gradient."""

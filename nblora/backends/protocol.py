@@ -4,11 +4,13 @@ Shapes: N samples, `in` and `out` features, `rank`. Arrays are C-contiguous, ali
 float64. "Stored" arrays have the layout of the base weight: (in, out), or (out, in) where it is transposed.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 Array = Any  # numpy.ndarray on the CPU, a device array on a GPU
+Number = Any  # float on the CPU; on a GPU what `read` makes floats of, many in one copy
 
 
 class Base(NamedTuple):
@@ -165,14 +167,22 @@ class Backend(Protocol):
         """Σ a², accumulated in float64."""
         ...
 
-    def mean_squared_error(self, output: Array, target: Array) -> tuple[float, Array]:
+    def sums_of_squares(self, arrays: Sequence[Array]) -> list[Number]:
+        """Σ a² of each array, as `sum_of_squares`, to be read together with other numbers."""
+        ...
+
+    def read(self, numbers: Sequence[Number]) -> list[float]:
+        """Numbers that this backend computed, and floats among them, as floats: on a GPU in one copy to the host."""
+        ...
+
+    def mean_squared_error(self, output: Array, target: Array) -> tuple[Number, Array]:
         """Σ (y - t)² / (N·out) and its gradient by `output`; both (N, out)."""
         ...
 
-    def softmax_cross_entropy(self, logits: Array, labels: Array) -> tuple[float, Array]:
+    def softmax_cross_entropy(self, logits: Array, labels: Array) -> tuple[Number, Array]:
         """Mean over N of log Σ exp(z) - z[label] and its gradient; logits (N, out), labels (N,) int64 below out."""
         ...
 
-    def binary_cross_entropy(self, logits: Array, target: Array) -> tuple[float, Array]:
+    def binary_cross_entropy(self, logits: Array, target: Array) -> tuple[Number, Array]:
         """Mean over all of log(1 + exp(z)) - z t and its gradient; both (N, out)."""
         ...

@@ -65,7 +65,7 @@ class Loss:
         """Compute the loss of `output`, checked like a data set's."""
         array = np.asarray(output)
         array = array if array.dtype in checks.FLOAT_DTYPES else checks.as_real("output", output).astype(np.float64)
-        return self.value_and_gradient(array, self.check_target("target", target, array.shape))[0]
+        return float(self.value_and_gradient(array, self.check_target("target", target, array.shape))[0])
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"

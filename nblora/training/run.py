@@ -173,7 +173,7 @@ def mean_figures(model: Layer, samples: Samples, loss: Loss, batch_size: int) ->
     total = {"loss": 0.0, **dict.fromkeys(loss.metrics, 0.0)}
     for x, y in samples.batches(batch_size):
         output = model.forward(x)
-        total["loss"] += len(x) * loss.value_and_gradient(output, y, model._backend)[0]
+        total["loss"] += len(x) * float(loss.value_and_gradient(output, y, model._backend)[0])
         for name, value in loss.measure(output, y).items():
             total[name] += len(x) * value
     return {name: value / len(samples.x) for name, value in total.items()}

@@ -2,7 +2,7 @@
 
 import math
 
-from nblora.backends.protocol import Array, Backend, Operands
+from nblora.backends.protocol import Array, Backend, Number, Operands
 from nblora.layers import Layer, tree
 from nblora.layers.parameters import Parameter
 from nblora.layers.run import Run
@@ -33,6 +33,7 @@ class Training(Sweep):
         self.optimizer, self.clip_norm = optimizer, clip_norm
         self._rates = self.lr, self.delta_lr
         self._model, self._backend = model, model._backend
+        self._seen: list[Parameter] = []
         self._names = {parameter: name for name, parameter, _ in tree.trainable(model)}
         self.trained = [
             Trained(name, parameter, optimizer, model._backend)
@@ -52,18 +53,29 @@ class Training(Sweep):
         self.lr, self.delta_lr = (factor * rate for rate in self._rates)
         self.pending.clear()
 
-    def apply(self, step: int) -> float | None:
-        """After it: clip the gradients that it left, use them, and return their norm before (None without clipping).
+    @property
+    def sweeps(self) -> bool:
+        """Whether a backward changes parameters on its way, so that a fault must be known before it."""
+        return self.clip_norm is None and any(p.dense or p.velocity is not None for p in self._names)
+
+    def squares(self) -> list[Number]:
+        """After a backward: Σ g² of the gradients that are looked at, for `apply`, to be read with the loss.
+
+        A dense weight's is looked at only for the norm: a fault in it shows in its low-rank part, its bias or the next
+        loss, and looking through it costs as much as its update.
+        """
+        self._seen = [p for p in self.pending if self.clip_norm is not None or not (p.dense or p.velocity)]
+        return self._backend.sums_of_squares([self.pending[parameter] for parameter in self._seen])
+
+    def apply(self, step: int, squares: list[float]) -> float | None:
+        """Clip the gradients that the backward left, use them, and return their norm before (None without clipping).
 
         Raises
         ------
         NonFiniteError
-            For a gradient that is not finite. A dense weight's is looked at only for the norm: a fault in it shows in
-            its low-rank part, its bias or the next loss, and looking through it costs as much as its update.
+            For a gradient that is not finite.
         """
-        seen = [(p, g) for p, g in self.pending.items() if self.clip_norm is not None or not (p.dense or p.velocity)]
-        squares = [self._backend.sum_of_squares(gradient) for _, gradient in seen]
-        for (parameter, _), square in zip(seen, squares, strict=True):
+        for parameter, square in zip(self._seen, squares, strict=True):
             if not math.isfinite(square):
                 raise faulty_gradient(self._model, self._names[parameter], step)
         norm = None if self.clip_norm is None else self._clip(math.sqrt(sum(squares)), self.clip_norm)

@@ -62,9 +62,18 @@ class Step:
         output = model._forward(model._enter("x", x, model.in_features)[0], run)
         value, grad = self.loss.value_and_gradient(output, y, backend)
         self.count += 1
-        if not math.isfinite(value):
-            raise NonFiniteError(f"the loss is {value} at step {self.count}, first from {first_fault(model, x)}")
+        if self._sink.sweeps or isinstance(value, float):
+            (value,) = backend.read([value])
+            self._require_finite(value, x)
         self._sink.begin(factor)
         model._backward(grad, run.back(self._sink))
-        norm = self._sink.apply(self.count)
+        # A GPU's loss and sums of squares come in one copy, for which the host waits once a step.
+        value, *squares = backend.read([value, *self._sink.squares()])
+        self._require_finite(value, x)
+        norm = self._sink.apply(self.count, squares)
         return StepResult(value, backend.to_host(output) if self.loss.metrics else output, norm)
+
+    def _require_finite(self, loss: float, x: np.ndarray) -> None:
+        if not math.isfinite(loss):
+            fault = first_fault(self.model, x)
+            raise NonFiniteError(f"the loss is {loss} at step {self.count}, first from {fault}")
