@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nblora.formats.safetensors_reader import SafetensorsFile
-from nblora.formats.safetensors_writer import Entry, build_header
+from nblora.storage.safetensors_reader import SafetensorsFile
+from nblora.storage.safetensors_writer import Entry, build_header
 
 HIDDEN, INNER, LAYERS, VOCABULARY, HEADS, KV_HEADS, RANK, ALPHA = 2048, 5632, 22, 32000, 32, 4, 16, 32
 KV = HIDDEN // HEADS * KV_HEADS

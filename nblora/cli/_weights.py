@@ -11,7 +11,9 @@ from typing import Any
 
 import click
 
-FLOATS = ["float64", "float32", "float16", "bfloat16"]
+from nblora.storage.dtypes import BY_NAME
+
+FLOATS = list(BY_NAME)
 
 
 def adapter_option(required: bool = True) -> Callable:

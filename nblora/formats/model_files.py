@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from nblora.errors import FormatError
-from nblora.formats.bounded import parse_object, read_bounded
 from nblora.formats.peft_tensors import TENSORS_NAME
-from nblora.formats.safetensors_reader import SafetensorsFile, TensorInfo
+from nblora.storage.bounded import parse_object, read_bounded
+from nblora.storage.safetensors_reader import SafetensorsFile, TensorInfo
 
 INDEX_SUFFIX = ".safetensors.index.json"
 ORIGINALS_SUFFIX = ".nblora-originals"

@@ -8,11 +8,11 @@ from typing import Self
 import numpy as np
 
 from nblora.errors import FormatError
-from nblora.formats.bounded import read_bounded
 from nblora.formats.peft_config import CONFIG_NAME, MAX_CONFIG, PeftConfig, parse_config
 from nblora.formats.peft_tensors import PREFIX, TENSORS_NAME, LoraModule, sort_tensors
 from nblora.formats.peft_writer import write_adapter
-from nblora.formats.safetensors_reader import SafetensorsFile, TensorInfo
+from nblora.storage.bounded import read_bounded
+from nblora.storage.safetensors_reader import SafetensorsFile, TensorInfo
 
 __all__ = ["CONFIG_NAME", "PREFIX", "TENSORS_NAME", "LoraModule", "PeftAdapter", "PeftConfig"]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nblora.errors import FormatError
-from nblora.formats.bounded import parse_object
+from nblora.storage.bounded import parse_object
 
 CONFIG_NAME = "adapter_config.json"
 MAX_CONFIG = 64 * 2**20

@@ -17,9 +17,9 @@ from nblora.formats.peft_writer import only_these, pattern_fields, write_adapter
 from nblora.formats.rounding import narrow
 from nblora.layers import Dense
 from nblora.linalg import best_product
+from nblora.storage.dtypes import BY_NAME
 
 Adapter = LoRAAdapter | DeltaLoRAAdapter
-_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 @dataclass(frozen=True)
@@ -102,12 +102,12 @@ def save_peft(
         raise ValueError("adapters holds no adapter; expected at least one")
     if len({adapter.lora_layer.use_rslora for adapter in named.values()}) > 1:
         raise ValueError("adapters: some use rsLoRA and some do not; PEFT has one use_rslora for all, write them apart")
-    stored = None if dtype is None else _DTYPES[checks.check_choice("dtype", dtype, list(_DTYPES))]
+    stored = None if dtype is None else BY_NAME[checks.check_choice("dtype", dtype, list(BY_NAME))]
     tensors: dict[str, np.ndarray] = {}
     exported, alphas = [], {}
     for module, adapter in named.items():
         A, B, report = _factors(module, adapter, fold_delta)
-        kept = stored or _DTYPES[adapter.dtype.name]
+        kept = stored or BY_NAME[adapter.dtype.name]
         tensors[f"{PREFIX}{module}.lora_A.weight"] = narrow(A.T, kept)
         tensors[f"{PREFIX}{module}.lora_B.weight"] = narrow(B.T, kept)
         root = math.sqrt(report.rank) if adapter.lora_layer.use_rslora else report.rank
@@ -116,7 +116,7 @@ def save_peft(
     for module, layer in whole.items():
         for part, array in (("weight", layer.weight), ("bias", layer.bias)):
             if array is not None:
-                kept = stored or _DTYPES[layer.dtype.name]
+                kept = stored or BY_NAME[layer.dtype.name]
                 tensors[f"{PREFIX}{module}.{part}"] = narrow(array.astype(np.float64), kept)
     raw = _config(config, {each.name: each.rank for each in exported}, alphas)
     if {_leaf(name) for name in raw.get("modules_to_save") or []} != {_leaf(name) for name in whole}:

@@ -12,8 +12,8 @@ from nblora.errors import FormatError
 from nblora.formats.model_files import ModelFiles, open_model
 from nblora.formats.peft import PeftAdapter
 from nblora.formats.peft_tensors import LoraModule
-from nblora.formats.safetensors_reader import SafetensorsFile, TensorInfo
 from nblora.layers import Dense, FullyConnected
+from nblora.storage.safetensors_reader import SafetensorsFile, TensorInfo
 
 PathLike = str | os.PathLike[str]
 

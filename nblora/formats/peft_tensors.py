@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 
 from nblora.errors import FormatError
 from nblora.formats.peft_config import PeftConfig
-from nblora.formats.safetensors_reader import FLOATS, SafetensorsFile, TensorInfo
+from nblora.storage.dtypes import FLOATS
+from nblora.storage.safetensors_reader import SafetensorsFile, TensorInfo
 
 TENSORS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."

@@ -13,7 +13,7 @@ import numpy as np
 from nblora.formats.peft_config import CONFIG_NAME
 from nblora.formats.peft_tensors import TENSORS_NAME
 from nblora.formats.replace import replace_folder
-from nblora.formats.safetensors_writer import write_safetensors
+from nblora.storage.safetensors_writer import write_safetensors
 
 
 def write_adapter(folder: str | os.PathLike[str], config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:

@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from nblora.formats.safetensors_reader import FLOATS
 from nblora.kernels.weights.codes import CODES
 from nblora.kernels.weights.numbers import encode_all
+from nblora.storage.dtypes import STORED
 
 
 def narrow(numbers: np.ndarray, dtype: str) -> np.ndarray:
@@ -21,7 +21,7 @@ def narrow(numbers: np.ndarray, dtype: str) -> np.ndarray:
         Of the same shape; bfloat16 as the uint16 of its bits.
     """
     flat = np.ascontiguousarray(numbers, np.float64).reshape(-1)
-    result = np.empty(flat.shape, FLOATS[dtype])
+    result = np.empty(flat.shape, STORED[dtype].array)
     scratch = np.empty(flat.shape, np.float32), np.empty(flat.shape, np.float32)
     encode_all(flat, CODES[dtype], *scratch, result.view(np.uint8))
     return result.reshape(numbers.shape)

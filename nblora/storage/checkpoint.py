@@ -1,5 +1,6 @@
 """One file, one object: tensors as safetensors, everything else as JSON in its metadata."""
 
+import errno
 import json
 import os
 import zlib
@@ -7,13 +8,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from nblora._version import __version__
 from nblora.errors import FormatError
 
-from .atomic import replace_whole
+from .safetensors_reader import SafetensorsFile
+from .safetensors_writer import write_safetensors
 
 FORMAT = "nblora"
 FORMAT_VERSION = 1
@@ -35,8 +35,7 @@ def write_checkpoint(
         "config": text,
         "checksum": _checksum(kind, text, arrays),
     }
-    with replace_whole(path) as file:
-        file.write(save(arrays, metadata))
+    write_safetensors(path, arrays, metadata)
 
 
 def read_checkpoint(
@@ -72,31 +71,14 @@ def read_checkpoint(
 
 
 def _read_tensors(name: str) -> tuple[dict[str, str], dict[str, np.ndarray]]:
-    with open(name, "rb"):  # a missing or unreadable file is an OSError, as everywhere
-        pass
+    """Read, and not mapped: a mapping of a file that shrinks meanwhile would end the process."""
+    if os.path.isdir(name):  # an OSError, as for a missing file
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), name)
     try:
-        with safe_open(name, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-        _check_header(name)
-    except (SafetensorError, TypeError, ValueError, AttributeError) as error:
-        raise FormatError(f"{name}: not a readable safetensors file: {error}") from error
-    return metadata, tensors
-
-
-def _check_header(name: str) -> None:
-    """ValueError for a header that names anything twice: one reader would take the first, another the last."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            twice = next(key for place, (key, _) in enumerate(pairs) if key in dict(pairs[:place]))
-            raise ValueError(f"the header names {twice!r} twice")
-        return found
-
-    with open(name, "rb") as file:
-        size = int.from_bytes(file.read(8), "little")  # at most what is there, or safetensors had refused it
-        json.loads(file.read(size), object_pairs_hook=unique)
+        with SafetensorsFile(name, follow_links=True) as file:
+            return file.metadata, {key: file.array(key) for key in file.tensors}
+    except FormatError as error:
+        raise FormatError(f"{name}: not a readable safetensors file: {str(error).removeprefix(f'{name}: ')}") from None
 
 
 def _checksum(kind: str, config: str, tensors: Mapping[str, np.ndarray]) -> str:

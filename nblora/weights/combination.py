@@ -15,13 +15,12 @@ from nblora.formats.peft_tensors import LoraModule
 from nblora.formats.peft_writer import only_these, pattern_fields, write_adapter
 from nblora.formats.replace import check_output
 from nblora.formats.rounding import narrow
+from nblora.storage.dtypes import itemsize
 from nblora.weights.algebra import read_factors, truncate
 from nblora.weights.merging import AdapterSpec, PathLike, adapter_files, open_adapters, stored_dtype
 from nblora.weights.names import same_bytes
 from nblora.weights.plan import WeightedAdapter
 from nblora.weights.report import plain
-
-_WIDTH = {"F64": 3, "F32": 2, "F16": 1, "BF16": 1}
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,7 @@ def combine(
 def _widest(adapters: Iterable[WeightedAdapter]) -> str:
     """The widest dtype of all factors; two 16-bit types that differ need float32."""
     found = {info.dtype for each in adapters for m in each.adapter.modules.values() for info in (m.A, m.B)}
-    return "F32" if found == {"F16", "BF16"} else max(found, key=lambda dtype: _WIDTH[dtype])
+    return "F32" if found == {"F16", "BF16"} else max(found, key=itemsize)
 
 
 def _check_alike(name: str, parts: Sequence[tuple[WeightedAdapter, LoraModule]]) -> None:

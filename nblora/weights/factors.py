@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from nblora.formats.safetensors_reader import widen
+from nblora.storage.safetensors_reader import widen
 from nblora.weights.plan import ROWS, Factor, Recipe, Term
 
 

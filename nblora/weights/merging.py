@@ -10,6 +10,7 @@ from pathlib import Path
 
 from nblora.formats.model_files import ModelFiles, open_model
 from nblora.formats.peft import CONFIG_NAME, PeftAdapter
+from nblora.storage.dtypes import BY_NAME
 from nblora.weights.originals import originals_of
 from nblora.weights.output import build_index, lay_out
 from nblora.weights.plan import WeightedAdapter, make_plan
@@ -18,7 +19,6 @@ from nblora.weights.sizes import parse_size
 from nblora.weights.stream import Change, Stream
 from nblora.weights.writer import CheckpointWriter
 
-DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 DEFAULT_MEMORY = "64MiB"
 PathLike = str | os.PathLike[str]
 AdapterSpec = PathLike | tuple[PathLike, float]
@@ -42,9 +42,9 @@ def open_adapters(adapters: AdapterSpec | Sequence[AdapterSpec]) -> Iterator[lis
 
 def stored_dtype(dtype: str | None) -> str | None:
     """A dtype as safetensors spells it."""
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
-    return DTYPES[dtype] if dtype else None
+    if dtype is not None and dtype not in BY_NAME:
+        raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(BY_NAME)}")
+    return BY_NAME[dtype] if dtype else None
 
 
 def adapter_files(adapters: Iterable[WeightedAdapter]) -> list[Path]:

@@ -9,7 +9,7 @@ import numpy as np
 from nblora.errors import FormatError
 from nblora.formats.model_files import ModelFiles
 from nblora.formats.peft_tensors import PREFIX
-from nblora.formats.safetensors_reader import SafetensorsFile, TensorInfo, iterate_chunks
+from nblora.storage.safetensors_reader import SafetensorsFile, TensorInfo, iterate_chunks
 
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared", "embeddings")
 HEADS = ("lm_head", "embed_out", "output")

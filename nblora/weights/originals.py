@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from nblora.errors import FormatError
-from nblora.formats.bounded import parse_json
 from nblora.formats.model_files import ORIGINALS_SUFFIX, ModelFiles
-from nblora.formats.safetensors_reader import SafetensorsFile
-from nblora.formats.safetensors_writer import Entry, build_header
+from nblora.storage.bounded import parse_json
+from nblora.storage.safetensors_reader import SafetensorsFile
+from nblora.storage.safetensors_writer import Entry, build_header
 from nblora.weights.output import OutputShard
 from nblora.weights.plan import Recipe, WeightedAdapter
 

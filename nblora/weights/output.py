@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nblora.formats.model_files import INDEX_SUFFIX, ModelFiles
-from nblora.formats.safetensors_reader import FLOATS, SafetensorsFile, TensorInfo
-from nblora.formats.safetensors_writer import Entry, build_header
+from nblora.storage.dtypes import FLOATS
+from nblora.storage.safetensors_reader import SafetensorsFile, TensorInfo
+from nblora.storage.safetensors_writer import Entry, build_header
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from nblora.errors import FormatError
 from nblora.formats.model_files import ModelFiles
 from nblora.formats.peft import PeftAdapter
 from nblora.formats.peft_tensors import LoraModule
-from nblora.formats.safetensors_reader import FLOATS, SafetensorsFile, TensorInfo
+from nblora.storage.dtypes import FLOATS
+from nblora.storage.safetensors_reader import SafetensorsFile, TensorInfo
 from nblora.weights.layouts import Layouts
 from nblora.weights.names import Ties, apply_maps, find_ties, parse_maps, same_bytes, unmatched
 

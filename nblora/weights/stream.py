@@ -17,8 +17,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from nblora.formats.safetensors_reader import SafetensorsFile, TensorInfo
 from nblora.kernels.weights.codes import BY_COLUMN, BY_ROW, CODES, SEGMENT
+from nblora.storage.dtypes import itemsize
+from nblora.storage.safetensors_reader import SafetensorsFile, TensorInfo
 from nblora.weights.factors import Stack, held
 from nblora.weights.plan import COLUMNS, Recipe
 from nblora.weights.sinks import Sink
@@ -190,7 +191,7 @@ class Stream:
         stack = self._stack(source, recipe)
         codes = CODES[source.info.dtype], CODES[base.info.dtype], CODES[dtype]
         change = Change.none()
-        height, width = self._block_shape(recipe, max(source.itemsize, base.itemsize, _ITEMSIZE[dtype]))
+        height, width = self._block_shape(recipe, max(source.itemsize, base.itemsize, itemsize(dtype)))
 
         def block(buffers: list[np.ndarray], rows: tuple[int, int]) -> list[np.ndarray]:
             sums, counts, measured = np.zeros((rows[1] - rows[0], 2)), np.zeros(2, np.int64), []
@@ -199,7 +200,7 @@ class Stream:
                 columns = left, min(left + width, recipe.columns)
                 old = base.read(buffers[0], rows, columns)
                 start = old if source is base else source.read(buffers[1], rows, columns)
-                new = buffers[2][: (rows[1] - rows[0]) * (columns[1] - columns[0]) * _ITEMSIZE[dtype]]
+                new = buffers[2][: (rows[1] - rows[0]) * (columns[1] - columns[0]) * itemsize(dtype)]
                 row_scale, column_scale = stack.row_scale[slice(*rows)], stack.column_scale[slice(*columns)]
                 _kernels().merge_block(
                     start, codes[0], old, codes[1], P, stack.Q(*columns), row_scale, column_scale, working,
@@ -289,9 +290,6 @@ class Stream:
             change.counts += measured[1]
             change.measured += measured[2:]
         self._progress(count)
-
-
-_ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
 def working_type(source: str, base: str, target: str) -> type:

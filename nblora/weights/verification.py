@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from nblora.formats.model_files import ModelFiles, open_model
-from nblora.formats.safetensors_reader import FLOATS, SafetensorsFile, TensorInfo
 from nblora.kernels.weights.codes import CODES
 from nblora.kernels.weights.compare import (
     DIFFERS,
@@ -22,6 +21,8 @@ from nblora.kernels.weights.compare import (
     STEPS,
     compare_block,
 )
+from nblora.storage.dtypes import FLOATS
+from nblora.storage.safetensors_reader import SafetensorsFile, TensorInfo
 from nblora.weights.merging import DEFAULT_MEMORY, AdapterSpec, PathLike, open_adapters
 from nblora.weights.plan import Plan, Recipe, make_plan
 from nblora.weights.report import plain

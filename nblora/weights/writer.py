@@ -10,9 +10,10 @@ from typing import BinaryIO
 
 import numpy as np
 
-from nblora.formats.bounded import open_regular
 from nblora.formats.model_files import ModelFiles
 from nblora.formats.replace import check_output, check_space, replace_file, replace_folder
+from nblora.storage.bounded import open_regular
+from nblora.storage.dtypes import STORED
 from nblora.weights.names import Ties
 from nblora.weights.originals import Originals, originals_path
 from nblora.weights.output import OutputShard, Placed, output_place
@@ -20,8 +21,6 @@ from nblora.weights.plan import Recipe
 from nblora.weights.report import TensorReport
 from nblora.weights.sinks import FileSink, FlushingSink
 from nblora.weights.stream import Block, Change, Matrix, Stream, working_type
-
-_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 class CheckpointWriter:
@@ -120,7 +119,7 @@ class CheckpointWriter:
                 reports.append(
                     TensorReport.of(
                         name,
-                        _NAMES[placed.dtype],
+                        STORED[placed.dtype].name,
                         placed.info.shape,
                         changes.get(name, Change.unknown()),
                         [label for label in adapters if label],

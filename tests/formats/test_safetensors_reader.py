@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from nblora.errors import FormatError
 from nblora.formats import SafetensorsFile
-from nblora.formats.safetensors_reader import BITS
-from nblora.formats.safetensors_writer import write_safetensors
+from nblora.storage.dtypes import STORED
+from nblora.storage.safetensors_writer import write_safetensors
 
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 DATA = bytes(range(8))
@@ -193,8 +193,8 @@ def headers(draw):
     names = draw(st.lists(st.text(max_size=3), max_size=4, unique=True))
     header, at = {}, 0
     for name in names:
-        dtype, shape = draw(st.sampled_from([*BITS, "F32", "F32"])), draw(SIZES)
-        size = (BITS[dtype] * int(np.prod(shape, dtype=object)) + 7) // 8
+        dtype, shape = draw(st.sampled_from([*STORED, "F32", "F32"])), draw(SIZES)
+        size = (STORED[dtype].bits * int(np.prod(shape, dtype=object)) + 7) // 8
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + size]}
         at += size
     if draw(st.booleans()):

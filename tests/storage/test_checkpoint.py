@@ -1,6 +1,7 @@
 """Files of layers: what is written comes back, and what is broken or hostile is a FormatError that says why."""
 
 import json
+import os
 import struct
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 import nblora
 from nblora.errors import FormatError
 from nblora.storage.checkpoint import FORMAT_VERSION, read_checkpoint, take_tensor, write_checkpoint
+from nblora.storage.safetensors_reader import SafetensorsFile
 from tests.helpers import LAYOUTS, assert_unchanged, make_adapter, make_layer, randomise, snapshot
 
 pytestmark = pytest.mark.small
@@ -173,14 +175,14 @@ def test_duplicate_names(adapter, path):
     start = header.index('"lora_A"')
     entry = header[start : header.index("}", start) + 1]
     raw(path, (header[:start] + entry + "," + header[start:]).encode(), data)
-    assert_refused(path, "'lora_A' twice")
+    assert_refused(path, "'lora_A' occurs twice")
 
 
 def test_duplicate_metadata(adapter, path):
     adapter.save(path)
     header, data = header_of(path)
     raw(path, header.replace('"format":', '"kind":"Dense","format":', 1).encode(), data)
-    assert_refused(path, "'kind' twice")
+    assert_refused(path, "'kind' occurs twice")
 
 
 def test_a_file_of_others(path):
@@ -365,3 +367,30 @@ def test_loading_a_broken_file_leaves_the_object_alone(rng, path, layout):
     with pytest.raises(FormatError):
         type(adapter).load(path)
     assert_unchanged(adapter, before)
+
+
+def test_a_file_that_shrinks_while_it_is_read(path, monkeypatch):
+    """A mapping of it would end the process."""
+    nblora.Dense.random(700, 700, seed=0).save(path)
+    original = SafetensorsFile.array
+
+    def cut_first(self, name):
+        os.truncate(path, 4000)
+        return original(self, name)
+
+    monkeypatch.setattr(SafetensorsFile, "array", cut_first)
+    assert_refused(path, "cut while being read")
+
+
+def test_a_link_to_a_file_is_read_and_a_pipe_is_refused(adapter, path):
+    adapter.save(path)
+    link, pipe = path.with_name("link"), path.with_name("pipe")
+    link.symlink_to(path)
+    assert_unchanged(nblora.load(link), snapshot(adapter))
+    os.mkfifo(pipe)
+    with pytest.raises(FormatError, match="regular file"):
+        nblora.load(pipe)
+    loop = path.with_name("loop")
+    loop.symlink_to(loop)
+    with pytest.raises(OSError, match="symbolic links"):
+        nblora.load(loop)

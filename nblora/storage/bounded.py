@@ -39,7 +39,7 @@ def resolve_link(path: Path) -> Path:
     """
     if not path.is_symlink():
         return path
-    target = path.resolve()
+    target = Path(os.path.realpath(path, strict=True))  # an OSError names a loop
     repository = target.parent.parent
     inside = path.absolute().parent.resolve()
     if target.parent.name == "blobs" and inside.is_relative_to(repository / "snapshots"):

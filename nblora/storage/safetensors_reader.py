@@ -15,21 +15,12 @@ from typing import Any, Self
 import numpy as np
 
 from nblora.errors import FormatError
-from nblora.formats.bounded import open_regular, parse_json
+
+from .bounded import open_regular, parse_json
+from .dtypes import FLOATS, STORED
 
 MAX_HEADER = 100_000_000  # bytes, the reference implementation's own bound
 _LARGEST = 2**64 - 1  # sizes and offsets are unsigned 64-bit numbers
-BITS = {
-    **dict.fromkeys(("F4",), 4),
-    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
-    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
-    **dict.fromkeys(("I32", "U32", "F32"), 32),
-    **dict.fromkeys(("C64", "F64", "I64", "U64"), 64),
-}
-"""Bits of one element of every dtype that the format knows."""
-FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
-"""The dtypes that take part in arithmetic, and the NumPy type that holds their bits."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +59,8 @@ class SafetensorsFile:
     ----------
     path : path-like
         A regular file.
+    follow_links : bool
+        Open what a symbolic link leads to, which is refused by default.
 
     Attributes
     ----------
@@ -89,9 +82,9 @@ class SafetensorsFile:
         If it cannot be read.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, follow_links: bool = False) -> None:
         self.path = Path(path)
-        self._descriptor = open_regular(path)
+        self._descriptor = open_regular(os.path.realpath(path) if follow_links else path)
         try:
             self.nbytes = os.fstat(self._descriptor).st_size
             self.header = self._read_header()
@@ -149,11 +142,18 @@ class SafetensorsFile:
         info = self.tensors[name]
         raw = np.empty(info.nbytes, np.uint8)
         self.pread(raw.data, info.start)
-        dtype = FLOATS.get(info.dtype)
+        dtype = STORED[info.dtype].array if info.dtype in FLOATS else None
         try:
             return raw if dtype is None else raw.view(dtype).reshape(info.shape)
         except ValueError:  # no numbers, in a shape whose other sizes are beyond an array's
             raise self._fault(f"tensor {name!r} has the shape {list(info.shape)}, which no array can have") from None
+
+    def array(self, name: str) -> np.ndarray:
+        """Return one tensor of any type that NumPy has, as an array that owns its memory, in its own shape and type."""
+        dtype = STORED[self.tensors[name].dtype].array
+        if dtype is None:
+            raise self._fault(f"tensor {name!r} is of type {self.tensors[name].dtype}, which no array has")
+        return self.read(name).reshape(-1).view(np.uint8).view(dtype).reshape(self.tensors[name].shape)
 
     def read_wide(self, name: str) -> np.ndarray:
         """Return one floating-point tensor as float64, exactly."""
@@ -221,8 +221,8 @@ def _check_tensor(path: Path, base: int, name: str, entry: Any) -> TensorInfo:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise FormatError(f"{path}: tensor {name!r} must have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in BITS:
-        raise FormatError(f"{path}: tensor {name!r} has the unknown dtype {dtype!r}; known are {', '.join(BITS)}")
+    if not isinstance(dtype, str) or dtype not in STORED:
+        raise FormatError(f"{path}: tensor {name!r} has the unknown dtype {dtype!r}; known are {', '.join(STORED)}")
     if not _is_sizes(shape):
         raise FormatError(f"{path}: tensor {name!r} has the shape {shape!r}; expected a list of sizes")
     if not _is_sizes(offsets) or len(offsets) != 2:
@@ -232,7 +232,7 @@ def _check_tensor(path: Path, base: int, name: str, entry: Any) -> TensorInfo:
         count *= size
         if count > _LARGEST:
             raise FormatError(f"{path}: tensor {name!r} has the shape {shape!r}; its size overflows 64 bits")
-    bits = BITS[dtype] * count
+    bits = STORED[dtype].bits * count
     start, stop = offsets
     if bits > _LARGEST or bits % 8 or stop - start != bits // 8:
         raise FormatError(
@@ -268,7 +268,7 @@ def widen(raw: np.ndarray, dtype: str) -> np.ndarray:
     -------
     ndarray of float64, shape (n,)
     """
-    numbers = raw.view(FLOATS[dtype])
+    numbers = raw.view(STORED[dtype].array)
     if dtype == "BF16":
         numbers = (numbers.astype(np.uint32) << np.uint32(16)).view(np.float32)
     return numbers.astype(np.float64)
