@@ -2,6 +2,7 @@
 
 import math
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +11,15 @@ from typing import Any
 import numpy as np
 
 from nblora import checks
+from nblora.adapters import Adapter as AnyAdapter
 from nblora.adapters import DeltaLoRAAdapter, LoRAAdapter
 from nblora.formats.peft_config import config_from_dict
 from nblora.formats.peft_tensors import PREFIX
 from nblora.formats.peft_writer import only_these, pattern_fields, write_adapter
 from nblora.formats.rounding import narrow
-from nblora.layers import Dense
-from nblora.linalg import best_product
+from nblora.layers import Dense, FullyConnected, tree
+from nblora.linalg import best_product, product_svd
+from nblora.models.model import Model
 from nblora.storage.dtypes import BY_NAME
 
 Adapter = LoRAAdapter | DeltaLoRAAdapter
@@ -47,7 +50,7 @@ class ExportedModule:
 
 
 def save_peft(
-    adapters: Adapter | Mapping[str, Adapter | Dense],
+    adapters: Adapter | Model | Mapping[str, Adapter | Dense],
     folder: str | os.PathLike[str],
     *,
     name: str = "layer",
@@ -57,14 +60,15 @@ def save_peft(
 ) -> list[ExportedModule]:
     """Write adapters as one PEFT adapter, which `peft.PeftModel.from_pretrained` loads.
 
-    The low-rank part is written exactly. The delta of a `DeltaLoRAAdapter` is left out, or with `fold_delta` its best
-    approximation of that rank is appended: c·D/s ≈ P Q gives A' = [A, P] and B' = [B; Q] under the same s, with
-    `lora_alpha = s (r + fold_delta)`, or `s √(r + fold_delta)` with rsLoRA.
+    The low-rank part is written exactly. The delta of a `DeltaLoRAAdapter` is left out, with a warning, or with
+    `fold_delta` its best approximation of that rank is appended: c·D/s ≈ P Q gives A' = [A, P] and B' = [B; Q] under
+    the same s, with `lora_alpha = s (r + fold_delta)`, or `s √(r + fold_delta)` with rsLoRA.
 
     Parameters
     ----------
-    adapters : LoRAAdapter, DeltaLoRAAdapter, or a mapping of module names to these
-        A plain `Dense` or `FullyConnected` in the mapping is written whole (`modules_to_save`).
+    adapters : Sequential, LoRAAdapter, DeltaLoRAAdapter, or a mapping of module names to layers
+        Of a `Sequential` its adapters are written, and the plain layers that are trained (`modules_to_save`), by their
+        names. In a mapping every plain `Dense` or `FullyConnected` is written whole.
     folder : path-like
         Replaced whole, or not at all.
     name : str
@@ -81,27 +85,25 @@ def save_peft(
     -------
     list of ExportedModule
 
+    Warns
+    -----
+    UserWarning
+        Where the file holds less than what was trained: without a delta, with the share of the change that is lost, or
+        without a base that was trained too.
+
     Raises
     ------
     TypeError
         If something else than an adapter is given.
     ValueError
-        If an argument is out of range, the adapters disagree about rsLoRA, or a delta to be folded is not finite.
+        If an argument is out of range, an adapter's base is no linear layer, the adapters disagree about rsLoRA, or a
+        delta to be folded is not finite.
     FormatError
         If `config` asks for an arithmetic that nblora does not have.
     OSError
         If the folder cannot be written.
     """
-    given = dict(adapters) if isinstance(adapters, Mapping) else {name: adapters}
-    for module, adapter in given.items():
-        if not isinstance(adapter, LoRAAdapter | DeltaLoRAAdapter | Dense):
-            raise TypeError(f"adapters[{module!r}] must be a LoRAAdapter or a DeltaLoRAAdapter, got {adapter!r}")
-    named = {module: adapter for module, adapter in given.items() if not isinstance(adapter, Dense)}
-    whole = {module: layer for module, layer in given.items() if isinstance(layer, Dense)}
-    if not named:
-        raise ValueError("adapters holds no adapter; expected at least one")
-    if len({adapter.lora_layer.use_rslora for adapter in named.values()}) > 1:
-        raise ValueError("adapters: some use rsLoRA and some do not; PEFT has one use_rslora for all, write them apart")
+    named, whole = _sorted(_modules(adapters, name))
     stored = None if dtype is None else BY_NAME[checks.check_choice("dtype", dtype, list(BY_NAME))]
     tensors: dict[str, np.ndarray] = {}
     exported, alphas = [], {}
@@ -113,18 +115,85 @@ def save_peft(
         root = math.sqrt(report.rank) if adapter.lora_layer.use_rslora else report.rank
         alphas[module] = adapter.alpha if report.rank == adapter.rank else report.scaling * root
         exported.append(report)
-    for module, layer in whole.items():
-        for part, array in (("weight", layer.weight), ("bias", layer.bias)):
-            if array is not None:
-                kept = stored or BY_NAME[layer.dtype.name]
-                tensors[f"{PREFIX}{module}.{part}"] = narrow(array.astype(np.float64), kept)
     raw = _config(config, {each.name: each.rank for each in exported}, alphas)
+    for module, layer in whole.items():
+        as_it_is = raw.get("fan_in_fan_out") and not isinstance(layer, FullyConnected)  # GPT-2's Conv1D is (in, out)
+        for part in layer.parameter_names():
+            array = layer.get_parameter(part)
+            oriented = array if as_it_is else array.T  # PyTorch's Linear is (out, in)
+            kept = stored or BY_NAME[layer.dtype.name]
+            tensors[f"{PREFIX}{module}.{part}"] = narrow(oriented.astype(np.float64), kept)
     if {_leaf(name) for name in raw.get("modules_to_save") or []} != {_leaf(name) for name in whole}:
         raw["modules_to_save"] = list(whole) or None
     raw["use_rslora"] = next(iter(named.values())).lora_layer.use_rslora
+    if config is None and len(dropouts := {adapter.lora_dropout for adapter in named.values()}) == 1:
+        raw["lora_dropout"] = dropouts.pop()
     config_from_dict(raw, Path(folder) / "adapter_config.json")
     write_adapter(folder, raw, tensors)
+    _warn_of_losses(named, exported)
     return exported
+
+
+def _modules(given: Any, name: str) -> dict[str, Any]:
+    """What to write by its module's name: of a model its adapters, and the plain layers that are trained."""
+    if isinstance(given, Mapping):
+        return dict(given)
+    if not isinstance(given, Model):
+        return {name: given}
+    layers = {slot: owner.children()[key] for slot, owner, key in tree.slots(given, AnyAdapter)}
+    return {slot: layer for slot, layer in layers.items() if isinstance(layer, AnyAdapter) or layer.trainable}
+
+
+def _sorted(given: Mapping[str, Any]) -> tuple[dict[str, Adapter], dict[str, Dense]]:
+    """The adapters, and the layers to write whole."""
+    named: dict[str, Adapter] = {}
+    whole: dict[str, Dense] = {}
+    for module, layer in given.items():
+        if isinstance(layer, Dense):
+            whole[module] = layer
+        elif not isinstance(layer, LoRAAdapter | DeltaLoRAAdapter):
+            raise TypeError(f"adapters[{module!r}] must be a LoRAAdapter or a DeltaLoRAAdapter, got {layer!r}")
+        elif not isinstance(layer.base_layer, Dense):
+            raise ValueError(
+                f"the base of adapters[{module!r}] must be a Dense or FullyConnected, which is what PEFT adapts, got "
+                f"{type(layer.base_layer).__name__}: merge that one first"
+            )
+        else:
+            named[module] = layer
+    if not named:
+        raise ValueError("adapters holds no adapter; expected at least one: model.adapt(...) makes them")
+    if len({adapter.lora_layer.use_rslora for adapter in named.values()}) > 1:
+        raise ValueError("adapters: some use rsLoRA and some do not; PEFT has one use_rslora for all, write them apart")
+    return named, whole
+
+
+def _warn_of_losses(named: Mapping[str, Adapter], exported: list[ExportedModule]) -> None:
+    """Say what was trained and is not in the file."""
+    lost = [report for report in exported if report.delta_error == 1.0]
+    if lost:
+        low_rank = np.linalg.norm([_low_rank_norm(adapter) for adapter in named.values()])
+        deltas = np.linalg.norm([report.delta_norm for report in lost])
+        warnings.warn(
+            f"PEFT's files hold no dense delta: that of {', '.join(report.name for report in lost)} is left out, "
+            f"{100 * deltas / (low_rank + deltas):.1f} % of the change by its norm. fold_delta=RANK appends the best "
+            "approximation of that rank, nblora's own save() keeps everything",
+            UserWarning,
+            stacklevel=3,
+        )
+    trained = [module for module, adapter in named.items() if not adapter.is_base_layer_frozen]
+    if trained:
+        warnings.warn(
+            f"the base of {', '.join(trained)} was trained too, and PEFT's files hold adapters alone: keep the model "
+            "as well, with save()",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _low_rank_norm(adapter: Adapter) -> float:
+    """‖s A B‖, without forming it."""
+    A, B = (adapter.get_parameter(factor).astype(np.float64) for factor in ("lora_A", "lora_B"))
+    return float(adapter.scaling * np.linalg.norm(product_svd(A, B)[1]))
 
 
 def _leaf(name: str) -> str:

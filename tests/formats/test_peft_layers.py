@@ -137,7 +137,11 @@ def test_delta_is_folded_as_well_as_a_rank_can(use_rslora, base, delta, tmp_path
 
 def test_delta_left_out_is_reported(delta, tmp_path):
     adapter = delta()
-    (report,) = save_peft(adapter, tmp_path / "out")
+    change = adapter.scaling * adapter.get_parameter("lora_A") @ adapter.get_parameter("lora_B")
+    lost = 0.3 * np.linalg.norm(adapter.get_parameter("delta"))
+    share = 100 * lost / (lost + np.linalg.norm(change))
+    with pytest.warns(UserWarning, match=rf"that of layer is left out, {share:.1f} % of the change.*fold_delta=RANK"):
+        (report,) = save_peft(adapter, tmp_path / "out")
     assert (report.rank, report.delta_error) == (3, 1.0)
     adapter.reset_state(include_delta=True)
     (report,) = save_peft(adapter, tmp_path / "out")
@@ -188,3 +192,138 @@ def test_ranks_and_strengths_of_their_own_are_written_as_patterns(tmp_path, rng)
             module = written.modules[name]
             assert (module.rank, module.alpha, module.scaling) == (adapter.rank, adapter.alpha, adapter.scaling)
             assert module.A.dtype == "F16"
+
+
+# --- models ------------------------------------------------------------------------------------------------------
+
+
+def network(rng, **activations):
+    """Two layouts, a nested model and a head, in float64."""
+    inner = nblora.Sequential({"up": nblora.Dense.random(6, 7, activation="gelu", dtype="float64", seed=1)})
+    return nblora.Sequential(
+        {
+            "first": nblora.FullyConnected.random(5, 6, activation="tanh", dtype="float64", seed=2),
+            "block": inner,
+            "head": nblora.Dense.random(7, 3, dtype="float64", seed=3),
+        }
+    )
+
+
+def trained(rng, adapter="delta"):
+    """A model with a learned adapter in every kind of place, and a learned head."""
+    model = network(rng).adapt(["first", "block.up"], adapter, rank=2, modules_to_save="head", seed=0)
+    for name in model.parameter_names():
+        if name.endswith(("lora_B", "delta")) or name.startswith("head."):
+            model.set_parameter(name, rng.normal(size=model.parameter_shape(name)))
+    return model
+
+
+def test_a_model_goes_to_peft_and_comes_back_onto_its_base(tmp_path, rng):
+    model, x = trained(rng, "lora"), rng.normal(size=(4, 5))
+    reports = save_peft(model, tmp_path / "out")
+    assert [report.name for report in reports] == ["first", "block.up"]
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["modules_to_save"] == ["head"]
+    written = read_file(tmp_path / "out" / "adapter_model.safetensors")
+    head = written["base_model.model.head.weight"]  # as PyTorch's Linear has it: (out, in)
+    np.testing.assert_array_equal(head, model.get_parameter("head.weight").T)
+    base = network(rng)
+    layers = {name: base[name] for name in ("first", "head")}
+    assert load_peft(tmp_path / "out", base) is base
+    np.testing.assert_allclose(base(x), model(x), rtol=0, atol=1e-12)
+    assert base["first"].base_layer is layers["first"]
+    assert [base["first"].base_layer.activation, base["block"]["up"].base_layer.activation] == ["tanh", "gelu"]
+    assert base.parameter_count == model.parameter_count
+    nblora.fit(base, x, rng.normal(size=(4, 3)), loss="mse", epochs=1, seed=0)  # it goes on being trained
+
+
+def test_a_model_with_deltas_folds_them(tmp_path, rng):
+    model, x = trained(rng), rng.normal(size=(4, 5))
+    save_peft(model, tmp_path / "out", fold_delta=5)
+    whole = load_peft(tmp_path / "out", network(rng))
+    assert np.abs(whole(x) - model(x)).max() > 1e-3  # block.up maps 6 to 7: five of six directions
+    nested = trained(rng)
+    nested["block"]["up"].reset_state(include_delta=True)
+    save_peft(nested, tmp_path / "out", fold_delta=5)
+    np.testing.assert_allclose(load_peft(tmp_path / "out", network(rng))(x), nested(x), rtol=0, atol=1e-12)
+    with pytest.warns(UserWarning, match=r"that of first, block\.up is left out"):
+        save_peft(model, tmp_path / "out")
+
+
+def test_a_trained_base_is_not_forgotten_in_silence(tmp_path, rng):
+    model = network(rng).adapt("head", rank=2, freeze_base_layer=False)
+    with pytest.warns(UserWarning, match="the base of head was trained too"):
+        save_peft(model, tmp_path / "out")
+
+
+def test_models_that_an_adapter_does_not_fit(tmp_path, rng):
+    save_peft(trained(rng, "lora"), tmp_path / "out")
+    x = rng.normal(size=(4, 5))
+    small = nblora.Sequential({"first": nblora.Dense.random(5, 4, seed=0), "block": nblora.Dense.random(4, 3, seed=0)})
+    for model, kind, message in (
+        (network(rng).adapt("first", rank=1), ValueError, "layer 'first' has an adapter already"),
+        (small, FormatError, r"first.weight has shape \(4, 5\)"),
+        (nblora.Sequential(nblora.Dense.random(5, 4)), FormatError, "adapts 'first', but the model has the layers '0'"),
+    ):
+        before, layers, flags = model(x.astype(model.dtype)), list(model), [layer.trainable for layer in model]
+        with pytest.raises(kind, match=message):
+            load_peft(tmp_path / "out", model)
+        assert list(model) == layers
+        assert [layer.trainable for layer in model] == flags
+        np.testing.assert_array_equal(model(x.astype(model.dtype)), before)
+    with pytest.raises(ValueError, match="dtype and activation are for a checkpoint"):
+        load_peft(tmp_path / "out", network(rng), dtype="float64")
+    with pytest.raises(ValueError, match="no adapter"):
+        save_peft(network(rng), tmp_path / "other")
+    around = nblora.LoRAAdapter(network(rng), 2)
+    with pytest.raises(ValueError, match=r"base of adapters\['layer'\] must be a Dense or FullyConnected"):
+        save_peft(around, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("name", ["mlp_r4", "mlp_bf16_all", "made_bias_all", "linear_r4_dora", "made_lora_bias"])
+def test_a_model_with_peft_on_it_computes_what_the_layers_of_its_checkpoint_do(name, rng):
+    """DoRA, lora_bias and biases of all layers reach a model as they reach layers from a file."""
+    folder = FIXTURES / name
+    layers = load_peft(folder, folder / "base.safetensors", dtype="float64")
+    base = read_file(folder / "base.safetensors")
+    for module, layer in layers.items():
+        shape = (layer.out_features, layer.in_features)
+        weight = base[f"{module}.weight"]
+        plain = nblora.FullyConnected(widened(weight).reshape(shape), widened(base.get(f"{module}.bias")))
+        model = nested({module: plain})
+        x = rng.normal(size=(3, layer.in_features))
+        loaded = load_peft(folder, model, modules=[module])
+        np.testing.assert_allclose(loaded(x), layer(x), rtol=0, atol=1e-12)
+
+
+def test_biases_that_came_along_reach_the_other_layers(tmp_path, rng):
+    tensors = linear_factors(rng, "first", 6, 5, dtype=np.float64) | {
+        "first.base_layer.bias": rng.normal(size=6),
+        "head.bias": rng.normal(size=3),
+    }
+    folder = write_adapter(tmp_path / "a", tensors, bias="all")
+    model = load_peft(folder, network(rng))
+    for name, parameter in (("first.base_layer", "first.base.bias"), ("head", "head.bias")):
+        np.testing.assert_array_equal(model.get_parameter(parameter), tensors[f"{name}.bias"])
+    assert not model["head"].trainable
+    assert (model["first"].base_layer.activation, model["head"].activation) == ("tanh", "identity")
+    strange = write_adapter(tmp_path / "b", tensors | {"norm.weight": rng.normal(size=6)}, bias="all")
+    with pytest.raises(FormatError, match=r"brings norm\.weight, which is no linear layer's"):
+        load_peft(strange, network(rng))
+
+
+def widened(array):
+    if array is None:
+        return None
+    if array.dtype == np.uint16:  # the bits of bfloat16
+        return (array.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return array.astype(np.float64)
+
+
+def nested(layers):
+    """A model whose layer has a dotted name."""
+    ((name, layer),) = layers.items()
+    for part in reversed(name.split(".")):
+        layer = nblora.Sequential({part: layer})
+    return layer
