@@ -1,7 +1,7 @@
 """`adapter_config.json` of PEFT: what of it shapes the arithmetic, and a refusal of what nblora does not compute."""
 
+import functools
 import math
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +9,8 @@ from typing import Any
 
 from nblora.errors import FormatError
 from nblora.storage.bounded import parse_object
+
+from .patterns import Patterns
 
 CONFIG_NAME = "adapter_config.json"
 MAX_CONFIG = 64 * 2**20
@@ -81,7 +83,8 @@ class PeftConfig:
         if not target or target == "all-linear":
             return True
         if isinstance(target, str):
-            return any(self._fullmatch("target_modules", target, module) for module in modules)
+            named = Patterns("target_modules", {target: True}, self.path, whole=True)
+            return any(named.value(module, False) for module in modules)
         return any(module == name or module.endswith(f".{name}") for module in modules for name in target)
 
     @property
@@ -92,28 +95,24 @@ class PeftConfig:
 
     def module_rank(self, module: str) -> int:
         """Rank of the module of this name."""
-        return self._matched("rank_pattern", self.rank_pattern, module, self.rank)
+        return int(self._ranks.value(module, self.rank))
 
     def module_alpha(self, module: str) -> float:
         """Alpha of the module of this name."""
-        return self._matched("alpha_pattern", self.alpha_pattern, module, self.alpha)
+        return float(self._alphas.value(module, self.alpha))
 
     def scaling(self, module: str) -> float:
         """s = alpha / rank of the module, or alpha / √rank with rsLoRA."""
         rank = self.module_rank(module)
         return self.module_alpha(module) / (math.sqrt(rank) if self.use_rslora else rank)
 
-    def _matched(self, field: str, patterns: dict[str, Any], module: str, default: Any) -> Any:
-        for pattern, value in patterns.items():
-            if self._fullmatch(field, pattern, module, r"(.*\.)?({})$"):
-                return value
-        return default
+    @functools.cached_property
+    def _ranks(self) -> Patterns:
+        return Patterns("rank_pattern", self.rank_pattern, self.path)
 
-    def _fullmatch(self, field: str, pattern: str, module: str, form: str = "{}") -> bool:
-        try:
-            return re.fullmatch(form.format(pattern), module) is not None
-        except re.error as error:
-            raise FormatError(f"{self.path}: {field} holds {pattern!r}, not a regular expression: {error}") from None
+    @functools.cached_property
+    def _alphas(self) -> Patterns:
+        return Patterns("alpha_pattern", self.alpha_pattern, self.path)
 
 
 def parse_config(data: bytes, path: Path) -> PeftConfig:
