@@ -1,12 +1,24 @@
 """Every error type of nblora's own. Each also derives from the built-in error that a caller would expect."""
 
+_LONGEST = 3000
+"""Characters of a message that are shown."""
+
 
 class NbloraError(Exception):
     """Base of every error type that nblora defines."""
 
 
 class FormatError(NbloraError, ValueError):
-    """A file is broken, hostile, of another version, or not of the kind asked for."""
+    """A file is broken, hostile, of another version, or not of the kind asked for.
+
+    Messages quote what the file holds; of one that a file made very long, the middle is left out.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        if len(message) > _LONGEST:
+            left_out = len(message) - _LONGEST
+            message = f"{message[: _LONGEST * 2 // 3]} … ({left_out} characters) … {message[-_LONGEST // 3 :]}"
+        super().__init__(message)
 
 
 class DeviceUnavailableError(NbloraError, RuntimeError):

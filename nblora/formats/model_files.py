@@ -14,7 +14,7 @@ from nblora.storage.safetensors_reader import SafetensorsFile, TensorInfo
 
 INDEX_SUFFIX = ".safetensors.index.json"
 ORIGINALS_SUFFIX = ".nblora-originals"
-MAX_JSON = 256 * 2**20
+MAX_JSON = 64 * 2**20
 _WEIGHTS = (
     ".safetensors",
     INDEX_SUFFIX,

@@ -13,7 +13,7 @@ from nblora.storage.bounded import parse_object
 from .patterns import Patterns
 
 CONFIG_NAME = "adapter_config.json"
-MAX_CONFIG = 64 * 2**20
+MAX_CONFIG = 16 * 2**20
 
 UNSUPPORTED = {
     "alora_invocation_tokens": "applies the adapter to some tokens only",

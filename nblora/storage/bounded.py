@@ -64,6 +64,11 @@ def read_bounded(path: Path, limit: int) -> bytes:
     return data
 
 
+MOST_PARTS = 2_000_000
+"""Commas, colons and brackets of one JSON text: a header of 100,000 tensors, or an index of 500,000, has no more. What
+is parsed of them takes some 100 MB; a file of brackets alone would take 25 times its size."""
+
+
 def parse_object(data: bytes, path: Path) -> dict[str, Any]:
     """Parse a JSON object; raise FormatError, naming `path`, for anything else."""
     try:
@@ -93,6 +98,9 @@ def parse_json(data: bytes) -> Any:
     ValueError
         For anything that is not strict JSON; the message says what.
     """
+    parts = sum(data.count(sign) for sign in (b",", b":", b"[", b"{"))
+    if parts > MOST_PARTS:
+        raise ValueError(f"{parts} commas, colons and brackets, more than the {MOST_PARTS} that such a file may have")
     try:
         return json.loads(
             data.decode(),
