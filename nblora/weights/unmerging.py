@@ -4,6 +4,7 @@ import contextlib
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from nblora.weights.merging import (
     open_adapters,
     stored_dtype,
 )
-from nblora.weights.originals import originals_path, read_record
+from nblora.weights.originals import check_digests, originals_path, read_record
 from nblora.weights.output import OutputShard, Placed, build_index, lay_out
 from nblora.weights.plan import Plan, WeightedAdapter, make_plan
 from nblora.weights.report import MergeReport
@@ -126,7 +127,13 @@ def _restore(
     progress: Callable[[int, int], object] | None,
 ) -> MergeReport:
     record = read_record(kept)
+    check_digests(kept, record)
     shards = [_original_shard(model, kept, name, text) for name, text in record["headers"].items()]
+    placed = Counter(each.info.name for shard in shards for each in shard.tensors)
+    for name in kept.tensors:
+        if placed[name] != 1:
+            places = f"{placed[name]} places in the base's files, not one"
+            raise FormatError(f"{kept.path}: the original of {name} has {places}")
     index, config = record["index"], record["config_text"]
     if index is not None and not (isinstance(index, str) and is_plain_name(index)):
         raise FormatError(f"{kept.path}: holds no usable record of the base's files")

@@ -153,8 +153,9 @@ class CheckpointWriter:
         path = originals_path(folder if self.is_folder else self.place, self.is_folder)
         with _new_file(path) if self.is_folder else replace_file(path) as file:
             sink = FileSink(file.fileno(), str(path))
-            sink.write(memoryview(self._originals.header), 0)
+            sink.write(memoryview(self._originals.header()), 0)
             yield sink
+            sink.write(memoryview(self._originals.sealed(functools.partial(_pread, file))), 0)
 
     def _is_copied(self, placed: Placed) -> bool:
         return placed.info.name not in self._recipes and placed.dtype == placed.info.dtype
@@ -211,10 +212,17 @@ class CheckpointWriter:
                 file.write(text)
 
 
+def _pread(file: BinaryIO, buffer: memoryview, offset: int) -> None:
+    """Fill `buffer` from the bytes that were just written."""
+    while len(buffer):
+        count = os.preadv(file.fileno(), [buffer], offset)
+        buffer, offset = buffer[count:], offset + count
+
+
 @contextlib.contextmanager
 def _new_file(path: Path) -> Iterator[BinaryIO]:
     """Create a file in a hidden folder; its bytes are on the disk when the block has ended."""
-    with open(path, "xb") as file:
+    with open(path, "x+b") as file:
         yield file
         file.flush()
         os.fsync(file.fileno())

@@ -15,6 +15,7 @@ from tests.weights.support import (
     exact_change,
     linear_factors,
     read_file,
+    read_header,
     snapshot,
     write_adapter,
     write_file,
@@ -70,6 +71,48 @@ def test_what_cannot_be_subtracted_is_refused(name, match, tmp_path):
     with pytest.raises(ValueError, match="no originals beside it"):
         unmerge(tmp_path / "merged.safetensors", tmp_path / "back.safetensors")
     assert not (tmp_path / "back.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["linear_r4", "made_model_llama_tied", "mlp_bf16_all"])
+def test_a_flipped_bit_of_an_original_is_not_restored(name, tmp_path, rng):
+    merge(base_of(name), FIXTURES / name, tmp_path / "merged", keep_original=True)
+    kept = next(tmp_path.rglob("*.nblora-originals"))
+    whole = kept.read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    for place in [start, len(whole) - 1, *rng.integers(start, len(whole), 10)]:
+        spoiled = bytearray(whole)
+        spoiled[place] ^= 1 << int(rng.integers(8))
+        kept.write_bytes(spoiled)
+        with pytest.raises(FormatError, match=r"the original of .* was damaged"):
+            unmerge(tmp_path / "merged", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+def test_originals_without_digests_restore_as_before(tmp_path):
+    """Files that nblora 0.1.0 wrote."""
+    name = "linear_r4"
+    merge(base_of(name), FIXTURES / name, tmp_path / "merged", keep_original=True)
+    kept = next(tmp_path.rglob("*.nblora-originals"))
+    header, _ = read_header(kept)
+    record = json.loads(header["__metadata__"]["nblora-originals"])
+    record["version"] = 1
+    del record["digests"]
+    write_file(kept, read_file(kept), {"nblora-originals": json.dumps(record)})
+    unmerge(tmp_path / "merged", tmp_path / "back")
+    assert (tmp_path / "back").read_bytes() == base_of(name).read_bytes()
+
+
+def test_an_original_without_a_place_is_refused(tmp_path):
+    name = "linear_r4"
+    merge(base_of(name), FIXTURES / name, tmp_path / "merged", keep_original=True)
+    kept = next(tmp_path.rglob("*.nblora-originals"))
+    header, _ = read_header(kept)
+    record = json.loads(header["__metadata__"]["nblora-originals"])
+    record["version"] = 1
+    tensors = read_file(kept) | {"extra": np.ones(2, np.float32)}
+    write_file(kept, tensors, {"nblora-originals": json.dumps(record | {"digests": None})})
+    with pytest.raises(FormatError, match="extra has 0 places"):
+        unmerge(tmp_path / "merged", tmp_path / "back")
 
 
 def test_originals_of_another_merge_or_maker_are_refused(tmp_path, rng):
