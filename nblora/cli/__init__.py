@@ -8,6 +8,8 @@ import click
 from nblora._version import __version__
 from nblora.errors import NbloraError
 
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
 
 class _CommandFolder(click.Group):
     """A group whose commands are the modules of this folder, imported when they are asked for."""
@@ -27,6 +29,9 @@ class _CommandFolder(click.Group):
         except (NbloraError, OSError) as error:
             click.echo(f"nblora: {error}", err=True)
             ctx.exit(2)
+        except KeyboardInterrupt:
+            click.echo("nblora: interrupted", err=True)
+            ctx.exit(INTERRUPTED)
 
 
 @click.group(cls=_CommandFolder, context_settings={"help_option_names": ["-h", "--help"]})

@@ -33,6 +33,11 @@ def output_option(text: str) -> Callable:
     return click.option("--output", "-o", required=True, metavar="OUT", type=click.Path(), help=text)
 
 
+def force_option() -> Callable:
+    """`--force`."""
+    return click.option("--force", is_flag=True, help="Replace OUT though it is there and nblora did not write it.")
+
+
 def memory_option() -> Callable:
     """`--max-memory SIZE`."""
     return click.option(

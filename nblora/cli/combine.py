@@ -10,6 +10,7 @@ from nblora.cli import _weights
 @click.command()
 @_weights.adapter_option()
 @_weights.output_option("The new adapter's folder.")
+@_weights.force_option()
 @click.option("--rank", type=click.IntRange(1), help="Recompress modules of a larger rank to this one.")
 @click.option("--dtype", type=click.Choice(_weights.FLOATS), help="Store the factors as this type.")
 @_weights.json_option()

@@ -11,6 +11,7 @@ from nblora.cli import _weights
 @click.argument("base", type=click.Path())
 @_weights.adapter_option()
 @_weights.output_option("Where the merged checkpoint goes: a file for a file, a folder for a folder.")
+@_weights.force_option()
 @click.option("--dtype", type=click.Choice(_weights.FLOATS), help="Store floating-point tensors as this type.")
 @_weights.memory_option()
 @click.option("--shard-size", metavar="SIZE", help="Split the output into shards of at most this size, such as 5GB.")

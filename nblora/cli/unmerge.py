@@ -11,6 +11,7 @@ from nblora.cli import _weights
 @click.argument("checkpoint", type=click.Path())
 @_weights.adapter_option(required=False)
 @_weights.output_option("Where the checkpoint without the adapters goes: a file for a file, a folder for a folder.")
+@_weights.force_option()
 @click.option("--originals", type=click.Path(), help="The kept originals, if they are not beside CHECKPOINT.")
 @click.option("--dtype", type=click.Choice(_weights.FLOATS), help="Store the difference as this type.")
 @_weights.memory_option()

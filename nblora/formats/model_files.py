@@ -1,6 +1,7 @@
 """A model's weights as they lie on the disk: one safetensors file, a sharded set with its index, or a folder."""
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -49,7 +50,9 @@ class ModelFiles:
     config_bytes, config : bytes, dict
         `config.json` beside the weights, as it is and as it was read; empty without one.
     companions : list of Path
-        The other files of the folder (configuration, tokenizer), which a merged folder takes along.
+        The other files of the folder (configuration, tokenizer, `1_Pooling/`), which a merged folder takes along.
+    left_out : list of str
+        Subfolders with weights of their own, which it does not.
     overlay : SafetensorsFile or None
         Tensors that stand in for those of the shards.
     """
@@ -63,6 +66,7 @@ class ModelFiles:
     config_bytes: bytes = b""
     config: dict[str, Any] = field(default_factory=dict)
     companions: list[Path] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
     overlay: SafetensorsFile | None = None
 
     @property
@@ -97,14 +101,15 @@ def open_model(path: str | os.PathLike[str]) -> Iterator[ModelFiles]:
     given = Path(path)
     if given.is_dir():
         names, index = _choose(given)
-        model = ModelFiles(given, [], index, is_folder=True, companions=_companions(given))
-        folder = given
+        model, folder = ModelFiles(given, [], index, is_folder=True), given
     elif given.name.endswith(INDEX_SUFFIX):
         names, index, folder = [], given, given.parent
-        model = ModelFiles(given, [], index, is_folder=True, companions=_companions(folder))
+        model = ModelFiles(given, [], index, is_folder=True)
     else:
         names, folder = [given.name], given.parent
         model = ModelFiles(given, [])
+    if model.is_folder:
+        model.companions, model.left_out = _companions(folder)
     if model.index:
         model.index_bytes = read_bounded(model.index, MAX_JSON)
         model.index_data = parse_object(model.index_bytes, model.index)
@@ -142,9 +147,48 @@ def _choose(folder: Path) -> tuple[list[str], Path | None]:
     return names, None
 
 
-def _companions(folder: Path) -> list[Path]:
-    files = [entry for entry in sorted(folder.iterdir()) if entry.is_file() and not entry.name.startswith(".")]
-    return [file for file in files if not file.name.endswith(_WEIGHTS)]
+def _companions(folder: Path) -> tuple[list[Path], list[str]]:
+    """The files of a folder beside its weights, those of subfolders included; and the subfolders that stay behind.
+
+    A subfolder with weights of its own holds the same model in another form (an ONNX export, a trainer's checkpoint),
+    which a merge does not reach: it stays behind, unless `modules.json` names it as a part of the model.
+    """
+    parts = _parts_of_the_model(folder)
+    files: list[Path] = []
+    left_out: list[str] = []
+    for entry in sorted(folder.iterdir()):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            inside = _files_below(entry)
+            if entry.name in parts or not any(file.name.endswith(_WEIGHTS) for file in inside):
+                files += inside
+            else:
+                left_out.append(entry.name)
+        elif entry.is_file() and not entry.name.endswith(_WEIGHTS):
+            files.append(entry)
+    return files, left_out
+
+
+def _parts_of_the_model(folder: Path) -> set[str]:
+    """The subfolders that sentence-transformers' `modules.json` names."""
+    if not (folder / "modules.json").is_file():
+        return set()
+    data = read_bounded(folder / "modules.json", MAX_JSON)
+    try:
+        entries = json.loads(data)
+        return {entry["path"].partition("/")[0] for entry in entries if entry["path"]}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return set()  # someone else's file of that name
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """Every file below a folder, but for hidden ones and what lies behind links to folders."""
+    found = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(place, name) for name in sorted(names) if not name.startswith(".")]
+    return [path for path in found if path.is_file()]
 
 
 def _shard_names(index: Path, data: dict[str, Any]) -> list[str]:

@@ -77,15 +77,24 @@ class PeftAdapter:
         """Close the file of tensors."""
         self.file.close()
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
+    def save(self, folder: str | os.PathLike[str], *, force: bool = False) -> None:
         """Write the adapter to a folder: every tensor bit by bit, every key of the configuration.
+
+        Parameters
+        ----------
+        folder : path-like
+            What nblora wrote there before is replaced.
+        force : bool
+            Replace a folder that is there already, though nblora did not write it.
 
         Raises
         ------
+        FormatError
+            If there is such a folder.
         OSError
             If the folder cannot be written; then it is as it was.
         """
-        write_adapter(folder, self.config.raw, {name: self.file.read(name) for name in self.file.tensors})
+        write_adapter(folder, self.config.raw, {name: self.file.read(name) for name in self.file.tensors}, force)
 
     def read(self, info: TensorInfo) -> np.ndarray:
         """Return a tensor of the adapter as `SafetensorsFile.read` does."""

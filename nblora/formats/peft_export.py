@@ -57,6 +57,7 @@ def save_peft(
     fold_delta: int | None = None,
     dtype: str | None = None,
     config: Mapping[str, Any] | None = None,
+    force: bool = False,
 ) -> list[ExportedModule]:
     """Write adapters as one PEFT adapter, which `peft.PeftModel.from_pretrained` loads.
 
@@ -70,7 +71,7 @@ def save_peft(
         Of a `Sequential` its adapters are written, and the plain layers that are trained (`modules_to_save`), by their
         names. In a mapping every plain `Dense` or `FullyConnected` is written whole.
     folder : path-like
-        Replaced whole, or not at all.
+        What nblora wrote there before is replaced, whole or not at all.
     name : str
         The module's name, where one adapter is given.
     fold_delta : int, optional
@@ -80,6 +81,8 @@ def save_peft(
     config : mapping, optional
         An `adapter_config.json` whose keys are kept, such as that of the adapter these came from; ranks, alphas and
         `target_modules` are written anew where they do not fit.
+    force : bool
+        Replace a folder that is there already, though nblora did not write it.
 
     Returns
     -------
@@ -99,7 +102,7 @@ def save_peft(
         If an argument is out of range, an adapter's base is no linear layer, the adapters disagree about rsLoRA, or a
         delta to be folded is not finite.
     FormatError
-        If `config` asks for an arithmetic that nblora does not have.
+        If `config` asks for an arithmetic that nblora does not have, or the folder is someone else's.
     OSError
         If the folder cannot be written.
     """
@@ -129,7 +132,7 @@ def save_peft(
     if config is None and len(dropouts := {adapter.lora_dropout for adapter in named.values()}) == 1:
         raw["lora_dropout"] = dropouts.pop()
     config_from_dict(raw, Path(folder) / "adapter_config.json")
-    write_adapter(folder, raw, tensors)
+    write_adapter(folder, raw, tensors, force)
     _warn_of_losses(named, exported)
     return exported
 

@@ -12,11 +12,16 @@ import numpy as np
 
 from nblora.formats.peft_config import CONFIG_NAME
 from nblora.formats.peft_tensors import TENSORS_NAME
-from nblora.formats.replace import replace_folder
+from nblora.formats.replace import check_output, replace_folder
 from nblora.storage.safetensors_writer import write_safetensors
 
 
-def write_adapter(folder: str | os.PathLike[str], config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
+def write_adapter(
+    folder: str | os.PathLike[str],
+    config: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    force: bool = False,
+) -> None:
     """Write an adapter's two files.
 
     Parameters
@@ -27,12 +32,17 @@ def write_adapter(folder: str | os.PathLike[str], config: Mapping[str, Any], ten
         What `adapter_config.json` will hold.
     tensors : mapping of str to ndarray
         By PEFT's names; uint16 is the bits of bfloat16.
+    force : bool
+        Replace a folder that is there already, though nblora did not write it.
 
     Raises
     ------
+    FormatError
+        If there is such a folder, or a file.
     OSError
         If the folder cannot be written.
     """
+    check_output(Path(folder), (), {TENSORS_NAME, CONFIG_NAME}, force)
     with replace_folder(Path(folder)) as hidden:
         write_safetensors(hidden / TENSORS_NAME, tensors, {"format": "pt"})
         with open(hidden / CONFIG_NAME, "x", encoding="utf-8") as file:

@@ -19,10 +19,13 @@ from nblora.errors import FormatError
 from nblora.storage.atomic import replace_whole
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+_MARK = "user.nblora.output"
 
 
-def check_output(output: Path, inputs: Collection[Path], known: Collection[str] | None = None) -> None:
-    """Refuse an output that is an input, that is a link, or that would replace what a merge did not write.
+def check_output(
+    output: Path, inputs: Collection[Path], known: Collection[str] | None = None, force: bool = False
+) -> None:
+    """Refuse an output that is an input, that is a link, or that would replace what nblora did not write.
 
     Parameters
     ----------
@@ -31,6 +34,8 @@ def check_output(output: Path, inputs: Collection[Path], known: Collection[str] 
         Files and folders that are read.
     known : collection of str, optional
         Names that the output folder will hold; None for a file.
+    force : bool
+        Replace whatever is there, but never an input.
 
     Raises
     ------
@@ -53,12 +58,38 @@ def check_output(output: Path, inputs: Collection[Path], known: Collection[str] 
             raise FormatError(
                 f"{output}: expected a file or nothing at the output's place, got a folder or special file"
             )
-        return
-    if not output.is_dir():
+    elif not output.is_dir():
         raise FormatError(f"{output}: expected a folder or nothing at the output's place, got a file")
-    foreign = sorted(set(os.listdir(output)) - set(known))
+    if not force:
+        _check_ours(output, known)
+
+
+def _check_ours(output: Path, known: Collection[str] | None) -> None:
+    """Refuse to replace a file or a folder that nblora did not write, or to which something was added since."""
+    foreign = [] if known is None else sorted(set(os.listdir(output)) - set(known))
     if foreign:
-        raise FormatError(f"{output}: the output folder holds {foreign[0]!r}, which this would remove; choose another")
+        raise FormatError(
+            f"{output}: the output folder holds {foreign[0]!r}, which this would remove; choose another, or have it "
+            "replaced with --force (force=True)"
+        )
+    if not _is_marked(output) and (known is None or os.listdir(output)):
+        raise FormatError(
+            f"{output}: is there already, and nblora did not write it; choose another place, or have it replaced with "
+            "--force (force=True)"
+        )
+
+
+def _mark(place: int | Path) -> None:
+    """Note on a file or folder that nblora wrote it, where the system can: an attribute beside its contents."""
+    with contextlib.suppress(OSError, AttributeError):
+        os.setxattr(place, _MARK, b"1")
+
+
+def _is_marked(place: Path) -> bool:
+    try:
+        return bool(os.getxattr(place, _MARK))
+    except (OSError, AttributeError):
+        return False
 
 
 def check_space(output: Path, needed: int) -> None:
@@ -87,6 +118,7 @@ def replace_file(output: Path) -> Iterator[BinaryIO]:
         remove_stale(output)
         with replace_whole(output) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
+            _mark(file.fileno())
             yield file
 
 
@@ -104,6 +136,7 @@ def replace_folder(output: Path) -> Iterator[Path]:
         descriptor = os.open(hidden, os.O_RDONLY)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
+            _mark(hidden)
             umask = os.umask(0)
             os.umask(umask)
             os.chmod(hidden, 0o777 & ~umask)

@@ -8,6 +8,7 @@ import collections
 import contextlib
 import logging
 import os
+import signal
 import threading
 import uuid
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,8 @@ from nblora.errors import MissingExtraError
 from .task import Records, Runs, Task, failed_record, run_one
 
 if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
     from distributed import Client
 
 ATTEMPTS = 3
@@ -71,26 +74,33 @@ def _pool(task: Task, workers: int) -> Iterator[futures.ProcessPoolExecutor]:
 
     # spawn: a fork would take over locks and thread pools in whatever state they are
     context = multiprocessing.get_context("spawn")
-    pool = futures.ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(task,))
+    until, alive = context.Pipe(duplex=False)
+    pool = futures.ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(task, until))
     try:
         yield pool
+    except BaseException:  # Ctrl-C among them: nobody waits for the runs that are under way
+        alive.close()
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+        alive.close()
+        until.close()
 
 
-def _start_worker(task: Task) -> None:
+def _start_worker(task: Task, until: "Connection") -> None:
     global _task
     _task = task
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the sweep's own process decides
+    threading.Thread(target=_end_with_parent, args=(until,), daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    """End this worker when the sweep's own process has ended, be it by SIGKILL: nobody would read its result."""
+def _end_with_parent(until: "Connection") -> None:
+    """End this worker when the sweep has ended, be it by SIGKILL: nobody would read its result."""
     import multiprocessing.connection
 
     parent = multiprocessing.parent_process()
     if parent is not None:
-        multiprocessing.connection.wait([parent.sentinel])
+        multiprocessing.connection.wait([parent.sentinel, until])  # `until` ends with its other side
         os._exit(1)
 
 

@@ -68,6 +68,7 @@ def combine(
     *,
     rank: int | None = None,
     dtype: str | None = None,
+    force: bool = False,
 ) -> CombineReport:
     """Write one adapter whose change is the weighted sum of several adapters' changes.
 
@@ -86,6 +87,8 @@ def combine(
         Rank to recompress every module to that has a larger one.
     dtype : {"float64", "float32", "float16", "bfloat16"}, optional
         Of the factors; the widest of the adapters' by default.
+    force : bool
+        Replace a folder that is there already, though nblora did not write it.
 
     Returns
     -------
@@ -104,7 +107,7 @@ def combine(
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ValueError(f"rank is {rank!r}; expected a whole number of at least 1")
     with open_adapters(adapters) as opened:
-        check_output(Path(output), adapter_files(opened), {CONFIG_NAME, TENSORS_NAME})
+        check_output(Path(output), adapter_files(opened), {CONFIG_NAME, TENSORS_NAME}, force)
         stored = stored_dtype(dtype) or _widest(opened)
         names = list(dict.fromkeys(name for each in opened for name in each.adapter.modules))
         report = CombineReport(str(output), dtype=stored)
@@ -123,7 +126,7 @@ def combine(
             info = owner.adapter.replaced[name]
             tensors[info.name] = owner.adapter.read(info)
             report.replaced.append(name)
-        write_adapter(Path(output), _config(opened, ranks, alphas), tensors)
+        write_adapter(Path(output), _config(opened, ranks, alphas), tensors, force)
     report.seconds = time.perf_counter() - began
     return report
 

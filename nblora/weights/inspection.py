@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from nblora.errors import MissingExtraError
-from nblora.formats.peft import PeftAdapter
+from nblora.formats.peft import CONFIG_NAME, TENSORS_NAME, PeftAdapter
 from nblora.formats.peft_tensors import LoraModule
 from nblora.linalg import product_svd
 from nblora.weights.algebra import read_factors
+from nblora.weights.checkpoints import CheckpointReport, inspect_checkpoint
 from nblora.weights.report import plain
 
 
@@ -113,25 +114,37 @@ class InspectReport:
         _plot(self.modules, Path(path))
 
 
-def inspect(adapter: str | os.PathLike[str]) -> InspectReport:
-    """Describe an adapter: rank, scale, norms, singular values and stable rank of every module.
+def inspect(path: str | os.PathLike[str]) -> InspectReport | CheckpointReport:
+    """Describe an adapter, or the checkpoint that one could change.
 
-    The dense change is never formed: singular values come from QR of the factors and a small SVD.
+    Of an adapter: rank, scale, norms, singular values and stable rank of every module. The dense change is never
+    formed: singular values come from QR of the factors and a small SVD. Of a checkpoint: its tensors, their types,
+    shapes and sizes, and which of them a LoRA adapter could change; no tensor is read.
 
     Parameters
     ----------
-    adapter : path-like
-        A PEFT adapter's folder.
+    path : path-like
+        A PEFT adapter's folder; or a safetensors file, the index of a sharded checkpoint, or a folder that holds
+        either.
 
     Returns
     -------
     InspectReport
+        Of an adapter.
+    CheckpointReport
+        Of a checkpoint.
 
     Raises
     ------
     FormatError, OSError
-        If the adapter is broken, not supported or cannot be read.
+        If the file is broken, not supported or cannot be read.
     """
+    place = Path(path)
+    is_adapter = place.name == TENSORS_NAME or any((place / name).exists() for name in (CONFIG_NAME, TENSORS_NAME))
+    return _inspect_adapter(place) if is_adapter or not place.exists() else inspect_checkpoint(place)
+
+
+def _inspect_adapter(adapter: Path) -> InspectReport:
     with PeftAdapter(adapter) as opened:
         modules = [_describe(opened, module) for module in opened.modules.values()]
         return InspectReport(

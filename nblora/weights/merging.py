@@ -67,6 +67,7 @@ def merge(
     maps: Iterable[str] = (),
     keep_original: bool = False,
     dry_run: bool = False,
+    force: bool = False,
     threads: int | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> MergeReport:
@@ -79,7 +80,8 @@ def merge(
     adapters : path-like, (path-like, float), or a sequence of these
         PEFT LoRA adapters, each with the factor that its change is multiplied by (1 where none is given).
     output : path-like
-        A file for a file, a folder for a folder; replaced whole or not at all.
+        A file for a file, a folder for a folder; what nblora wrote there before is replaced, whole or not at all. A
+        merged folder takes along what lies beside the base's weights, subfolders included.
     dtype : {"float64", "float32", "float16", "bfloat16"}, optional
         What the floating-point tensors of the output are stored as; as in the base by default.
     max_memory : int or str
@@ -92,6 +94,8 @@ def merge(
         Store the tensors that change beside the output, from which `unmerge` restores the base bit by bit.
     dry_run : bool
         Match and check everything, write nothing.
+    force : bool
+        Replace an output that is there already, though nblora did not write it.
     threads : int, optional
         As many as Numba would use, at most 16.
     progress : callable, optional
@@ -125,8 +129,12 @@ def merge(
         writer = CheckpointWriter(
             model, shards, plan.recipes, Path(output), build_index(model, shards), originals, texts
         )
-        writer.check([model.path, *model.inputs, *adapter_files(opened)])
-        report = MergeReport(str(output), [], writer.copied, writer.nbytes, dry_run=dry_run, warnings=plan.warnings)
+        writer.check([model.path, *model.inputs, *adapter_files(opened)], force)
+        warnings = plan.warnings + [
+            f"{name}/ stays behind: it has weights of its own, which this merge does not change"
+            for name in model.left_out
+        ]
+        report = MergeReport(str(output), [], writer.copied, writer.nbytes, dry_run=dry_run, warnings=warnings)
         changes: dict[str, Change] = {}
         if not dry_run:
             with Stream(limit, threads, byte_counter(progress, writer.total)) as stream:

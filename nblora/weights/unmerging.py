@@ -63,6 +63,7 @@ def unmerge(
     max_memory: int | str = DEFAULT_MEMORY,
     maps: Iterable[str] = (),
     dry_run: bool = False,
+    force: bool = False,
     threads: int | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> MergeReport:
@@ -81,7 +82,7 @@ def unmerge(
         What was merged, with the same weights. Not needed where the originals were kept.
     originals : path-like, optional
         The file of originals, if it is not beside the checkpoint.
-    dtype, max_memory, maps, dry_run, threads, progress
+    dtype, max_memory, maps, dry_run, force, threads, progress
         As for `merge`; `dtype` and `maps` for a subtraction only.
 
     Returns
@@ -103,11 +104,11 @@ def unmerge(
     listed = [adapters] if isinstance(adapters, (str, os.PathLike)) else adapters
     with open_model(checkpoint) as model, open_originals(model, originals) as kept:
         if kept is not None:
-            report = _restore(model, kept, Path(output), limit, dry_run, threads, progress)
+            report = _restore(model, kept, Path(output), limit, dry_run, force, threads, progress)
         elif listed:
             with open_adapters(listed) as opened:
                 stored = stored_dtype(dtype)
-                report = _subtract(model, opened, Path(output), stored, limit, maps, dry_run, threads, progress)
+                report = _subtract(model, opened, Path(output), stored, limit, maps, dry_run, force, threads, progress)
         else:
             raise ValueError(
                 f"{checkpoint} has no originals beside it (merge --keep-original stores them); "
@@ -123,6 +124,7 @@ def _restore(
     output: Path,
     limit: int,
     dry_run: bool,
+    force: bool,
     threads: int | None,
     progress: Callable[[int, int], object] | None,
 ) -> MergeReport:
@@ -145,7 +147,7 @@ def _restore(
         index=(index, record["index_text"].encode()) if index else None,
         texts={"config.json": config.encode()} if isinstance(config, str) else {},
     )
-    writer.check([model.path, *model.inputs, kept.path])
+    writer.check([model.path, *model.inputs, kept.path], force)
     report = MergeReport(str(output), [], writer.copied - len(kept.tensors), writer.nbytes, dry_run=dry_run)
     report.exact, report.restored = True, sorted(kept.tensors)
     if not dry_run:
@@ -179,6 +181,7 @@ def _subtract(
     limit: int,
     maps: Iterable[str],
     dry_run: bool,
+    force: bool,
     threads: int | None,
     progress: Callable[[int, int], object] | None,
 ) -> MergeReport:
@@ -186,7 +189,7 @@ def _subtract(
     _negate(plan)
     shards = lay_out(model, dtype)
     writer = CheckpointWriter(model, shards, plan.recipes, output, index=build_index(model, shards), measure=_spacings)
-    writer.check([model.path, *model.inputs, *adapter_files(adapters)])
+    writer.check([model.path, *model.inputs, *adapter_files(adapters)], force)
     report = MergeReport(
         str(output), [], writer.copied, writer.nbytes, dry_run=dry_run, warnings=plan.warnings, exact=False
     )

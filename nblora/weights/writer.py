@@ -58,8 +58,9 @@ class CheckpointWriter:
         self._measure = measure
         self._shards, self._recipes, self._originals = shards, recipes, originals
         self.place, self.is_folder = output_place(model, output, list(shards))
-        self._companions = model.companions if self.is_folder and model.is_folder else []
-        self._texts = {path.name: (texts or {})[path.name] for path in self._companions if path.name in (texts or {})}
+        takes_along = model.companions if self.is_folder and model.is_folder else []
+        self._companions = {str(path.relative_to(model.folder)): path for path in takes_along}
+        self._texts = {name: text for name, text in (texts or {}).items() if name in self._companions}
         if index and self.is_folder:
             self._texts[index[0]] = index[1]
 
@@ -78,17 +79,17 @@ class CheckpointWriter:
         """Number of tensors that no recipe changes."""
         return sum(len(shard.tensors) for shard in self._shards) - len(self._recipes)
 
-    def check(self, inputs: Sequence[Path]) -> None:
+    def check(self, inputs: Sequence[Path], force: bool = False) -> None:
         """Refuse an output that cannot or must not be written; see `check_output` and `check_space`."""
-        known = {shard.name for shard in self._shards} | {path.name for path in self._companions}
+        known = {shard.name for shard in self._shards} | {Path(name).parts[0] for name in self._companions}
         kept = originals_path(self.place, self.is_folder)
         known |= {kept.name, *self._texts}
-        check_output(self.place, inputs, known if self.is_folder else None)
-        needed = self.nbytes + sum(path.stat().st_size for path in self._companions)
+        check_output(self.place, inputs, known if self.is_folder else None, force)
+        needed = self.nbytes + sum(path.stat().st_size for path in self._companions.values())
         if self._originals:
             needed += sum(placed.info.nbytes for _, placed in self._kept())
             if not self.is_folder:
-                check_output(kept, inputs)
+                check_output(kept, inputs, force=force)
         check_space(self.place, needed)
 
     def write(self, stream: Stream) -> dict[str, Change]:
@@ -203,9 +204,10 @@ class CheckpointWriter:
         return self._measure(block, placed) if self._measure else None
 
     def _write_companions(self, folder: Path) -> None:
-        for path in self._companions:
-            if path.name not in self._texts:
-                with os.fdopen(open_regular(path), "rb") as source, _new_file(folder / path.name) as file:
+        for name, path in self._companions.items():
+            if name not in self._texts:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                with os.fdopen(open_regular(path), "rb") as source, _new_file(folder / name) as file:
                     shutil.copyfileobj(source, file)
         for name, text in self._texts.items():
             with _new_file(folder / name) as file:

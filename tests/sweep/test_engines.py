@@ -208,3 +208,24 @@ def wait_for_end_of_group(group):
             return
         time.sleep(0.05)
     raise AssertionError("processes of the killed sweep are still there")
+
+
+@pytest.mark.slow
+def test_ctrl_c_on_a_sweep_ends_it_with_130_and_no_traceback(tmp_path, rng):
+    np.savez(tmp_path / "a.npz", x=rng.normal(size=(4000, 8)).astype("float32"), y=rng.integers(2, size=4000))
+    (tmp_path / "sweep.toml").write_text(
+        '[data]\nfile = "a.npz"\n[grid]\nmethod = ["full"]\nseed = [0, 1, 2, 3]\n[fixed]\nepochs = 100000\n'
+    )
+    words = [sys.executable, "-c", "from nblora.cli import main; main()", "sweep", "sweep.toml", "--workers", "2"]
+    process = subprocess.Popen(
+        words, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "sweep.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(4)  # by now its workers train
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, text = process.communicate(timeout=60)
+    assert process.returncode == 130, text
+    assert "Traceback" not in text
+    assert "interrupted" in text
