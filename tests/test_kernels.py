@@ -1,4 +1,5 @@
-"""The CPU kernels against the formulas, written in NumPy and float64 and sharing nothing with the library."""
+"""The CPU kernels against the reference backend in float64, and that one against the formulas, written here in NumPy
+and sharing nothing with the library."""
 
 import math
 from typing import NamedTuple
@@ -6,11 +7,13 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from nblora.backends.cpu import CPUBackend
+from nblora.backends import resolve
 from nblora.backends.protocol import Base, Delta, LowRank, Operands
+from nblora.backends.reference import ReferenceBackend
+from nblora.kernels.common import jit
 
 TOLERANCE = {"float32": 2e-5, "float64": 1e-12}
-BACKEND = CPUBackend()
+BACKEND, REFERENCE = resolve("cpu"), ReferenceBackend()
 IDENTITY, RELU, GELU, TANH, SIGMOID = range(5)
 
 # (N, in, out, rank): nothing, single elements, odd edges of every tile, several blocks of samples and of features
@@ -92,9 +95,9 @@ class Problem:
         self.arrays["b"] = generator.standard_normal(outputs).astype(dtype)
         self.arrays["mask"] = ((generator.random((N, inputs)) > 0.3) / 0.7).astype(dtype)
 
-    def operands(self):
+    def operands(self, dtype=None):
         """Fresh copies for the backend, stored."""
-        a, case = self.arrays, self.case
+        a, case = {k: v.astype(dtype or v.dtype) for k, v in self.arrays.items()}, self.case
         stored = {k: np.array(a[k].T if self.transposed else a[k], order="C") for k in "WDV"}
         return Operands(
             Base(stored["W"], a["b"].copy() if case.bias else None, self.transposed) if case.base else None,
@@ -109,6 +112,27 @@ class Problem:
         return self.arrays["mask"] if self.case.masked else None
 
     def expected(self):
+        """Every result of the reference, in logical shapes."""
+        x, gy = (self.arrays[name].astype(np.float64) for name in ("x", "gy"))
+        mask = None if self.mask is None else self.mask.astype(np.float64)
+        operands, case = self.operands(np.float64), self.case
+        y, saved = REFERENCE.forward(x, operands, mask, True)
+        found = {"y": y, **REFERENCE.backward(gy, saved, operands)._asdict()}
+        if case.base:
+            found["merged"] = REFERENCE.merge(operands)
+        REFERENCE.backward_update(gy, saved, operands, self.lr, self.delta_lr)
+        if case.delta:
+            found |= {"velocity after": operands.delta.velocity, "delta after": operands.delta.delta}
+        if case.base:
+            found["weight after"] = operands.base.weight
+        return {name: self.logical(name, array) for name, array in found.items()}
+
+    def logical(self, name, array):
+        """A stored result turned to (in, out)."""
+        stored = name.split()[0] in ("delta", "weight", "velocity", "merged")
+        return array.T if stored and self.transposed and array is not None else array
+
+    def formulas(self):
         """Every result by its formula."""
         a = {k: v.astype(np.float64) for k, v in self.arrays.items()}
         case, s, c = self.case, self.s, self.c
@@ -142,8 +166,7 @@ class Problem:
             assert computed is None, name
             return
         assert computed.dtype == self.dtype, name
-        if self.transposed and name.split()[0] in ("delta", "weight", "velocity", "merged"):
-            computed = computed.T
+        computed = self.logical(name, computed)
         assert computed.shape == expected.shape, name
         if expected.size:
             worst = np.abs(computed - expected).max() / max(np.abs(expected).max(), 1e-30)
@@ -151,9 +174,9 @@ class Problem:
 
 
 def run(shape, dtype, transposed, case, backend=BACKEND, tolerance=None):
-    """Every operation on one problem; the same for every backend."""
+    """Every operation on one problem; the same for every backend, and for the reference by the formulas."""
     problem = Problem(shape, dtype, transposed, case)
-    expected = problem.expected()
+    expected = problem.formulas() if backend is REFERENCE else problem.expected()
     bring = backend.from_host
     x, gy = bring(problem.arrays["x"]), bring(problem.arrays["gy"])
     mask = bring(problem.mask) if case.masked else None
@@ -218,6 +241,53 @@ def brought(operands, bring):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("shape", [(0, 5, 7, 1), (13, 8, 29, 8)], ids=str)
+def test_the_reference_by_the_formulas(shape, dtype, transposed, case):
+    if case.base or not transposed:
+        run(shape, dtype, transposed, case, REFERENCE)
+
+
+@pytest.mark.skipif(jit.JIT_DISABLED, reason="of compiled kernels")
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("size", [1, 33, 70_001])
+@pytest.mark.parametrize(
+    ("operation", "arrays", "scalars"),
+    [
+        ("sgd_update", 2, (0.1,)),
+        ("momentum_update", 3, (0.9, 0.1)),
+        ("adamw_update", 4, (0.1, (0.9, 0.99), 1e-8, 0.02, 3)),
+        ("add", 2, ()),
+        ("scale", 1, (0.7,)),
+        ("sum_of_squares", 1, ()),
+    ],
+)
+def test_updates_by_the_reference(operation, arrays, scalars, size, dtype):
+    given = abs(np.random.default_rng(5).standard_normal((arrays, 1, size))).astype(dtype)
+    exact = given.astype(np.float64)
+    result = getattr(BACKEND, operation)(*given, *scalars)
+    expected = getattr(REFERENCE, operation)(*exact, *scalars)
+    np.testing.assert_allclose(given, exact, rtol=3e-6 if dtype == "float32" else 1e-13, atol=1e-6)
+    assert (result is None) == (expected is None)
+    assert result is None or abs(result - expected) <= 1e-12 * expected
+
+
+@pytest.mark.skipif(jit.JIT_DISABLED, reason="of compiled kernels")
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("loss", ["mean_squared_error", "softmax_cross_entropy", "binary_cross_entropy"])
+def test_losses_by_the_reference(loss, dtype):
+    rng = np.random.default_rng(6)
+    output = 5 * rng.standard_normal((70, 33)).astype(dtype)
+    target = rng.integers(0, 33, 70) if loss.startswith("softmax") else rng.random((70, 33)).astype(dtype)
+    value, gradient = getattr(BACKEND, loss)(output, target)
+    expected, exact = getattr(REFERENCE, loss)(output.astype(np.float64), target)
+    assert abs(value - expected) <= (1e-7 if dtype == "float32" else 1e-12) * abs(expected)
+    assert gradient.dtype == output.dtype
+    np.testing.assert_allclose(gradient, exact, rtol=1e-6 if dtype == "float32" else 1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("shape", SMALL, ids=str)
 def test_small_shapes(shape, dtype, transposed, case):
     if case.base or not transposed:
@@ -249,7 +319,7 @@ def test_what_is_not_finite_reaches_only_what_depends_on_it(shape, bad, transpos
     problem.arrays["gy"][2, 5] = bad
     operands = problem.operands()
     with np.errstate(invalid="ignore"):
-        expected = problem.expected()
+        expected = problem.formulas()
         y, saved = BACKEND.forward(problem.arrays["x"], operands, None, True)
         gradients = BACKEND.backward(problem.arrays["gy"], saved, operands)
         BACKEND.backward_update(problem.arrays["gy"], saved, operands, 0.1, 0.2)

@@ -10,6 +10,7 @@ import pytest
 import nblora
 from nblora.backends import protocol
 from nblora.backends.cpu import CPUBackend
+from nblora.backends.reference import ReferenceBackend
 from tests.processes import ROOT, run
 
 # A module may import rooms of a lower number, its own room, and the leaves.
@@ -167,15 +168,16 @@ def test_everything_public_has_a_docstring():
 
 
 def operations(cls):
-    return {name: value for name, value in vars(cls).items() if inspect.isfunction(value) and name[0] != "_"}
+    return {name: value for name, value in inspect.getmembers(cls, inspect.isfunction) if name[0] != "_"}
 
 
-def test_the_backend_offers_the_protocol():
+@pytest.mark.parametrize("backend", [CPUBackend, ReferenceBackend])
+def test_the_backend_offers_the_protocol(backend):
     """The same operations, with the same arguments in the same order."""
     expected = {name: list(inspect.signature(f).parameters) for name, f in operations(protocol.Backend).items()}
-    offered = {name: list(inspect.signature(f).parameters) for name, f in operations(CPUBackend).items()}
+    offered = {name: list(inspect.signature(f).parameters) for name, f in operations(backend).items()}
     assert offered == expected
-    assert CPUBackend.device == "cpu"
+    assert backend.device == "cpu"
 
 
 def test_no_pickle_anywhere():

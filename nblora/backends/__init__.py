@@ -89,8 +89,10 @@ def _cuda_count() -> int:
 @functools.cache
 def _cpu() -> "Backend":
     from .cpu import CPUBackend
+    from .reference import ReferenceBackend
 
-    return CPUBackend()
+    # Without the compiler (NUMBA_DISABLE_JIT=1) there is no machine code for the kernels to call.
+    return ReferenceBackend() if config.DISABLE_JIT else CPUBackend()  # type: ignore[attr-defined]  # as below
 
 
 @functools.cache

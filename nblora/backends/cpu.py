@@ -5,7 +5,6 @@ that each kernel has one specialisation a dtype. Scratch is kept between calls, 
 """
 
 import functools
-from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -23,6 +22,7 @@ from nblora.kernels.update import cpu as update_kernel
 
 from .crew import Crew, thread_count
 from .protocol import Array, Base, Gradients, Operands, Saved, keeps_input
+from .reference import ReferenceBackend
 
 SERIAL_WORK = 1 << 17
 """Multiply-adds below which a call runs in the calling thread: waking another costs 5 to 10 µs, 2^17 take 3 µs."""
@@ -97,11 +97,8 @@ def _aligned(size: int, dtype: np.dtype) -> np.ndarray:
     return memory[start : start + size]
 
 
-class CPUBackend:
-    """The operations of `protocol.Backend` on NumPy arrays."""
-
-    device = "cpu"
-    precision = "float32"
+class CPUBackend(ReferenceBackend):
+    """The operations of `protocol.Backend` on NumPy arrays, by kernels where there are."""
 
     def __init__(self) -> None:
         self._crew = Crew()
@@ -123,29 +120,6 @@ class CPUBackend:
         if found is None:
             found = self._row_tile_addresses[dtype] = row_tiles(self._stand_ins[dtype][1])
         return found
-
-    def adopt(self, value: Any) -> Array | None:
-        """The array itself where it is on a GPU: never."""
-        return None
-
-    def from_host(self, array: np.ndarray) -> Array:
-        """Bring a NumPy array to the device: the same array."""
-        return array
-
-    def base_from_host(self, array: np.ndarray) -> Array:
-        """Bring the weight of a frozen base to the device: the same array."""
-        return array
-
-    def to_host(self, array: Array) -> np.ndarray:
-        """Bring an array to NumPy: the same array."""
-        return array
-
-    def release(self) -> None:
-        """Free memory that nothing refers to: Python does."""
-
-    def zeros_like(self, array: Array) -> Array:
-        """A new array of zeros, same shape and dtype, C-contiguous."""
-        return np.zeros(array.shape, array.dtype)
 
     def forward(self, x: Array, operands: Operands, mask: Array | None, keep: bool) -> tuple[Array, Saved | None]:
         """y = act(x (W + c D) + s (mask∘x) A B + b), and what backward needs where `keep`."""
@@ -393,14 +367,6 @@ class CPUBackend:
     def sum_of_squares(self, array: Array) -> float:
         """Σ a², accumulated in float64."""
         return float(update_kernel.sum_of_squares(_plain(array).reshape(-1)))
-
-    def sums_of_squares(self, arrays: Sequence[Array]) -> list[float]:
-        """Σ a² of each."""
-        return [self.sum_of_squares(array) for array in arrays]
-
-    def read(self, numbers: Sequence[float]) -> list[float]:
-        """The numbers, which are floats here."""
-        return list(numbers)
 
     def mean_squared_error(self, output: Array, target: Array) -> tuple[float, Array]:
         """Mean squared error and its gradient."""

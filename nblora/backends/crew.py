@@ -9,7 +9,6 @@ from numba import get_num_threads
 from numba.core import config
 from numba.np.ufunc import parallel
 
-from nblora.kernels.common.jit import JIT_DISABLED
 from nblora.kernels.common.threads import ASLEEP, IDLE, SLOT, serve
 
 PATIENCE = 2600
@@ -38,7 +37,7 @@ class Crew:
 
     def run(self, kernel: Any, task: Any, workers: int) -> None:
         """Call a kernel that works off its task in so many shares."""
-        if workers == 1 or JIT_DISABLED or not self._lock.acquire(blocking=False):
+        if workers == 1 or not self._lock.acquire(blocking=False):
             kernel(task, workers, self._board, 0)
             return
         try:

@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from nblora.kernels.weights.blocks import encode_all
 from nblora.kernels.weights.codes import CODES
-from nblora.kernels.weights.numbers import encode_all
 from nblora.storage.dtypes import STORED
 
 

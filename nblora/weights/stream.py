@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from nblora.kernels.weights.codes import BY_COLUMN, BY_ROW, CODES, SEGMENT
+from nblora.kernels.weights.codes import BY_COLUMN, BY_ROW, CODES, SEGMENT, Factors, Stored
 from nblora.storage.dtypes import itemsize
 from nblora.storage.safetensors_reader import SafetensorsFile, TensorInfo
 from nblora.weights.factors import Stack, held
@@ -201,11 +201,10 @@ class Stream:
                 old = base.read(buffers[0], rows, columns)
                 start = old if source is base else source.read(buffers[1], rows, columns)
                 new = buffers[2][: (rows[1] - rows[0]) * (columns[1] - columns[0]) * itemsize(dtype)]
-                row_scale, column_scale = stack.row_scale[slice(*rows)], stack.column_scale[slice(*columns)]
-                _kernels().merge_block(
-                    start, codes[0], old, codes[1], P, stack.Q(*columns), row_scale, column_scale, working,
-                    new, codes[2], sums, counts,
-                )  # fmt: skip
+                scales = stack.row_scale[slice(*rows)], stack.column_scale[slice(*columns)]
+                source_, base_, target = map(Stored, (start, old, new), codes)
+                factors = Factors(P, stack.Q(*columns), *scales)
+                _kernels().merge_block(source_, base_, factors, working, target, sums, counts)
                 measured.append(finish(Block(old, new, rows, columns, buffers[1])))
             return [sums, counts, *(array for array in measured if array is not None)]
 
@@ -246,7 +245,7 @@ class Stream:
                 columns = left, min(left + width, recipe.columns)
                 part = source.read(buffers[0], rows, columns)
                 total = squares[slice(*columns)] if by_column else squares[slice(*rows)]
-                _kernels().norm_block(part, CODES[source.info.dtype], P, stack.Q(*columns), axis, total)
+                _kernels().norm_block(Stored(part, CODES[source.info.dtype]), P, stack.Q(*columns), axis, total)
 
         for first in range(0, recipe.rows, height):
             rows = first, min(first + height, recipe.rows)
@@ -300,9 +299,9 @@ def working_type(source: str, base: str, target: str) -> type:
 
 def _kernels() -> Any:
     """Return the kernels, imported at the first call: loading Numba takes as long as copying some 500 MB."""
-    from nblora.kernels.weights import merge as weights_merge
+    from nblora.kernels.weights import blocks
 
-    return weights_merge
+    return blocks
 
 
 def load_kernels(working: Iterable[type]) -> None:
@@ -310,12 +309,9 @@ def load_kernels(working: Iterable[type]) -> None:
     kernels = _kernels()
     one, none = np.ones((1, 1)), np.empty(0)
     for kind in working:
-        number, sums = np.zeros(2, np.uint8), np.zeros((1, 2))
-        code = CODES["BF16"]
-        kernels.merge_block(
-            number, code, number, code, one, one, none, none, np.empty(0, kind), number.copy(), code, sums,
-            np.zeros(2, np.int64),
-        )  # fmt: skip
+        number, target = (Stored(np.zeros(2, np.uint8), CODES["BF16"]) for _ in range(2))
+        sums, counts = np.zeros((1, 2)), np.zeros(2, np.int64)
+        kernels.merge_block(number, number, Factors(one, one, none, none), np.empty(0, kind), target, sums, counts)
         kernels.fold_rows(sums, np.zeros(2))
 
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from nblora.errors import FormatError
 from nblora.formats.model_files import ModelFiles, is_plain_name, open_model
+from nblora.kernels.weights.blocks import spacing_block
 from nblora.kernels.weights.codes import CODES
-from nblora.kernels.weights.compare import spacing_block
 from nblora.storage.safetensors_reader import SafetensorsFile, parse_header
 from nblora.weights.merging import (
     DEFAULT_MEMORY,

@@ -11,16 +11,8 @@ from typing import Any
 import numpy as np
 
 from nblora.formats.model_files import ModelFiles, open_model
-from nblora.kernels.weights.codes import CODES
-from nblora.kernels.weights.compare import (
-    DIFFERS,
-    DOT,
-    GAP,
-    MOVED,
-    SQUARES,
-    STEPS,
-    compare_block,
-)
+from nblora.kernels.weights.blocks import compare_block
+from nblora.kernels.weights.codes import CODES, DIFFERS, DOT, GAP, MOVED, SQUARES, STEPS
 from nblora.storage.dtypes import FLOATS
 from nblora.storage.safetensors_reader import SafetensorsFile, TensorInfo
 from nblora.weights.merging import DEFAULT_MEMORY, AdapterSpec, PathLike, open_adapters

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import nblora
-from nblora.backends.cpu import CPUBackend
+from nblora.backends import resolve
 from nblora.layers import tree
 from nblora.layers.run import Run
 from nblora.layers.sinks import Held, Sweep
@@ -164,13 +164,13 @@ def test_nothing_below_the_lowest_trained_layer_is_kept_or_runs_backward(rng, mo
     model = nblora.Sequential(*layers)
     model.adapt("2", "lora", rank=2, seed=0)
     asked = []
-    original = CPUBackend.backward
+    original = type(resolve("cpu")).backward
 
     def spy(self, grad, saved, operands, input_gradient=True):
         asked.append((operands.low_rank is not None, input_gradient))
         return original(self, grad, saved, operands, input_gradient=input_gradient)
 
-    monkeypatch.setattr(CPUBackend, "backward", spy)
+    monkeypatch.setattr(type(resolve("cpu")), "backward", spy)
     found, run = train(model, rng.normal(size=(4, 6)), rng.normal(size=(4, 6)))
     assert found is None
     assert asked == [(False, True), (True, False)]  # the frozen head, then the adapter; nobody asks for its input's
@@ -179,13 +179,13 @@ def test_nothing_below_the_lowest_trained_layer_is_kept_or_runs_backward(rng, mo
 
 def test_the_first_trained_readers_of_one_value_compute_no_input_gradient(rng, monkeypatch):
     model, asked = adapted(block(rng), rng), []
-    original = CPUBackend.backward
+    original = type(resolve("cpu")).backward
 
     def spy(self, grad, saved, operands, input_gradient=True):
         asked.append((operands.activation, input_gradient))
         return original(self, grad, saved, operands, input_gradient=input_gradient)
 
-    monkeypatch.setattr(CPUBackend, "backward", spy)
+    monkeypatch.setattr(type(resolve("cpu")), "backward", spy)
     found, _ = train(model, rng.normal(size=(4, 6)), rng.normal(size=(4, 6)))
     assert found is None
     assert asked == [(0, True), (3, False), (2, False)]

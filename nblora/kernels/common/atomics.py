@@ -5,7 +5,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .jit import JIT_DISABLED, part
+from .jit import part
 from .microkernel import element_pointer
 
 
@@ -17,12 +17,6 @@ def _fetch_add(typing_context, counters, index, amount):
     return types.int64(counters, types.intp, types.int64), generate
 
 
-def _fetch_add_twin(counters, index, amount):
-    before = int(counters[index])
-    counters[index] += amount
-    return before
-
-
 def _exchange_if(typing_context, counters, index, expected, value):
     def generate(context, builder, signature, args):
         address = element_pointer(context, builder, signature.args[0], args[0], args[1])
@@ -30,13 +24,6 @@ def _exchange_if(typing_context, counters, index, expected, value):
         return builder.zext(builder.extract_value(pair, 1), context.get_value_type(types.boolean))
 
     return types.boolean(counters, types.intp, types.int64, types.int64), generate
-
-
-def _exchange_if_twin(counters, index, expected, value):
-    found = counters[index] == expected
-    if found:
-        counters[index] = value
-    return bool(found)
 
 
 def _pause(typing_context):
@@ -63,20 +50,11 @@ def _give_way(typing_context):
     return types.void(), generate
 
 
-if JIT_DISABLED:
-    fetch_add, exchange_if = _fetch_add_twin, _exchange_if_twin
-
-    def give_way():
-        """Nothing: without machine code there is one thread."""
-
-    def pause():
-        """Nothing: without machine code there is one thread."""
-else:
-    fetch_add = intrinsic(_fetch_add)
-    """fetch_add(counters, index, amount): add to an int64 element and return what it was, in one step."""
-    exchange_if = intrinsic(_exchange_if)
-    """exchange_if(counters, index, expected, value): where the element is `expected`, set it; whether it was."""
-    pause, give_way = intrinsic(_pause), intrinsic(_give_way)
+fetch_add = intrinsic(_fetch_add)
+"""fetch_add(counters, index, amount): add to an int64 element and return what it was, in one step."""
+exchange_if = intrinsic(_exchange_if)
+"""exchange_if(counters, index, expected, value): where the element is `expected`, set it; whether it was."""
+pause, give_way = intrinsic(_pause), intrinsic(_give_way)
 
 PATIENCE = 2000
 """Turns of a spinning loop before it gives way at each: some 50 µs, in which a worker that runs has finished its job.

@@ -15,13 +15,12 @@ operand of anything real. Each element of C is one chain of fused multiply-adds 
 height and width, so results do not depend on how rows and columns were dealt out.
 """
 
-import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .jit import JIT_DISABLED, kernel
+from .jit import kernel
 from .machine import ROW_STRIDE, TILE_ROWS, VECTOR_BITS
 
 I8P, I32, I64 = ir.IntType(8).as_pointer(), ir.IntType(32), ir.IntType(64)
@@ -197,20 +196,6 @@ def _tile_address(steps):
     return address
 
 
-def _tile_twin(steps):
-    def tile(depth, height, width, a, a_at, b, b_at, b_pitch, c, c_at, stride, accumulate, *ahead):
-        columns = width * lanes(c)
-        panel = (
-            np.stack([b[b_at + k * b_pitch :][:columns] for k in range(depth)]) if depth else b[:0].reshape(0, columns)
-        )
-        for i in range(height):
-            row = a[a_at + i :: TILE_ROWS][:depth] if steps else a[a_at + i * ROW_STRIDE :][:depth]
-            target = c[c_at + i * stride : c_at + i * stride + columns]
-            target[:] = (target if accumulate else 0) + np.dot(row, panel)
-
-    return tile
-
-
 def _tile(
     typing_context, function, depth, height, width, a, a_at, b, b_at, b_pitch, c, c_at, stride, accumulate,
     ahead, ahead_at, other, other_at, stream, stream_at, first, row_bytes, pitch, chunk,
@@ -234,19 +219,11 @@ def _tile(
     return signature, generate
 
 
-def _run_twin(function, *arguments):
-    function(*arguments)
-
-
 def _lanes(typing_context, array):
     def generate(context, builder, signature, args):
         return context.get_constant(types.intp, vector_of(context.get_value_type(array.dtype)).count)
 
     return types.intp(array), generate
-
-
-def _lanes_twin(array):
-    return VECTOR_BITS // (8 * array.itemsize)
 
 
 def _once(typing_context):
@@ -257,30 +234,21 @@ def _once(typing_context):
     return types.void(), generate
 
 
-if JIT_DISABLED:
-    lanes, tile = _lanes_twin, _run_twin
+once = intrinsic(_once)
+"""once(): the machine code of the part that calls it is made once for all its callers, not again in each."""
+lanes = intrinsic(_lanes)
+"""lanes(array): elements of the array's dtype in one vector."""
+tile = intrinsic(_tile)
+"""tile(function, depth, height, width, a, a_at, b, b_at, b_pitch, c, c_at, stride, accumulate,
+ahead, ahead_at, other, other_at, stream, stream_at, first, row_bytes, pitch, chunk): see `_tile_type`; `_at` counts
+elements."""
+_rows_address, _steps_address = intrinsic(_tile_address(False)), intrinsic(_tile_address(True))
 
-    def once():
-        """Nothing: there is no machine code."""
 
-    def tile_functions(array):
-        """Return the two twins."""
-        return _tile_twin(False), _tile_twin(True)
-else:
-    once = intrinsic(_once)
-    """once(): the machine code of the part that calls it is made once for all its callers, not again in each."""
-    lanes = intrinsic(_lanes)
-    """lanes(array): elements of the array's dtype in one vector."""
-    tile = intrinsic(_tile)
-    """tile(function, depth, height, width, a, a_at, b, b_at, b_pitch, c, c_at, stride, accumulate,
-    ahead, ahead_at, other, other_at, stream, stream_at, first, row_bytes, pitch, chunk): see `_tile_type`; `_at` counts
-    elements."""
-    _rows_address, _steps_address = intrinsic(_tile_address(False)), intrinsic(_tile_address(True))
+@kernel
+def tile_functions(array):
+    """Return the addresses of the tiles for the array's dtype: A in rows, A in steps.
 
-    @kernel
-    def tile_functions(array):
-        """Return the addresses of the tiles for the array's dtype: A in rows, A in steps.
-
-        Kernels are handed the addresses: as a callee the tile would be optimised again in each of them.
-        """
-        return _rows_address(array), _steps_address(array)
+    Kernels are handed the addresses: as a callee the tile would be optimised again in each of them.
+    """
+    return _rows_address(array), _steps_address(array)

@@ -13,7 +13,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from .atomics import exchange_if, fetch_add, idle
-from .jit import JIT_DISABLED, kernel, part
+from .jit import kernel, part
 from .linking import compile_part
 from .microkernel import I8P, I64
 
@@ -37,8 +37,6 @@ def _trampoline(context, builder, worker, task_type):
 
 def entry(worker):
     """Make of a part `worker(task, index, workers)` a function task -> (address of its code, address of the task)."""
-    if JIT_DISABLED:
-        return lambda task: (worker, task)
 
     def enter(task, index, workers):
         worker(task, index, workers)
@@ -68,11 +66,7 @@ def _call(typing_context, function, task, worker, workers):
     return types.void(types.int64, types.int64, types.int64, types.int64), generate
 
 
-def _call_twin(function, task, worker, workers):
-    function(task, worker, workers)
-
-
-call = _call_twin if JIT_DISABLED else intrinsic(_call)
+call = intrinsic(_call)
 """call(function, task, worker, workers), with what `entry` made."""
 
 

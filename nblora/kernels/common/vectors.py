@@ -1,4 +1,4 @@
-"""Vector moves that packing is made of, as intrinsics on flat arrays and offsets, each with its plain twin.
+"""Vector moves that packing is made of, as intrinsics on flat arrays and offsets.
 
 Row slices vectorise in Numba too, but a slice of one panel row, two vectors, spends more on its loop's checks than on
 the copy.
@@ -8,14 +8,12 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from .jit import JIT_DISABLED
 from .machine import GROUP
 from .microkernel import (
     I32,
     I64,
     element_pointer,
     fma_of,
-    lanes,
     load_vector,
     splat,
     store_vector,
@@ -51,18 +49,6 @@ def _copy_group(typing_context, target, target_at, source, source_at):
     return types.void(target, types.intp, source, types.intp), generate
 
 
-def _copy_group_twin(target, target_at, source, source_at):
-    target[target_at : target_at + GROUP] = source[source_at : source_at + GROUP]
-
-
-def _copy_twin(vectors):
-    def copy(target, target_at, source, source_at):
-        width = vectors * lanes(target)
-        target[target_at : target_at + width] = source[source_at : source_at + width]
-
-    return copy
-
-
 def _combine_pair(typing_context, target, target_at, weight, delta, at, scaling):
     def generate(context, builder, signature, args):
         kinds = signature.args
@@ -77,11 +63,6 @@ def _combine_pair(typing_context, target, target_at, weight, delta, at, scaling)
         return context.get_dummy_value()
 
     return types.void(target, types.intp, weight, delta, types.intp, target.dtype), generate
-
-
-def _combine_pair_twin(target, target_at, weight, delta, at, scaling):
-    width = 2 * lanes(target)
-    target[target_at : target_at + width] = weight[at : at + width] + scaling * delta[at : at + width]
 
 
 def _swap_halves(builder, low, high, half):
@@ -118,23 +99,11 @@ def _transpose_square(typing_context, target, target_at, target_stride, source, 
     return types.void(target, n, n, source, n, n), generate
 
 
-def _transpose_square_twin(target, target_at, target_stride, source, source_at, source_stride):
-    count = lanes(target)
-    for i in range(count):
-        column = source[source_at + i :: source_stride][:count]
-        target[target_at + i * target_stride : target_at + i * target_stride + count] = column
-
-
-if JIT_DISABLED:
-    copy_vector, copy_pair, combine_pair = _copy_twin(1), _copy_twin(2), _combine_pair_twin
-    copy_group = _copy_group_twin
-    transpose_square = _transpose_square_twin
-else:
-    copy_vector, copy_pair = intrinsic(_copy(1)), intrinsic(_copy(2))
-    """copy_vector and copy_pair(target, target_at, source, source_at): one vector and two."""
-    copy_group = intrinsic(_copy_group)
-    """copy_group(target, target_at, source, source_at): `GROUP` elements."""
-    combine_pair = intrinsic(_combine_pair)
-    """combine_pair(target, target_at, weight, delta, at, scaling): two vectors of W + c D."""
-    transpose_square = intrinsic(_transpose_square)
-    """transpose_square(target, target_at, target_stride, source, source_at, source_stride): a square of `lanes`."""
+copy_vector, copy_pair = intrinsic(_copy(1)), intrinsic(_copy(2))
+"""copy_vector and copy_pair(target, target_at, source, source_at): one vector and two."""
+copy_group = intrinsic(_copy_group)
+"""copy_group(target, target_at, source, source_at): `GROUP` elements."""
+combine_pair = intrinsic(_combine_pair)
+"""combine_pair(target, target_at, weight, delta, at, scaling): two vectors of W + c D."""
+transpose_square = intrinsic(_transpose_square)
+"""transpose_square(target, target_at, target_stride, source, source_at, source_stride): a square of `lanes`."""

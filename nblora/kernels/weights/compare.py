@@ -6,7 +6,7 @@ import numpy as np
 
 from nblora.kernels.common.jit import kernel, part
 
-from .codes import BFLOAT16, FLOAT16, FLOAT32, SEGMENT
+from .codes import BFLOAT16, DIFFERS, DOT, FLOAT16, FLOAT32, GAP, MOVED, SEGMENT, SQUARES, STEPS
 from .merge import itemsize
 from .numbers import decode, encode
 
@@ -42,10 +42,6 @@ def spacing_block(source, number):
             squares += unit * unit
             largest = max(largest, unit)
     return squares, largest
-
-
-DOT, SQUARES, DIFFERS, MOVED, GAP, STEPS = 0, 1, 2, 3, 4, 5
-"""Places in what `compare_block` measures."""
 
 
 @kernel

@@ -52,17 +52,18 @@ def flag_near_ties(bits, powers, mask, half, doubt, flags):
 
 
 @part
-def settle_ties(P, i, Q, start, row_scale, column_scale, first, number, error, powers, flags, value):
+def settle_ties(factors, i, start, first, number, error, powers, flags, value):
     """Compute again in float64 what float32 sums leave too close to a tie to be rounded to 16 bits.
 
     Such entries (about one in a thousand) are replaced by the float64 value, rounded to odd, so that the rounding that
     follows is the exact value's.
 
-    P float64 (rows, K), of which row i; Q float64 (K, columns); start float32 (n,), what the sum is added to, times
-    row_scale and column_scale[j] (unless empty); first: the segment's column; number: the stored type; error: what
-    float32 may have lost in any entry before the last addition, in units of 2⁻²⁴; powers float32 (n,) and flags uint8
-    (a multiple of FLAGS ≥ n,), scratch; value float32 (n,), updated.
+    factors: of the block, of which row i; start float32 (n,), what the sum is added to, before scaling; first: the
+    segment's column; number: the stored type; error: what float32 may have lost in any entry before the last addition,
+    in units of 2⁻²⁴; powers float32 (n,) and flags uint8 (a multiple of FLAGS ≥ n,), scratch; value float32 (n,),
+    updated.
     """
+    P, Q, row_scale, column_scale = factors
     bits = value.view(np.int32)
     dropped = np.int32(16 if number == BFLOAT16 else 13)
     mask, half = np.int32((1 << dropped) - 1), np.float32(1 << (dropped - 1))
@@ -80,7 +81,9 @@ def settle_ties(P, i, Q, start, row_scale, column_scale, first, number, error, p
                 total = 0.0
                 for k in range(P.shape[1]):
                     total = fma(P[i, k], Q[k, first + j], total)
-                scale = row_scale * column_scale[first + j] if column_scale.shape[0] else row_scale
+                scale = row_scale[i] if row_scale.shape[0] else 1.0
+                if column_scale.shape[0]:
+                    scale *= column_scale[first + j]
                 round_to_odd(fma(scale, np.float64(start[j]), total), value, bits, j)
 
 
@@ -160,33 +163,20 @@ def add_scaled(start, row_scale, column_scale, first, change, scaled, value):
 
 
 @kernel
-def merge_block(
-    source,
-    source_number,
-    base,
-    base_number,
-    P,
-    Q,
-    row_scale,
-    column_scale,
-    working,
-    target,
-    target_number,
-    sums,
-    counts,
-):
+def merge_block(source, base, factors, working, target, sums, counts):
     """target = round(g ∘ source + P Q), and what that did to `base`.
 
-    source uint8 (rows · columns · itemsize,): the numbers to start from, stored as `source_number` says
-    base uint8, likewise: what the checkpoint holds; the same array as `source` unless an adapter replaces the weight
-    P (rows, K), Q (K, columns): stacked low-rank factors, float64, scalings folded in
-    row_scale, column_scale: g[i, j] = row_scale[i] · column_scale[j], float64; empty where it is 1
+    source `Stored`: the numbers to start from
+    base `Stored`: what the checkpoint holds; the same array as `source` unless an adapter replaces the weight
+    factors `Factors`
     working (any,): its type, float32 or float64, is the one that is computed in; float32 only for 16-bit targets
-    target uint8 (rows · columns · itemsize,), written
+    target `Stored`, written
     sums float64 (rows, 2), added to: Σ (value − base)², Σ base²; counts int64 (2,), added to: see `count_lost`
     """
+    P, Q, row_scale, column_scale = factors
     rows, columns = P.shape[0], Q.shape[1]
-    same = source_number == base_number and source.ctypes.data == base.ctypes.data
+    source_number, base_number, target_number = source.code, base.code, target.code
+    same = source_number == base_number and source.numbers.ctypes.data == base.numbers.ctypes.data
     scaled = row_scale.shape[0] + column_scale.shape[0] > 0
     s_size, b_size, t_size = itemsize(source_number), itemsize(base_number), itemsize(target_number)
     width = min(SEGMENT, columns)
@@ -194,7 +184,7 @@ def merge_block(
     before, start = np.empty(width, working.dtype), np.empty(width, working.dtype)
     value, g = np.empty(width, working.dtype), np.ones(width, working.dtype)
     packed, peaks = np.empty((Q.shape[0], width + PADDING), working.dtype), np.empty(Q.shape[0])
-    factors, changes = np.zeros((GROUP, P.shape[1]), working.dtype), np.empty((GROUP, width + PADDING), working.dtype)
+    narrowed, changes = np.zeros((GROUP, P.shape[1]), working.dtype), np.empty((GROUP, width + PADDING), working.dtype)
     rounded, flags = np.empty(width * 8, np.uint8), np.empty(-(-width // FLAGS) * FLAGS, np.uint8)
     for first in range(0, columns, SEGMENT):
         n = min(SEGMENT, columns - first)
@@ -202,15 +192,15 @@ def merge_block(
         w, x, v, h, near, far = before[:n], start[:n], value[:n], g[:n], narrow[:n], scratch[:n]
         for i in range(rows):
             if i % GROUP == 0:
-                low_rank_rows(P, i, min(GROUP, rows - i), packed, n, factors, changes)
+                low_rank_rows(P, i, min(GROUP, rows - i), packed, n, narrowed, changes)
             d = changes[i % GROUP, :n]
             at = i * columns + first
-            stored = base[at * b_size : (at + n) * b_size]
+            stored = base.numbers[at * b_size : (at + n) * b_size]
             decode(stored, base_number, near, w)
             if same:
                 x = w
             else:
-                decode(source[at * s_size : (at + n) * s_size], source_number, near, x)
+                decode(source.numbers[at * s_size : (at + n) * s_size], source_number, near, x)
             error = sum_error(P, i, peaks)
             scale = row_scale[i] if row_scale.shape[0] else 1.0
             if scaled:
@@ -218,11 +208,11 @@ def merge_block(
             else:
                 add_plain(x, P.shape[1], d, v)
             if working.itemsize == 4 and (scaled or P.shape[1] > 0):
-                settle_ties(P, i, Q, x, scale, column_scale, first, target_number, error, far, flags, v)
+                settle_ties(factors, i, x, first, target_number, error, far, flags, v)
             if scaled or not same:
                 for j in range(n):
                     d[j] = v[j] - w[j]
-            written = target[at * t_size : (at + n) * t_size]
+            written = target.numbers[at * t_size : (at + n) * t_size]
             encode(v, target_number, near, far, written)
             if base_number != target_number:
                 stored = rounded[: n * t_size]
@@ -233,15 +223,15 @@ def merge_block(
 
 
 @kernel
-def norm_block(source, source_number, P, Q, axis, squares):
+def norm_block(source, P, Q, axis, squares):
     """Add Σ (source + P Q)², one number a row (BY_ROW) or a column (BY_COLUMN), to `squares`; all in float64.
 
-    source uint8 (rows · columns · itemsize,); P (rows, K), Q (K, columns) float64;
+    source `Stored`; P (rows, K), Q (K, columns) float64;
     squares float64, (rows,) or (columns,). With BY_COLUMN rows are added one after the other: blocks must come in
     the order of their rows.
     """
     rows, columns = P.shape[0], Q.shape[1]
-    size = itemsize(source_number)
+    size = itemsize(source.code)
     width = min(SEGMENT, columns)
     narrow, start = np.empty(width, np.float32), np.empty(width, P.dtype)
     packed, peaks = np.empty((Q.shape[0], width + PADDING), P.dtype), np.empty(Q.shape[0])
@@ -255,7 +245,7 @@ def norm_block(source, source_number, P, Q, axis, squares):
                 low_rank_rows(P, i, min(GROUP, rows - i), packed, n, factors, changes)
             d = changes[i % GROUP, :n]
             at = i * columns + first
-            decode(source[at * size : (at + n) * size], source_number, narrow[:n], x)
+            decode(source.numbers[at * size : (at + n) * size], source.code, narrow[:n], x)
             for j in range(n):
                 d[j] += x[j]
             if axis == BY_ROW:

@@ -10,7 +10,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from nblora.kernels.common.jit import JIT_DISABLED, part
+from nblora.kernels.common.jit import part
 
 TILE_ROWS, TILE_BYTES = 4, 64
 """Rows of a tile, and bytes of its columns: one AVX-512 vector, two of AVX2 or four of NEON, for each of the rows.
@@ -31,12 +31,8 @@ def _emit_fma(typing_context, a, b, c):
     return a(a, a, a), generate
 
 
-def _fma_twin(a, b, c):
-    return a * b + c
-
-
-fma = _fma_twin if JIT_DISABLED else intrinsic(_emit_fma)
-"""a·b + c, rounded once on every machine (without the compiler twice); all of one float type."""
+fma = intrinsic(_emit_fma)
+"""a·b + c, rounded once on every machine; all of one float type."""
 
 
 def _vector(scalar):
@@ -90,14 +86,7 @@ def _type_tile(typing_context, P, Q, row, total, column):
     return types.void(P, Q, types.intp, total, types.intp), _emit_tile
 
 
-def _tile_twin(P, Q, row, total, column):
-    rows, columns = slice(row, row + TILE_ROWS), slice(column, column + TILE_BYTES // P.itemsize)
-    total[rows, columns] = 0
-    for k in range(P.shape[1]):
-        total[rows, columns] += P[rows, k, None] * Q[k, columns]
-
-
-tile = _tile_twin if JIT_DISABLED else intrinsic(_type_tile)
+tile = intrinsic(_type_tile)
 """tile(P, Q, row, total, column): total = P Q in `TILE_ROWS` rows from `row` and `TILE_BYTES` of columns from `column`.
 
 P (rows, K), Q (K, columns) and total (rows, columns) of one float type, C-contiguous, all of the tile inside them.

@@ -12,14 +12,13 @@ width of a panel, two vectors; L, whose elements are broadcast, has the width `G
 f begins at f·N in either format. Widths that do not divide the features are filled with zeros.
 """
 
-import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from nblora.kernels.common.jit import JIT_DISABLED, kernel
-from nblora.kernels.common.machine import GROUP, REGISTERS, VECTOR_BITS
+from nblora.kernels.common.jit import kernel
+from nblora.kernels.common.machine import GROUP, REGISTERS
 from nblora.kernels.common.microkernel import (
     I64,
     LINE,
@@ -313,62 +312,11 @@ def _update_rows(
     return types.void(*kinds), _generator("update_rows", {2: 4, 3: 4, 6: 7, 8: 9, 15: 17, 16: 17})
 
 
-def _matrix_row(W, D, at, c, combined, length):
-    return W[at : at + length] + c * D[at : at + length] if combined else W[at : at + length]
+sum_rows, dot_rows, update_rows = intrinsic(_sum_rows), intrinsic(_dot_rows), intrinsic(_update_rows)
+_sum_address, _dot_address, _update_address = (_address(name) for name in _TILES)
 
 
-def _sum_rows_twin(tile, variant, W, D, at, pitch, c, L, l_at, Z, z_at, samples, panels, groups, *ahead):
-    (height, combined), width = _SUMS[variant], _width(Z)
-    for g in range(groups):
-        for r in range(height):
-            row = _matrix_row(W, D, at + (g * height + r) * pitch, c, combined, panels * width).reshape(-1, width)
-            for n in range(samples):
-                for j in range(panels):
-                    start = z_at + (j * samples + n) * width
-                    Z[start : start + width] += L[l_at + (g * samples + n) * GROUP + r] * row[j]
-
-
-def _dot_rows_twin(tile, variant, W, D, at, pitch, c, R, r_at, Z, z_at, samples, panels, *ahead):
-    (height, count, combined), width = _DOTS[variant], _width(Z)
-    for r in range(height):
-        row = _matrix_row(W, D, at + r * pitch, c, combined, panels * width).reshape(-1, width)
-        for n in range(count):
-            for j in range(panels):
-                start = r_at + (j * samples + n) * width
-                Z[z_at + n * width + r] += np.dot(row[j], R[start : start + width])
-
-
-def _update_rows_twin(tile, variant, V, D, at, pitch, L, l_at, R, r_at, samples, panels, momentum, gain, lr, *ahead):
-    (height, kind), width = _UPDATES[variant], _width(V)
-    for r in range(height):
-        for j in range(panels):
-            samples_of_panel = R[r_at + j * samples * width :][: samples * width].reshape(samples, width)
-            gradient = np.dot(L[l_at + r : l_at + samples * GROUP : GROUP][:samples], samples_of_panel)
-            here = slice(at + r * pitch + j * width, at + r * pitch + (j + 1) * width)
-            if kind == STORE:
-                V[here] = gain * gradient
-            elif kind == DESCEND:
-                V[here] += gain * gradient
-            else:
-                V[here] = momentum * V[here] + gain * gradient
-                D[here] -= lr * V[here]
-
-
-def _width(array):
-    return VECTOR_BITS // (4 * array.itemsize)
-
-
-if JIT_DISABLED:
-    sum_rows, dot_rows, update_rows = _sum_rows_twin, _dot_rows_twin, _update_rows_twin
-
-    def row_tiles(array):
-        """Nothing: without machine code there are no addresses."""
-        return 0, 0, 0
-else:
-    sum_rows, dot_rows, update_rows = intrinsic(_sum_rows), intrinsic(_dot_rows), intrinsic(_update_rows)
-    _sum_address, _dot_address, _update_address = (_address(name) for name in _TILES)
-
-    @kernel
-    def row_tiles(array):
-        """Return the addresses of the three tiles for the array's dtype."""
-        return _sum_address(array), _dot_address(array), _update_address(array)
+@kernel
+def row_tiles(array):
+    """Return the addresses of the three tiles for the array's dtype."""
+    return _sum_address(array), _dot_address(array), _update_address(array)
