@@ -33,6 +33,9 @@ class Shapes:
     split: int = 256
 
 
+# NumPy puts a dtype's name together anew each time.
+NAMES = {np.dtype(name): name for name in ("float32", "float64")}
+
 PLAIN = {
     "float32": Shapes(Tile(128, 128, 8), Tile(32, 128, 8), Tile(64, 32, 8), 256),
     "float64": Shapes(Tile(64, 64, 8, "float64"), Tile(16, 64, 8, "float64"), Tile(64, 32, 8, "float64"), 256),
@@ -90,11 +93,11 @@ class CUDABackend:
     def zeros_like(self, array: Array) -> Array:
         """A new array of zeros, same shape and dtype."""
         new = self._device.empty(array.shape, array.dtype)
-        self._stride(elementwise(new.dtype.name, self._threads(new)).fill, new, new.dtype.type(0), 1)
+        self._stride(elementwise(NAMES[new.dtype], self._threads(new)).fill, new, new.dtype.type(0), 1)
         return new
 
     def _threads(self, array: Array) -> int:
-        return self._shapes[array.dtype.name].threads
+        return self._shapes[NAMES[array.dtype]].threads
 
     def _blocks(self, work: int, threads: int) -> int:
         """Blocks for a kernel whose grid strides over `work`."""
@@ -115,17 +118,17 @@ class CUDABackend:
     # --- products ----------------------------------------------------------------------------------------------
 
     def _tile(self, rows: int, dtype: np.dtype) -> Tile:
-        shapes = self._shapes[dtype.name]
+        shapes = self._shapes[NAMES[dtype]]
         return shapes.flat if rows <= shapes.flat.rows else shapes.wide
 
     def _splits(self, tile: Tile, rows: int, columns: int, inner: int) -> tuple[tuple[int, int, int], int]:
-        """Grid and the share of `inner` of each split."""
+        """Grid, rows along x, of which there may be 2³¹ tiles, and the share of `inner` of each split."""
         least = self._shapes[tile.dtype].split
         across, down = -(-columns // tile.columns), -(-rows // tile.rows)
         wanted = -(-2 * self._device.multiprocessors // (across * down))
         splits = max(1, min(wanted, inner // least, 64))
         chunk = -(-max(inner, 1) // (splits * tile.depth)) * tile.depth
-        return (across, down, max(1, -(-inner // chunk))), chunk
+        return (down, across, max(1, -(-inner // chunk))), chunk
 
     def _product(
         self, tile: Tile, p: Array, p_inner: bool, q: Array, q_inner: bool, factor: float, mask: Array | None = None
@@ -144,7 +147,7 @@ class CUDABackend:
     def _project(self, x: Array, matrix: Array, along: bool, factor: float, mask: Array | None = None) -> Array:
         """factor · (mask∘x) M for few columns; M is (columns, inner) where `along`."""
         if x.shape[0] > 1:
-            return self._product(self._shapes[x.dtype.name].narrow, x, True, matrix, along, factor, mask)
+            return self._product(self._shapes[NAMES[x.dtype]].narrow, x, True, matrix, along, factor, mask)
         if mask is not None:
             x = self._masked(x, mask)
         return self._finish(self._vector_sums(x, matrix, along, None), 1, factor)
@@ -153,13 +156,13 @@ class CUDABackend:
         out = self._device.empty(x.shape, x.dtype)
         if out.size:
             threads = self._threads(x)
-            kernel = elementwise(x.dtype.name, threads).masked
+            kernel = elementwise(NAMES[x.dtype], threads).masked
             self._device.launch(kernel, self._blocks(out.size // 4 + 1, threads), threads, x, mask, out, 1)
         return out
 
     def _vector_sums(self, x: Array, matrix: Array, along: bool, delta: Any) -> Array:
         """Sums of the products of one vector and a matrix, (splits, columns), to be finished."""
-        shapes, dtype = self._shapes[x.dtype.name], x.dtype
+        shapes, dtype = self._shapes[NAMES[x.dtype]], x.dtype
         changed, factor = (delta.delta, dtype.type(delta.scaling)) if delta else (matrix, dtype.type(0))
         lanes = shapes.wide.lanes
         vector = x.reshape(x.size)
@@ -167,7 +170,7 @@ class CUDABackend:
         if along:
             rows = matrix.shape[0]
             sums = self._device.empty((1, rows), dtype)
-            kernel = vectors.along_rows(dtype.name, shapes.threads, delta is not None)
+            kernel = vectors.along_rows(NAMES[dtype], shapes.threads, delta is not None)
             grid = -(-rows // (shapes.threads // vectors.GROUP))
             self._device.launch(kernel, grid, shapes.threads, vector, matrix, changed, factor, aligned, sums)
             return sums
@@ -176,14 +179,14 @@ class CUDABackend:
     def _column_sums(
         self, x: Array, matrix: Array, changed: Array, factor: Any, aligned: int, delta: bool, ones: bool
     ) -> Array:
-        shapes = self._shapes[matrix.dtype.name]
+        shapes = self._shapes[NAMES[matrix.dtype]]
         rows, columns = matrix.shape
         across = -(-columns // (shapes.threads * shapes.wide.lanes))
         splits = max(1, min(-(-4 * self._device.multiprocessors // across), rows // 32))
         chunk = -(-rows // splits)
         splits = -(-rows // chunk)
         sums = self._device.empty((splits, columns), matrix.dtype)
-        kernel = vectors.down_columns(matrix.dtype.name, shapes.threads, delta, ones)
+        kernel = vectors.down_columns(NAMES[matrix.dtype], shapes.threads, delta, ones)
         self._device.launch(kernel, (across, splits), shapes.threads, x, matrix, changed, factor, aligned, chunk, sums)
         return sums
 
@@ -210,10 +213,12 @@ class CUDABackend:
         )
         y = self._device.empty((rows, sums.shape[1]), sums.dtype)
         threads = self._threads(sums)
+        each = min(rows, max(1, 2**30 // sums.shape[1]))  # rows that a kernel counts the elements of in 32 bits
         self._device.launch(
-            vectors.finish(sums.dtype.name, threads),
-            -(-y.size // threads),
+            vectors.finish(NAMES[sums.dtype], threads),
+            (-(-each * sums.shape[1] // threads), -(-rows // each), 1),
             threads,
+            each,
             sums,
             sums.dtype.type(factor),
             sums if low is None else low,
@@ -286,7 +291,7 @@ class CUDABackend:
         dD = dW = None
         if base and (delta or train):
             p, q = (gz, saved.x) if base.transposed else (saved.x, gz)
-            tile = self._shapes[gz.dtype.name].wide
+            tile = self._shapes[NAMES[gz.dtype]].wide
             dW = self._dense_gradient(tile, p, q, 1.0) if train else None
             dD = self._dense_gradient(tile, p, q, delta.scaling) if delta else None
         return gradients_._replace(delta=dD, weight=dW)
@@ -312,13 +317,13 @@ class CUDABackend:
             dtype = gz.dtype.type
             x = cast(Array, saved.x)
             p, q = (gz, x) if base.transposed else (x, gz)
-            tile = self._shapes[gz.dtype.name].wide
+            tile = self._shapes[NAMES[gz.dtype]].wide
             V, D = (delta.velocity, delta.delta) if delta else (base.weight, base.weight)
             momentum, c = (delta.momentum, delta.scaling) if delta else (0.0, 0.0)
             flags = _aligned(X, p, tile) | _aligned(WEIGHT, q, tile) | _aligned(OUT, D, tile, V, base.weight)
             self._device.launch(
                 gradients.dense_update(tile, delta is not None, bool(train)),
-                (-(-q.shape[1] // tile.columns), -(-p.shape[1] // tile.rows)),
+                (-(-p.shape[1] // tile.rows), -(-q.shape[1] // tile.columns), 1),
                 tile.threads,
                 p,
                 q,
@@ -342,7 +347,7 @@ class CUDABackend:
         N, samples = gz.shape[0], saved.x
         t = dA = dB = db = None
         if low_rank and N:
-            narrow = self._shapes[gz.dtype.name].narrow
+            narrow = self._shapes[NAMES[gz.dtype]].narrow
             t = self._project(gz, low_rank.B, True, low_rank.scaling)
             dA = self._product(narrow, samples, False, t, False, 1.0, saved.mask)
             dB = self._product(narrow, saved.low, False, gz, False, 1.0)
@@ -357,12 +362,12 @@ class CUDABackend:
         gz = self._device.empty(z.shape, z.dtype)
         if gz.size:
             threads = self._threads(z)
-            kernel = elementwise(z.dtype.name, threads).activation_gradient
+            kernel = elementwise(NAMES[z.dtype], threads).activation_gradient
             self._device.launch(kernel, self._blocks(z.size, threads), threads, grad_output, z, code, gz)
         return gz
 
     def _bias_gradient(self, gz: Array) -> Array:
-        aligned = int(gz.shape[1] % self._shapes[gz.dtype.name].wide.lanes == 0 and _base_aligned(gz))
+        aligned = int(gz.shape[1] % self._shapes[NAMES[gz.dtype]].wide.lanes == 0 and _base_aligned(gz))
         sums = self._column_sums(gz.reshape(gz.size), gz, gz, gz.dtype.type(0), aligned, False, True)
         return self._finish(sums, 1).reshape(gz.shape[1])
 
@@ -412,14 +417,14 @@ class CUDABackend:
             p, q = q, p
         out = self._device.empty(weight.shape, dtype)
         # Plain arithmetic whatever the precision: a merged weight is kept.
-        tile = self._plain[dtype.name].wide
+        tile = self._plain[NAMES[dtype]].wide
         flags = _aligned(WEIGHT, out, tile, weight, delta.delta if delta else out)
         if low_rank:
             flags |= HAS_LOW | _aligned(LOW, p, tile) | _aligned(FACTOR, q, tile)
         rows, columns = weight.shape
         self._device.launch(
             gradients.merge(tile, transposed, delta is not None),
-            (-(-columns // tile.columns), -(-rows // tile.rows)),
+            (-(-rows // tile.rows), -(-columns // tile.columns), 1),
             tile.threads,
             p,
             q,
@@ -436,14 +441,14 @@ class CUDABackend:
         """parameter -= lr gradient, in place."""
         dtype = parameter.dtype
         aligned = int(_base_aligned(parameter, gradient))
-        kernel = elementwise(dtype.name, self._threads(parameter)).sgd
+        kernel = elementwise(NAMES[dtype], self._threads(parameter)).sgd
         self._stride(kernel, parameter, gradient, dtype.type(lr), aligned)
 
     def momentum_update(self, delta: Array, velocity: Array, gradient: Array, momentum: float, lr: float) -> None:
         """V = m V + (1-m) gradient; D -= lr V, in place."""
         number = delta.dtype.type
         aligned = int(_base_aligned(delta, velocity, gradient))
-        kernel = elementwise(delta.dtype.name, self._threads(delta)).momentum
+        kernel = elementwise(NAMES[delta.dtype], self._threads(delta)).momentum
         scalars = number(momentum), number(1 - momentum), number(lr)
         self._stride(kernel, delta, velocity, gradient, *scalars, aligned)
 
@@ -462,17 +467,17 @@ class CUDABackend:
         """AdamW with decoupled decay, `step` counted from 1, in place."""
         b1, b2 = betas
         scalars = (1 - lr * weight_decay, lr / (1 - b1**step), b1, 1 - b1, b2, 1 - b2, 1 - b2**step, eps)
-        kernel = elementwise(parameter.dtype.name, self._threads(parameter)).adamw
+        kernel = elementwise(NAMES[parameter.dtype], self._threads(parameter)).adamw
         self._stride(kernel, parameter, gradient, first, second, *map(parameter.dtype.type, scalars))
 
     def add(self, target: Array, source: Array) -> None:
         """target += source, in place."""
-        kernel = elementwise(target.dtype.name, self._threads(target)).add
+        kernel = elementwise(NAMES[target.dtype], self._threads(target)).add
         self._stride(kernel, target, source, int(_base_aligned(target, source)))
 
     def scale(self, target: Array, factor: float) -> None:
         """target *= factor, in place."""
-        kernel = elementwise(target.dtype.name, self._threads(target)).times
+        kernel = elementwise(NAMES[target.dtype], self._threads(target)).times
         self._stride(kernel, target, target.dtype.type(factor), int(_base_aligned(target)))
 
     def sum_of_squares(self, array: Array) -> float:
@@ -513,7 +518,9 @@ class CUDABackend:
         blocks = len(values) if name == "softmax_cross_entropy" else self._blocks(values.size, threads)
         gradient = self._device.empty(values.shape, values.dtype)
         partial = self._device.empty((blocks,), np.float64)
-        self._device.launch(getattr(losses(threads), name), blocks, threads, values, targets, gradient, partial)
+        self._device.launch(
+            getattr(losses(NAMES[values.dtype], threads), name), blocks, threads, values, targets, gradient, partial
+        )
         total = float(partial.copy_to_host().sum())
         return total, self.to_host(gradient) if on_device is None else gradient
 

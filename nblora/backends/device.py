@@ -1,7 +1,10 @@
 """One CUDA device: what is missing to use it, its memory, and launches. Only the CUDA backend imports this."""
 
 import contextlib
+import functools
 import importlib
+import math
+import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -10,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from nblora.errors import DeviceMemoryError, DeviceUnavailableError
+from nblora.errors import DeviceUnavailableError
 from nblora.kernels.common.cuda.simulated import from_bfloat16, to_bfloat16
 from nblora.kernels.common.cuda.target import COMPILED, SIMULATED
 from nblora.kernels.common.cuda.target import module as cuda
@@ -24,9 +27,17 @@ def missing() -> str | None:
         return "the package numba-cuda is not installed: pip install 'nblora[cuda12]' or 'nblora[cuda13]'"
     if cuda.is_available():
         return None
-    if getattr(cuda, "cuda_error", lambda: None)() is not None:
+    error = getattr(cuda, "cuda_error", lambda: None)()
+    if error is None:
+        return (
+            "the driver answers, but the compiler NVVM is not there, or older than Python's packages expect: "
+            "pip install 'nblora[cuda12]' or 'nblora[cuda13]'"
+        )
+    if "NO_DEVICE" not in str(error):
         return "no NVIDIA driver answers: install one, and look at what nvidia-smi says"
-    return "the driver finds no GPU: look at what nvidia-smi says, and at CUDA_VISIBLE_DEVICES"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    hidden = "" if visible is None else f" (CUDA_VISIBLE_DEVICES is {visible!r})"
+    return f"the driver finds no GPU{hidden}: look at what nvidia-smi says, and at CUDA_VISIBLE_DEVICES"
 
 
 def device_count() -> int:
@@ -43,18 +54,14 @@ class DeviceArray:
 
     def __init__(self, memory: Any, device: "Device", bfloat16: bool = False) -> None:
         self.memory, self._device, self.bfloat16 = memory, device, bfloat16
-        self.shape = tuple(memory.shape)
-        self.dtype = np.dtype(np.float32 if bfloat16 else memory.dtype)
+        self.shape: tuple[int, ...] = tuple(memory.shape)
+        self.dtype: np.dtype = np.dtype(np.float32) if bfloat16 else np.dtype(memory.dtype)
+        self.size: int = math.prod(self.shape)
 
     @property
     def ndim(self) -> int:
         """Number of dimensions."""
         return len(self.shape)
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return int(np.prod(self.shape))
 
     @property
     def nbytes(self) -> int:
@@ -69,7 +76,13 @@ class DeviceArray:
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
         kind = "<u2" if self.bfloat16 else self.dtype.str
-        return {"shape": self.shape, "typestr": kind, "data": (self.address, False), "strides": None, "version": 3}
+        return {
+            "shape": self.shape,
+            "typestr": kind,
+            "data": (self.address, False),
+            "strides": None,
+            "version": 3,
+        } | self._device.interface()
 
     @property
     def address(self) -> int:
@@ -173,60 +186,61 @@ if SIMULATED:
 
 
 class Device:
-    """A CUDA device, or Numba's simulator of one."""
+    """One device: what is the same of a GPU, Numba's simulator of one, and the tests' emulator."""
 
-    simulated = SIMULATED
-    waves = 2 if SIMULATED else 8
-    """Blocks a multiprocessor where a grid strides over its work. To the simulator a thread is the dearest thing."""
-
-    def __init__(self, index: int) -> None:
-        self.index, self.name = index, f"cuda:{index}"
-        self._gpu = cuda.gpus[index]
-        if SIMULATED:
-            self.multiprocessors, self.compute_capability = 1, (0, 0)
-        else:
-            with self._gpu:
-                found = cuda.get_current_device()
-                self.multiprocessors = found.MULTIPROCESSOR_COUNT
-                self.compute_capability = tuple(found.compute_capability)
+    index: int
+    name: str
+    multiprocessors: int
+    compute_capability: tuple[int, int]
+    simulated = False
+    waves = 8
+    """Blocks a multiprocessor where a grid strides over its work."""
 
     @property
     def description(self) -> str:
         """What the device is, for people."""
-        if SIMULATED:
-            return "Numba's simulator of a GPU, whose times say nothing of any GPU"
-        with self._gpu:
-            found = cuda.get_current_device()
-            total = cuda.current_context().get_memory_info()[1]
-        name = found.name.decode() if isinstance(found.name, bytes) else str(found.name)
-        capability = ".".join(map(str, self.compute_capability))
-        return (
-            f"{name}, compute capability {capability}, {self.multiprocessors} multiprocessors, {total / 2**30:.0f} GiB"
-        )
+        raise NotImplementedError
 
     def _allocate(self, shape: tuple[int, ...], dtype: Any) -> Any:
-        try:
-            with self._gpu:
-                return cuda.device_array(shape, dtype)
-        except Exception as error:
-            raise self._explained(error, int(np.prod(shape)) * np.dtype(dtype).itemsize) from error
-
-    def _explained(self, error: Exception, wanted: int) -> Exception:
-        """Out of memory, told with sizes; any other error as it is."""
-        if "OUT_OF_MEMORY" not in str(error).upper():
-            return error
-        with self._gpu:
-            free, total = cuda.current_context().get_memory_info()
-        return DeviceMemoryError(
-            f"{self.name} is out of memory: {wanted / 1e6:.1f} MB wanted, {free / 1e6:.1f} of {total / 1e6:.1f} MB "
-            "free; take smaller batches or precision='bf16-base', close() what is not needed, or stay on the CPU"
-        )
+        """Memory whose values are undefined; DeviceMemoryError where there is no room."""
+        raise NotImplementedError
 
     def address(self, memory: Any) -> int:
         """Address of a piece of memory."""
-        if SIMULATED:
-            return int(memory.__array_interface__["data"][0])
-        return int(memory.device_ctypes_pointer.value or 0)
+        raise NotImplementedError
+
+    def _to_device(self, target: Any, host: np.ndarray) -> None:
+        raise NotImplementedError
+
+    def _to_host(self, source: Any) -> np.ndarray:
+        raise NotImplementedError
+
+    def _on_device(self, target: Any, source: Any) -> None:
+        raise NotImplementedError
+
+    def _foreign(self, value: Any) -> Any:
+        """Memory of another library; None for what is on the host."""
+        return None
+
+    def interface(self) -> dict[str, Any]:
+        """What an array's `__cuda_array_interface__` says beside itself: the stream that its values come on."""
+        return {}
+
+    def launch(self, kernel: Any, grid: Any, threads: int, *arguments: Any) -> None:
+        """Run a kernel; the host waits only where it reads."""
+        raise NotImplementedError
+
+    def release(self) -> None:
+        """Give memory that nothing refers to back to the driver."""
+
+    def synchronize(self) -> None:
+        """Wait until everything launched has run."""
+
+    def _full(self, wanted: int, free: int, total: int) -> str:
+        return (
+            f"{self.name} is out of memory: {wanted / 1e6:.1f} MB wanted, {free / 1e6:.1f} of {total / 1e6:.1f} MB "
+            "free; take smaller batches or precision='bf16-base', close() what is not needed, or stay on the CPU"
+        )
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> DeviceArray:
         """A new array whose values are undefined."""
@@ -234,27 +248,20 @@ class Device:
 
     def upload(self, host: np.ndarray, bfloat16: bool = False) -> DeviceArray:
         """A NumPy array, copied to the device; as bfloat16 where asked."""
-        values = np.ascontiguousarray(to_bfloat16(host) if bfloat16 else host)
+        values = np.ascontiguousarray(to_bfloat16(host) if bfloat16 else host).reshape(np.shape(host))
         memory = self._allocate(values.shape, values.dtype)
-        if values.size:
-            with self._gpu:
-                memory.copy_to_device(values)
+        self._to_device(memory, values)
         return DeviceArray(memory, self, bfloat16)
 
     def download(self, array: DeviceArray) -> np.ndarray:
         """An array, copied to NumPy."""
-        if not array.size:
-            return np.zeros(array.shape, array.dtype)
-        with self._gpu:
-            host = array.memory.copy_to_host()
+        host = self._to_host(array.memory)
         return from_bfloat16(host) if array.bfloat16 else host
 
     def duplicate(self, array: DeviceArray) -> DeviceArray:
         """A copy on the device."""
         new = DeviceArray(self._allocate(array.shape, array.memory.dtype), self, array.bfloat16)
-        if array.size:
-            with self._gpu:
-                new.memory.copy_to_device(array.memory)
+        self._on_device(new.memory, array.memory)
         return new
 
     def assign(self, target: DeviceArray, value: Any) -> None:
@@ -262,37 +269,70 @@ class Device:
         if not target.flags.writeable:
             raise ValueError("a bfloat16 array is read-only")
         if isinstance(value, DeviceArray):
-            source = value.memory
+            if (value.shape, value.memory.dtype) != (target.shape, target.memory.dtype):
+                raise ValueError(
+                    f"an array of shape {target.shape} and {target.dtype} is written from one like it, "
+                    f"got {value.shape} and {value.dtype}"
+                )
+            self._on_device(target.memory, value.memory)
         else:
-            source = np.ascontiguousarray(np.broadcast_to(np.asarray(value, target.dtype), target.shape))
-        if target.size:
-            with self._gpu:
-                target.memory.copy_to_device(source)
+            values = np.broadcast_to(np.asarray(value, target.dtype), target.shape)
+            self._to_device(target.memory, np.ascontiguousarray(values))
 
     def adopt(self, value: Any) -> DeviceArray | None:
-        """A view of what another library holds on a GPU; None for what is on the host."""
+        """A view of what another library holds on this GPU; None for what is on the host.
+
+        Raises
+        ------
+        ValueError
+            For an array of another GPU.
+        """
         if isinstance(value, DeviceArray):
+            if value._device.index != self.index:
+                raise ValueError(f"the array is on {value._device.name} and the layer on {self.name}: move one of them")
             return value
-        if SIMULATED or not hasattr(value, "__cuda_array_interface__"):
-            return None
-        with self._gpu:
-            memory = cuda.as_cuda_array(value)
-            if not memory.is_c_contiguous():
-                memory = cuda.to_device(np.ascontiguousarray(memory.copy_to_host()))
-        return DeviceArray(memory, self)
+        memory = self._foreign(value)
+        return None if memory is None else DeviceArray(memory, self)
+
+
+class SimulatedDevice(Device):
+    """Numba's simulator of a GPU."""
+
+    simulated = True
+    waves = 2  # to the simulator a thread is the dearest thing
+
+    def __init__(self, index: int) -> None:
+        self.index, self.name = index, f"cuda:{index}"
+        self.multiprocessors, self.compute_capability = 1, (0, 0)
+        self._gpu = cuda.gpus[index]
+
+    @property
+    def description(self) -> str:
+        return "Numba's simulator of a GPU, whose times say nothing of any GPU"
+
+    def _allocate(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        return cuda.device_array(shape, dtype)
+
+    def address(self, memory: Any) -> int:
+        return int(memory.__array_interface__["data"][0])
+
+    def _to_device(self, target: Any, host: np.ndarray) -> None:
+        if target.size:
+            target.copy_to_device(host)
+
+    def _to_host(self, source: Any) -> np.ndarray:
+        return source.copy_to_host() if source.size else np.zeros(source.shape, source.dtype)
+
+    def _on_device(self, target: Any, source: Any) -> None:
+        if target.size:
+            target.copy_to_device(source)
 
     def launch(self, kernel: Any, grid: Any, threads: int, *arguments: Any) -> None:
-        """Run a kernel on the default stream; the host waits only where it reads."""
-        with self._gpu, _prompt_threads() if SIMULATED else contextlib.nullcontext():
+        with self._gpu, _prompt_threads():
             kernel[grid, threads](*map(as_argument, arguments))
 
-    def release(self) -> None:
-        """Give memory that nothing refers to back to the driver, which Numba otherwise puts off."""
-        if not SIMULATED:
-            with self._gpu:
-                cuda.current_context().deallocations.clear()
 
-
+@functools.cache
 def open_device(index: int) -> Device:
     """The device of that number; DeviceUnavailableError that says what is missing."""
     reason = missing()
@@ -301,4 +341,8 @@ def open_device(index: int) -> Device:
         reason = f"there {'is 1 GPU' if count == 1 else f'are {count} GPUs'}, numbered from 0"
     if reason is not None:
         raise DeviceUnavailableError(f"device 'cuda:{index}' is not available: {reason}; or use device='cpu'")
-    return Device(index)
+    if SIMULATED:
+        return SimulatedDevice(index)
+    from .gpu import GPU
+
+    return GPU(index)

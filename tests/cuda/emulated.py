@@ -1,6 +1,5 @@
 """The CUDA backend on the emulator: the host code as it is, its device replaced by NumPy memory and greenlets."""
 
-import contextlib
 from collections import Counter
 
 import numpy as np
@@ -24,12 +23,9 @@ class EmulatedDevice(Device):
     With `aligned=False` no array begins at a multiple of 16 bytes, so no vector may be used.
     """
 
-    simulated = False
-
     def __init__(self, order="forward", aligned=True):
         self.index, self.name, self.order, self.aligned = 0, "cuda:0", order, aligned
         self.multiprocessors, self.compute_capability = 2, (8, 0)
-        self._gpu = contextlib.nullcontext()
         self.traffic, self.launches = Counter(), []
 
     def _allocate(self, shape, dtype):
@@ -44,38 +40,19 @@ class EmulatedDevice(Device):
     def address(self, memory):
         return memory.ctypes.data
 
-    def upload(self, host, bfloat16=False):
-        from nblora.kernels.common.cuda.simulated import to_bfloat16
+    def _to_device(self, target, host):
+        target[...] = host
 
-        values = to_bfloat16(host) if bfloat16 else np.asarray(host)
-        memory = self._allocate(values.shape, values.dtype)
-        memory[...] = values
-        return DeviceArray(memory, self, bfloat16)
+    def _to_host(self, source):
+        return np.array(source)
 
-    def download(self, array):
-        from nblora.kernels.common.cuda.simulated import from_bfloat16
-
-        host = np.array(array.memory)
-        return from_bfloat16(host) if array.bfloat16 else host
-
-    def duplicate(self, array):
-        memory = self._allocate(array.shape, array.memory.dtype)
-        memory[...] = array.memory
-        return DeviceArray(memory, self, array.bfloat16)
-
-    def assign(self, target, value):
-        target.memory[...] = value.memory if isinstance(value, DeviceArray) else value
-
-    def adopt(self, value):
-        return value if isinstance(value, DeviceArray) else None
+    def _on_device(self, target, source):
+        target[...] = source
 
     def launch(self, kernel, grid, threads, *arguments):
         given = [a.memory if isinstance(a, DeviceArray) else a for a in arguments]
         self.launches.append((kernel, grid, threads, given))
         emulate(kernel, grid, threads, given, order=self.order, traffic=self.traffic)
-
-    def release(self):
-        pass
 
 
 def make_backend(order="forward", aligned=True, precision="float32", shapes=None):

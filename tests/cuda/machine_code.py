@@ -86,20 +86,10 @@ def pretended_device(architecture):
 @functools.cache  # the variants of a layer share most of their kernels
 def compile_kernel(kernel, argument_types, architecture, output):
     """Compile a kernel's Python function for `architecture` and return its `Code`."""
-    from numba import cuda, types
+    from nblora.backends import cubins
 
-    signature = types.void(*argument_types)
     with pretended_device(architecture):
-        code, _ = cuda.compile(
-            kernel.py_func,
-            signature,
-            device=False,
-            cc=architecture,
-            abi="numba",
-            output=output,
-            launch_bounds=kernel.targetoptions["launch_bounds"],
-        )
-    cubin, log = _link(code, architecture, output)
+        cubin, log = cubins.compile_kernel(kernel, argument_types, architecture, output)
     return Code(
         architecture,
         output,
@@ -114,32 +104,6 @@ def compile_kernel(kernel, argument_types, architecture, output):
 def _figure(pattern, log):
     found = re.search(pattern, log)
     return int(found[1]) if found else 0
-
-
-def _link(code, architecture, output):
-    from cuda.bindings import nvjitlink
-
-    options = [f"-arch=sm_{architecture[0]}{architecture[1]}", "-verbose", "-Xptxas=-v"]
-    if output == "ltoir":
-        options.append("-lto")
-    data = code.encode() if isinstance(code, str) else code
-    handle = nvjitlink.create(len(options), options)
-    try:
-        kind = nvjitlink.InputType.PTX if output == "ptx" else nvjitlink.InputType.LTOIR
-        try:
-            nvjitlink.add_data(handle, kind, data, len(data), "kernel")
-            nvjitlink.complete(handle)
-        except nvjitlink.nvJitLinkError as error:
-            log = bytearray(nvjitlink.get_error_log_size(handle))
-            nvjitlink.get_error_log(handle, log)
-            raise RuntimeError(log.decode()) from error
-        cubin = bytearray(nvjitlink.get_linked_cubin_size(handle))
-        nvjitlink.get_linked_cubin(handle, cubin)
-        log = bytearray(nvjitlink.get_info_log_size(handle))
-        nvjitlink.get_info_log(handle, log)
-        return bytes(cubin), log.decode(errors="replace").rstrip("\0")
-    finally:
-        nvjitlink.destroy(handle)
 
 
 def _disassemble(cubin):

@@ -34,7 +34,7 @@ GUARDS = [
     (r"min\(begin \+ chunk, (?:inner|rows)\)", "begin + chunk"),  # the last split
     (r"(?<=valid = )(?:target|out|parameter|delta)\.size - offset", "LANES"),  # the tail of an array
     (r"array\.size - offset", "LANES"),
-    (r"if place < int64\(N\) \* outputs:", "if True:"),
+    (r"if row < each and n < N:", "if True:"),
     (r"if member == 0 and row < rows:", "if member == 0:"),
     (r" if flags & HAS_LOW and split == 0 else int32\(0\)", ""),  # the low-rank part once, not in every split
     (r"if (?:t|member) < width:", "if True:"),  # the idle half of a tree

@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ pytest.importorskip("greenlet", reason="the emulator needs greenlet (extra test)
 
 import nblora
 from nblora import backends
-from nblora.backends.device import Device, DeviceArray
+from nblora.backends.device import DeviceArray
 from nblora.errors import DeviceMemoryError, DeviceUnavailableError
 from tests.cuda import contract
 from tests.cuda.emulated import make_backend
@@ -113,50 +112,6 @@ def test_a_full_device_leaves_the_adapter_on_the_cpu(rng, move, monkeypatch):
     adapter(rng.normal(size=(2, 7)))
 
 
-def test_out_of_memory_names_sizes(monkeypatch):
-    device = make_backend()._device
-    context = SimpleNamespace(get_memory_info=lambda: (5e6, 8e9))
-    monkeypatch.setattr("nblora.backends.device.cuda", SimpleNamespace(current_context=lambda: context))
-    found = Device._explained(device, RuntimeError("CUDA_ERROR_OUT_OF_MEMORY"), 12_000_000)
-    assert isinstance(found, DeviceMemoryError)
-    assert "12.0 MB wanted, 5.0 of 8000.0 MB free" in str(found)
-    other = RuntimeError("something else")
-    assert Device._explained(device, other, 1) is other
-
-
-def test_arrays_of_other_libraries_are_taken_as_they_are(monkeypatch):
-    """Without a copy where they are contiguous, by way of the host where not; what is on the host is left there."""
-    values = np.arange(6, dtype=np.float32).reshape(2, 3)
-
-    class Foreign:
-        def __init__(self, array):
-            self.array = array
-            self.__cuda_array_interface__ = {"data": (array.ctypes.data, False)}
-
-    class View:
-        def __init__(self, array):
-            self.array, self.shape, self.dtype = array, array.shape, array.dtype
-            self.is_c_contiguous = lambda: array.flags.c_contiguous
-            self.copy_to_host = array.copy
-
-    uploaded = []
-    stand_in = SimpleNamespace(
-        as_cuda_array=lambda value: View(value.array), to_device=lambda array: uploaded.append(array) or View(array)
-    )
-    monkeypatch.setattr("nblora.backends.device.cuda", stand_in)
-    device = make_backend()._device
-    taken = Device.adopt(device, Foreign(values))
-    assert isinstance(taken, DeviceArray)
-    assert taken.memory.array is values
-    assert (taken.shape, taken.dtype, uploaded) == ((2, 3), np.float32, [])
-    turned = Device.adopt(device, Foreign(values.T))
-    (copy,) = uploaded
-    np.testing.assert_array_equal(turned.memory.array, values.T)
-    assert copy.flags.c_contiguous
-    assert Device.adopt(device, values) is None
-    assert Device.adopt(device, taken) is taken
-
-
 def test_device_array_is_written_whole():
     array = make_backend().from_host(np.ones((2, 3), np.float32))
     assert isinstance(array, DeviceArray)
@@ -170,6 +125,14 @@ def test_device_array_is_written_whole():
     with pytest.raises(ValueError, match="without a copy"):
         np.asarray(array, copy=False)
     assert "cuda:0" in repr(array)
+
+
+def test_arrays_of_another_gpu_are_refused(rng, move):
+    adapter = move(contract.make_adapter(rng))
+    other = make_backend()
+    other._device.index, other._device.name = 1, "cuda:1"
+    with pytest.raises(ValueError, match=r"on cuda:1 and the layer on cuda:0"):
+        adapter(other.from_host(np.ones((2, adapter.in_features))))
 
 
 @pytest.mark.parametrize("problem", ["the package numba-cuda is not installed", "no NVIDIA driver answers"])

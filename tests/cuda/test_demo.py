@@ -24,17 +24,17 @@ from nblora.cli import main
 
 launched = Counter()
 if sys.argv[2] == "cuda":
-    from nblora.backends.device import SIMULATED, Device
+    from nblora.backends.device import SIMULATED, SimulatedDevice
 
     assert SIMULATED
-    launch = Device.launch
+    launch = SimulatedDevice.launch
 
     def counted(self, kernel, grid, threads, *arguments):
         launched[kernel.py_func.__name__] += 1
         assert threads == 32
         launch(self, kernel, grid, threads, *arguments)
 
-    Device.launch = counted
+    SimulatedDevice.launch = counted
 main(["demo", "--tiny", "--device", sys.argv[2], "--output", sys.argv[1]], standalone_mode=False)
 print(json.dumps(launched))
 """

@@ -2,7 +2,8 @@
 
 A rule calls no other: helpers would have to be compiled for every target first.
 Codes of activations: identity 0, relu 1, gelu (exact, by the error function) 2, tanh 3, sigmoid 4.
-NaN and infinity pass through every rule.
+NaN and infinity pass through every rule. Numbers are written as floats: a GPU's kernels take them to their own dtype,
+and would compute in double precision with whole ones.
 """
 
 import math
@@ -16,29 +17,29 @@ _INV_SQRT_2PI = 0.3989422804014327
 def activate(z, code):
     """act(z)."""
     if code == RELU:
-        return z if z > 0 or z != z else 0.0
+        return z if z > 0.0 or z != z else 0.0
     if code == GELU:
-        return z * (0.5 * (1 + math.erf(z * _SQRT_HALF)))
+        return z * (0.5 * (1.0 + math.erf(z * _SQRT_HALF)))
     if code == TANH:
         return math.tanh(z)
     if code == SIGMOID:
         e = math.exp(-abs(z))
-        return (1 if z >= 0 else e) / (1 + e)
+        return (1.0 if z >= 0.0 else e) / (1.0 + e)
     return z
 
 
 def activation_slope(z, code):
     """act'(z); relu'(0) = 0."""
     if code == RELU:
-        return z if z != z else (1.0 if z > 0 else 0.0)
+        return z if z != z else (1.0 if z > 0.0 else 0.0)
     if code == GELU:
-        return 0.5 * (1 + math.erf(z * _SQRT_HALF)) + z * (_INV_SQRT_2PI * math.exp(-0.5 * z * z))
+        return 0.5 * (1.0 + math.erf(z * _SQRT_HALF)) + z * (_INV_SQRT_2PI * math.exp(-0.5 * z * z))
     if code == TANH:
         t = math.tanh(z)
-        return 1 - t * t
+        return 1.0 - t * t
     if code == SIGMOID:
         e = math.exp(-abs(z))
-        return e / ((1 + e) * (1 + e))
+        return e / ((1.0 + e) * (1.0 + e))
     return 1.0
 
 

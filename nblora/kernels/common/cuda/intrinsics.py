@@ -26,6 +26,7 @@ if not COMPILED:
     )
 else:
     from llvmlite import ir
+    from numba.core.errors import TypingError
     from numba.cuda import types
     from numba.cuda.extending import intrinsic
 
@@ -118,6 +119,8 @@ else:
     @intrinsic
     def store(typingctx, array, offset, valid, aligned, values):
         """Store those of `values` before `valid`; one vector where `aligned`."""
+        if values.dtype != array.dtype:
+            raise TypingError(f"values of {values.dtype} are stored in an array of {array.dtype}")
 
         def generate(context, builder, signature, args):
             kind = signature.args[0]

@@ -1,4 +1,4 @@
-"""Sums over the threads of a block."""
+"""Sums and maxima over the threads of a block."""
 
 import functools
 
@@ -26,3 +26,25 @@ def block_sum(threads: int):
         return shared[0]
 
     return block_sum
+
+
+@functools.cache
+def block_max(threads: int):
+    """A device function like `block_sum`: the largest value, NaN where one is NaN."""
+    HALF = threads // 2
+
+    @device_function
+    def block_max(shared, t, value):
+        shared[t] = value
+        cuda.syncthreads()  # every value is there
+        width = HALF
+        while width > 0:
+            if t < width:
+                other = shared[t + width]
+                if other > shared[t] or other != other:
+                    shared[t] = other
+            cuda.syncthreads()  # this level of the tree is there
+            width //= 2
+        return shared[0]
+
+    return block_max

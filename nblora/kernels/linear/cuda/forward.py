@@ -17,7 +17,7 @@ def forward(tile: Tile, transposed: bool, delta: bool):
     """Kernel: y = act(x (W + c D) + low B + b), W and D combined on their way into shared memory.
 
     x (N, in); weight, delta (in, out), or (out, in) where `transposed`; low (N, rank); B (rank, out); bias (out,);
-    z, y (N, out). Grid (⌈out / columns⌉, ⌈N / rows⌉, splits). With more than one split each sums `chunk` of `in` and
+    z, y (N, out). Grid (⌈N / rows⌉, ⌈out / columns⌉, splits). With more than one split each sums `chunk` of `in` and
     writes its sums to y (splits·N, out), which `update.finish` adds up.
     """
     LANES, PARTS, SUMS, SHARED = tile.lanes, tile.sums // tile.lanes, tile.sums, tile.shared_elements
@@ -34,7 +34,7 @@ def forward(tile: Tile, transposed: bool, delta: bool):
             shared = cuda.shared.array(SHARED, TYPE)
         else:
             shared = cuda.shared.array(SHARED, TYPE, alignment=16)
-        n0, o0 = int32(cuda.blockIdx.y) * ROWS, int32(cuda.blockIdx.x) * COLUMNS
+        n0, o0 = int32(cuda.blockIdx.x) * ROWS, int32(cuda.blockIdx.y) * COLUMNS
         split = int32(cuda.blockIdx.z)
         N, inner, out = int32(x.shape[0]), int32(x.shape[1]), int32(bias.shape[0])
         sums = zeros(SUMS, ZERO)

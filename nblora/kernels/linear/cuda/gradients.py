@@ -19,7 +19,7 @@ def input_gradient(tile: Tile, transposed: bool, delta: bool, masked: bool):
     """Kernel: gx = gz (W + c D)ᵀ + mask ∘ (t Aᵀ), with t = s gz Bᵀ.
 
     gz (N, out); weight, delta (in, out), or (out, in) where `transposed`; t (N, rank); A (in, rank); mask, gx (N, in).
-    Grid (⌈in / columns⌉, ⌈N / rows⌉, splits); with splits as in `forward.forward`, each sums `chunk` of `out`.
+    Grid (⌈N / rows⌉, ⌈in / columns⌉, splits); with splits as in `forward.forward`, each sums `chunk` of `out`.
     """
     LANES, PARTS, SUMS, SHARED = tile.lanes, tile.sums // tile.lanes, tile.sums, tile.shared_elements
     ROWS, COLUMNS, TYPE = tile.rows, tile.columns, tile.type
@@ -34,7 +34,7 @@ def input_gradient(tile: Tile, transposed: bool, delta: bool, masked: bool):
             shared = cuda.shared.array(SHARED, TYPE)
         else:
             shared = cuda.shared.array(SHARED, TYPE, alignment=16)
-        n0, i0 = int32(cuda.blockIdx.y) * ROWS, int32(cuda.blockIdx.x) * COLUMNS
+        n0, i0 = int32(cuda.blockIdx.x) * ROWS, int32(cuda.blockIdx.y) * COLUMNS
         split, t = int32(cuda.blockIdx.z), int32(cuda.threadIdx.x)
         N, inner, inputs = int32(gz.shape[0]), int32(gz.shape[1]), int32(gx.shape[1])
         sums = zeros(SUMS, ZERO)
@@ -69,7 +69,7 @@ def product(tile: Tile, p_inner: bool, q_inner: bool, masked: bool):
     """Kernel: out = s P Q, for s (mask∘x) A, s gz Bᵀ, (mask∘x)ᵀ t, lowᵀ gz, and dense gradients where they are kept.
 
     p (rows, inner), or (inner, rows) unless `p_inner`; mask like p; q (inner, columns), or (columns, inner) where
-    `q_inner`; out (splits·rows, columns). Grid (⌈columns / tile⌉, ⌈rows / tile⌉, splits).
+    `q_inner`; out (splits·rows, columns). Grid (⌈rows / tile⌉, ⌈columns / tile⌉, splits).
     """
     LANES, PARTS, SUMS, SHARED = tile.lanes, tile.sums // tile.lanes, tile.sums, tile.shared_elements
     ROWS, COLUMNS, TYPE = tile.rows, tile.columns, tile.type
@@ -83,7 +83,7 @@ def product(tile: Tile, p_inner: bool, q_inner: bool, masked: bool):
             shared = cuda.shared.array(SHARED, TYPE)
         else:
             shared = cuda.shared.array(SHARED, TYPE, alignment=16)
-        row0, column0 = int32(cuda.blockIdx.y) * ROWS, int32(cuda.blockIdx.x) * COLUMNS
+        row0, column0 = int32(cuda.blockIdx.x) * ROWS, int32(cuda.blockIdx.y) * COLUMNS
         split, t = int32(cuda.blockIdx.z), int32(cuda.threadIdx.x)
         rows, inner = int32(p.shape[0 if p_inner else 1]), int32(p.shape[1 if p_inner else 0])
         columns = int32(out.shape[1])
@@ -110,7 +110,7 @@ def dense_update(tile: Tile, delta: bool, weight: bool):
 
     p (N, rows) and q (N, columns) are x and gz, or gz and x where the weight is stored as (out, in). delta, velocity,
     weight (rows, columns) are updated in place, those that there are. G never reaches global memory. Grid
-    (⌈columns / tile⌉, ⌈rows / tile⌉); every element of D, V and W is read and written once.
+    (⌈rows / tile⌉, ⌈columns / tile⌉); every element of D, V and W is read and written once.
     """
     LANES, PARTS, SUMS, SHARED = tile.lanes, tile.sums // tile.lanes, tile.sums, tile.shared_elements
     ROWS, COLUMNS, TYPE = tile.rows, tile.columns, tile.type
@@ -126,7 +126,7 @@ def dense_update(tile: Tile, delta: bool, weight: bool):
             shared = cuda.shared.array(SHARED, TYPE)
         else:
             shared = cuda.shared.array(SHARED, TYPE, alignment=16)
-        row0, column0 = int32(cuda.blockIdx.y) * ROWS, int32(cuda.blockIdx.x) * COLUMNS
+        row0, column0 = int32(cuda.blockIdx.x) * ROWS, int32(cuda.blockIdx.y) * COLUMNS
         samples, rows, columns = int32(p.shape[0]), int32(p.shape[1]), int32(q.shape[1])
         sums = zeros(SUMS, ZERO)
         sums = accumulate(
@@ -171,7 +171,7 @@ def merge(tile: Tile, transposed: bool, delta: bool):
             shared = cuda.shared.array(SHARED, TYPE)
         else:
             shared = cuda.shared.array(SHARED, TYPE, alignment=16)
-        row0, column0 = int32(cuda.blockIdx.y) * ROWS, int32(cuda.blockIdx.x) * COLUMNS
+        row0, column0 = int32(cuda.blockIdx.x) * ROWS, int32(cuda.blockIdx.y) * COLUMNS
         rows, columns = int32(out.shape[0]), int32(out.shape[1])
         rank = int32(p.shape[0 if transposed else 1]) if flags & HAS_LOW else int32(0)
         sums = zeros(SUMS, ZERO)

@@ -92,18 +92,20 @@ def finish(dtype: str, threads: int):
         v = s Σ_split sums[split·N + n, o] + mask[n, o] Σ_r low[n, r] factor[r, o] + bias[o];  z = v;  y = act(v)
 
     sums (splits·N, outputs); low (N, rank), factor (rank, outputs), or (outputs, rank) where `strided`; mask and bias
-    where `flags` says so; z, y (N, outputs). One thread an element, grid (⌈N·outputs / threads⌉,).
+    where `flags` says so; z, y (N, outputs). One thread an element: grid (⌈each·outputs / threads⌉, ⌈N / each⌉), so
+    that divisions of 32 bits tell elements apart.
     """
     TYPE = getattr(types, dtype)
     activate = rules(dtype).activate
-    ZERO, ONE = TYPE(0), TYPE(1)
+    ZERO, ONE, THREADS = TYPE(0), TYPE(1), threads
 
     @kernel(threads)
-    def finish(sums, scaling, low, factor, strided, mask, bias, code, flags, z, y):
+    def finish(each, sums, scaling, low, factor, strided, mask, bias, code, flags, z, y):
         N, outputs = int32(y.shape[0]), int32(y.shape[1])
-        place = cuda.grid(1)
-        if place < int64(N) * outputs:
-            n, o = place // outputs, place % outputs
+        place = int32(cuda.blockIdx.x) * THREADS + int32(cuda.threadIdx.x)
+        row = place // outputs
+        n, o = int32(cuda.blockIdx.y) * each + row, place - row * outputs
+        if row < each and n < N:
             value = ZERO
             for split in range(sums.shape[0] // N):
                 value += sums[split * N + n, o]

@@ -1,0 +1,219 @@
+"""The host's part on a driver that computes nothing: warnings, launches, allocations, copies, contexts, the cache.
+
+`data/driver_stub.c` says what the driver is. Values are the emulator's business.
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+COMPILER = shutil.which("cc")
+
+pytestmark = [
+    pytest.mark.skipif(COMPILER is None, reason="the stub of a driver needs a C compiler, cc"),
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the stub of a driver is built for Linux"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("numba_cuda") is None, reason="needs numba-cuda: pip install 'nblora[cuda12]'"
+    ),
+]
+
+BEGIN = """
+import ctypes, json, warnings
+warnings.simplefilter("error")
+import numpy as np
+import nblora
+from nblora.backends import cubins
+
+driver = ctypes.CDLL("libcuda.so.1")
+NAMES = "alloc free free_noctx launch h2d d2h d2d push sync event depth bytes".split()
+
+
+def counts():
+    buffer = (ctypes.c_long * 12)()
+    driver.stub_counts(buffer)
+    return dict(zip(NAMES, buffer))
+
+
+def counted(function):
+    before = counts()
+    function()
+    after = counts()
+    return {name: after[name] - before[name] for name in NAMES}
+
+
+def say(**what):
+    print(json.dumps(what))
+
+
+rng = np.random.default_rng(0)
+
+
+def normal(*shape):
+    return rng.normal(size=shape).astype(np.float32)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where the driver and the cache of these tests are."""
+    path = tmp_path_factory.mktemp("driver")
+    source = Path(__file__).parent / "data" / "driver_stub.c"
+    subprocess.run([COMPILER, "-shared", "-fPIC", "-O2", "-o", path / "libcuda.so.1", source, "-ldl"], check=True)
+    return path
+
+
+def script(folder, code, **variables):
+    """What a script prints, as JSON, run with the driver."""
+    environment = os.environ | {
+        "LD_LIBRARY_PATH": str(folder),
+        "PYTHONPATH": str(ROOT),
+        "NUMBA_CACHE_DIR": str(folder / "cache"),
+    }
+    environment.pop("NUMBA_ENABLE_CUDASIM", None)
+    done = subprocess.run(
+        [sys.executable, "-c", BEGIN + code],
+        capture_output=True,
+        text=True,
+        env=environment | variables,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+STEP = """
+adapter = nblora.DeltaLoRAAdapter(nblora.Dense.random(768, 768, seed=0), 8, seed=0).to("cuda")
+x, grad = (adapter._backend.from_host(normal(64, 768)) for _ in range(2))
+
+
+def step():
+    adapter.forward(x)
+    adapter.backward_update(grad, 0.1)
+
+"""
+
+
+@pytest.fixture(scope="module")
+def steps(folder):
+    """Ten thousand steps of Delta-LoRA, in the first process that uses the cache."""
+    code = (
+        STEP
+        + """
+first = counted(step)
+second = counted(step)
+rest = counted(lambda: [step() for _ in range(10_000)])
+end = counts()
+adapter.close()
+del x, grad
+closed = counted(nblora.backends.resolve("cuda").release)
+say(first=first, second=second, rest=rest, end=end, closed=counts())
+"""
+    )
+    return script(folder, code)
+
+
+def test_a_step_allocates_once(steps):
+    assert steps["first"]["alloc"] <= 20
+    assert steps["second"]["alloc"] == steps["second"]["free"] == 0
+    assert steps["second"]["d2h"] == steps["second"]["h2d"] == steps["second"]["sync"] == 0
+    assert steps["second"]["launch"] <= 13
+
+
+def test_ten_thousand_steps_leak_nothing(steps):
+    assert steps["rest"]["launch"] == 10_000 * steps["second"]["launch"]
+    assert steps["rest"]["alloc"] == steps["rest"]["free"] == 0
+    assert steps["rest"]["push"] == 0
+    assert steps["end"]["free_noctx"] == 0
+    assert steps["end"]["depth"] <= 1
+
+
+def test_close_frees_the_memory(steps):
+    held = steps["closed"]["alloc"] - steps["closed"]["free"]
+    assert 0 <= held <= 2  # zeros that stand for a bias stay with the backend
+    assert steps["closed"]["free_noctx"] == 0
+
+
+def test_a_second_process_compiles_nothing(folder, steps):
+    code = (
+        STEP
+        + """
+def refused(*arguments):
+    raise AssertionError("compiled")
+
+cubins.compile_kernel = refused
+say(**counted(step))
+"""
+    )
+    assert script(folder, code)["launch"] == steps["second"]["launch"]
+
+
+def test_a_damaged_file_is_compiled_again(folder, steps):
+    files = sorted((folder / "cache").rglob("*.cubin"))
+    assert len(files) >= 5
+    whole = [file.read_bytes() for file in files]
+    for file, content in zip(files, whole, strict=True):
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert script(folder, STEP + "say(**counted(step))")["launch"] == steps["second"]["launch"]
+    assert [file.read_bytes() for file in files] == whole
+
+
+def test_a_full_device_is_said_after_its_idle_memory_was_freed(folder):
+    code = """
+backend = nblora.backends.resolve("cuda")
+for size in range(1, 40):
+    backend.from_host(normal(1000 * size))
+before = counts()
+driver.stub_fail(0)
+try:
+    backend.from_host(normal(5_000_000))
+except nblora.errors.DeviceMemoryError as error:
+    message = str(error)
+say(message=message, freed=counts()["free"] - before["free"], held=before["alloc"] - before["free"])
+"""
+    said = script(folder, code)
+    assert "20.0 MB wanted" in said["message"]
+    assert "of 85899.3 MB free" in said["message"]
+    assert said["freed"] == said["held"] > 0
+
+
+def test_a_driver_without_a_gpu_is_said(folder):
+    code = """
+message = ""
+try:
+    nblora.Dense.random(2, 2).to("cuda")
+except nblora.errors.DeviceUnavailableError as error:
+    message = str(error)
+say(message=message, devices=nblora.devices())
+"""
+    said = script(folder, code, STUB_NO_GPU="1", CUDA_VISIBLE_DEVICES="")
+    assert "the driver finds no GPU (CUDA_VISIBLE_DEVICES is '')" in said["message"]
+    assert said["devices"] == ["cpu"]
+
+
+def test_two_gpus(folder):
+    code = """
+one, two = (nblora.Dense.random(3, 2, seed=0).to(f"cuda:{index}") for index in range(2))
+try:
+    two(one._backend.from_host(normal(4, 3)))
+except ValueError as error:
+    say(message=str(error), devices=nblora.devices())
+"""
+    said = script(folder, code, STUB_DEVICES="2")
+    assert said["devices"] == ["cpu", "cuda:0", "cuda:1"]
+    assert "on cuda:0 and the layer on cuda:1" in said["message"]
+
+
+def test_more_samples_than_a_grid_has_rows(folder):
+    code = """
+adapter = nblora.LoRAAdapter(nblora.Dense.random(2, 2, seed=0), 1, seed=0).to("cuda")
+samples = adapter._backend.from_host(np.zeros((5_000_000, 2), np.float32))
+say(**counted(lambda: (adapter.forward(samples), adapter.backward(samples))))
+"""
+    assert script(folder, code)["launch"] >= 6
