@@ -26,7 +26,7 @@ import numba.extending
 from numba.core import config
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, NullCache, _CacheLocator
 
-from . import loading
+from . import loading, notice
 from .linking import PartCompiler
 
 KERNELS = Path(__file__).parents[1]
@@ -140,11 +140,14 @@ class _LazyCache(NullCache):
 
     def load_overload(self, sig, target_context):
         try:
-            return self._cache.load_overload(sig, target_context)
+            found = self._cache.load_overload(sig, target_context)
         except Exception:  # a damaged file may raise anything; an empty index makes room for a good one
+            found = None
             with contextlib.suppress(OSError):
                 self._cache.flush()
-            return None
+        if found is None and cache_folder() is not None:  # without a folder a warning has said more
+            notice.say_once()
+        return found
 
     def save_overload(self, sig, data):
         # A full disk costs the next process its compile time, not this one its result.
