@@ -1,22 +1,16 @@
-"""Outputs that are whole or absent: a large file or a folder of files, and the remains of merges that were killed.
-
-While it is written an output lies beside its place under a hidden name, locked. A killed process leaves it there
-unlocked; the next one that writes to the same place takes it away.
-"""
+"""Outputs of merges, which are whole or absent: a large file or a folder of files, and what they must not replace."""
 
 import contextlib
 import ctypes
 import errno
-import fcntl
 import os
 import shutil
-import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from nblora.errors import FormatError
-from nblora.storage.atomic import replace_whole
+from nblora.storage.atomic import fsync_folder, replace_whole, temporary_folder
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _MARK = "user.nblora.output"
@@ -113,13 +107,10 @@ def named_output(output: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replace_file(output: Path) -> Iterator[BinaryIO]:
-    """`replace_whole`, with the temporary file locked and those of killed processes taken away first."""
-    with named_output(output):
-        remove_stale(output)
-        with replace_whole(output) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            _mark(file.fileno())
-            yield file
+    """`replace_whole`, with errors that name the output."""
+    with named_output(output), replace_whole(output) as file:
+        _mark(file.fileno())
+        yield file
 
 
 @contextlib.contextmanager
@@ -129,28 +120,13 @@ def replace_folder(output: Path) -> Iterator[Path]:
     Files must be flushed to the disk by who writes them. An existing folder is exchanged in one step where the system
     can (Linux), else in two between which there is none.
     """
-    with named_output(output):
-        remove_stale(output)
-        parent = output.absolute().parent
-        hidden = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".tmp", dir=parent))
-        descriptor = os.open(hidden, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            _mark(hidden)
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(hidden, 0o777 & ~umask)
-            yield hidden
-            os.fsync(descriptor)
-            _put(hidden, output)
-            folder = os.open(parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-        finally:
-            shutil.rmtree(hidden, ignore_errors=True)
-            os.close(descriptor)
+    place = output.absolute()
+    with named_output(output), temporary_folder(place) as hidden:
+        _mark(hidden)
+        yield hidden
+        fsync_folder(hidden)
+        _put(hidden, place)
+        fsync_folder(place.parent)
 
 
 def _put(hidden: Path, output: Path) -> None:
@@ -168,23 +144,3 @@ def _exchange(first: Path, second: Path) -> bool:
     except (AttributeError, OSError):
         return False
     return renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0
-
-
-def remove_stale(output: Path) -> None:
-    """Remove what killed processes left beside `output`; a lock tells the living from the dead."""
-    parent = output.absolute().parent
-    for path in parent.glob(f".{_escaped(output.name)}.????????.tmp"):
-        with contextlib.suppress(OSError):
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink()
-            finally:
-                os.close(descriptor)
-
-
-def _escaped(name: str) -> str:
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)

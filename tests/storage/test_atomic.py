@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 
 import nblora
+from nblora.formats.replace import replace_folder
+from nblora.storage import atomic
 from nblora.storage.atomic import replace_whole
 from tests.helpers import make_adapter
+from tests.processes import run
 
 pytestmark = pytest.mark.small
 posix = pytest.mark.skipif(os.name != "posix", reason="permissions and signals of POSIX")
@@ -124,3 +127,73 @@ def test_a_kill_in_the_middle_of_save(path, rng):
         assert turns[0] >= 1
         last = max(last, turns[0])
     assert last >= 2  # some child was killed in a later save than its first
+
+
+# --- what killed processes leave ---------------------------------------------------------------------------------
+
+KILLED = """
+import os, signal, sys
+from nblora.storage.atomic import replace_whole, temporary_folder
+if sys.argv[2] == "file":
+    with replace_whole(sys.argv[1]) as file:
+        file.write(b"half")
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+with temporary_folder(sys.argv[1]) as folder:
+    (folder / "half").write_bytes(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@posix
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_the_next_writer_takes_away_what_a_killed_one_left(path, kind):
+    for _ in range(3):
+        assert run(KILLED, path, kind, check=False).returncode == -signal.SIGKILL
+    assert len(list(path.parent.iterdir())) == 1  # the second took the first's away
+    other = path.with_name("file.other")
+    with replace_whole(other) as file:
+        file.write(b"another's")
+    assert len(list(path.parent.iterdir())) == 2  # which is none of its business
+    with replace_whole(path) as file:
+        file.write(b"new")
+    assert sorted(path.parent.iterdir()) == [path, other]
+
+
+@posix
+def test_what_a_living_writer_writes_stays(path):
+    with replace_whole(path) as first:
+        first.write(b"first")
+        with replace_whole(path) as second:
+            second.write(b"second")
+        assert path.read_bytes() == b"second"
+    assert path.read_bytes() == b"first"
+    assert list(path.parent.iterdir()) == [path]
+
+
+@posix
+def test_a_name_that_was_taken_for_a_remainder_before_it_was_locked(path, monkeypatch):
+    """Between its making and its locking another process may remove it: then it is made again."""
+    original, taken = atomic._lock, []
+
+    def late(descriptor, hidden):
+        if not taken:
+            taken.append(hidden)
+            atomic.remove_stale(path)
+        return original(descriptor, hidden)
+
+    monkeypatch.setattr(atomic, "_lock", late)
+    with replace_whole(path) as file:
+        file.write(b"new")
+    assert taken
+    assert path.read_bytes() == b"new"
+    assert list(path.parent.iterdir()) == [path]
+
+
+@posix
+def test_threads_that_save_at_once_do_not_change_the_processs_umask(path, monkeypatch):
+    monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("the umask is every thread's"))
+    with replace_whole(path) as file:
+        file.write(b"new")
+    with replace_folder(path.with_name("folder")) as folder:
+        (folder / "file").touch()
