@@ -154,3 +154,75 @@ def test_multiprocessing(method, tmp_path):
     script.write_text(POOL)
     code = "import subprocess, sys; sys.exit(subprocess.call([sys.executable, *sys.argv[1:]]))"
     run(code, script, method)
+
+
+# --- forks, and systems without threads to spare -----------------------------------------------------------------
+
+LIMITED = """
+import os, signal, sys, threading
+from threadpoolctl import threadpool_info
+import scipy.linalg
+from nblora.sweep.task import limit_threads
+
+def blas():
+    return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
+
+before = blas()
+inside, held = threading.Event(), threading.Event()
+
+def hold():
+    with limit_threads._lock, held_open():
+        pass
+
+class held_open:
+    def __enter__(self): inside.set(); held.wait()
+    def __exit__(self, *error): pass
+
+def stay():
+    with limit_threads(1):
+        inside.set()
+        held.wait()
+
+thread = threading.Thread(target={"lock": hold, "block": stay}[sys.argv[1]])
+thread.start()
+inside.wait()
+child = os.fork()
+if child == 0:
+    signal.alarm(20)
+    with limit_threads(1):
+        assert blas() == {1}
+    assert blas() == before, blas()
+    os._exit(0)
+held.set()
+thread.join()
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no forks here")
+@pytest.mark.parametrize("what", ["lock", "block"])
+def test_a_child_forked_while_another_thread_limits_threads(what):
+    """It neither waits for a lock that nobody holds any more nor keeps the other's limits."""
+    assert run(LIMITED, what, options=("-W", "error", "-W", "ignore::DeprecationWarning")).stdout == "0\n"
+
+
+WITHOUT_THREADS = """
+import threading
+import numba, numpy as np
+import nblora
+
+def fails(self):
+    raise RuntimeError("can't start new thread")
+
+x = np.random.default_rng(0).normal(size=(300, 300)).astype("float32")
+layer = nblora.Dense.random(300, 300, seed=0)
+threading.Thread.start = fails
+numba.set_num_threads(2)
+y = layer(x)
+assert np.allclose(y, x @ layer.weight + layer.bias, atol=1e-4)
+assert np.array_equal(layer(x), y)
+"""
+
+
+def test_a_thread_that_cannot_start_fails_no_call():
+    run(WITHOUT_THREADS, NUMBA_NUM_THREADS="2")

@@ -1,6 +1,7 @@
 """The threads of the CPU backend: how many a call may use, and those that stand by to help it."""
 
 import os
+import sys
 import threading
 from typing import Any
 
@@ -34,6 +35,7 @@ class Crew:
         self._lock = threading.Lock()
         self._board = np.zeros(SLOT, np.int64)
         self._bells: list[threading.Lock] = []
+        self._most = sys.maxsize
 
     def run(self, kernel: Any, task: Any, workers: int) -> None:
         """Call a kernel that works off its task in so many shares."""
@@ -47,8 +49,10 @@ class Crew:
 
     def _muster(self, count: int) -> int:
         """Start the helpers that are missing, wake those that sleep, and return how many there are for the caller."""
+        count = min(count, self._most)
         if len(self._bells) < count:
             self._start(count)
+            count = min(count, self._most)
         board = self._board
         for helper in range(1, count + 1):
             if board[helper * SLOT] == ASLEEP:
@@ -64,9 +68,14 @@ class Crew:
         for helper in range(1, count + 1):
             bell = threading.Lock()
             bell.acquire()
-            self._bells.append(bell)
             arguments = self._board, helper, bell
-            threading.Thread(target=_stand_by, args=arguments, name=f"nblora-{helper}", daemon=True).start()
+            thread = threading.Thread(target=_stand_by, args=arguments, name=f"nblora-{helper}", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # the system has no more threads for this process: go on with those that there are
+                self._most = helper - 1
+                break
+            self._bells.append(bell)
 
 
 def _stand_by(board: np.ndarray, helper: int, bell: threading.Lock) -> None:

@@ -6,7 +6,7 @@ from nblora.cli import _weights
 
 
 @click.command()
-@click.argument("path", type=click.Path(exists=True))
+@click.argument("path", type=click.Path())
 @click.option("--plot", metavar="FILE", type=click.Path(), help="Draw singular values and stable ranks as a picture.")
 @_weights.json_option()
 @_weights.command

@@ -188,20 +188,28 @@ class limit_threads(contextlib.AbstractContextManager["limit_threads"]):
     """
 
     _lock: ClassVar[threading.Lock] = threading.Lock()
-    _inside: ClassVar[int] = 0
+    _inside: ClassVar[list["limit_threads"]] = []
     _blas: ClassVar[Any] = None
 
     def __init__(self, count: int) -> None:
         self.count = count
+        self._thread = threading.get_ident()
+
+    @classmethod
+    def _after_fork(cls) -> None:
+        """In a child only the thread that forked is left: of the others neither lock nor blocks."""
+        cls._lock = threading.Lock()
+        cls._inside = [block for block in cls._inside if block._thread == threading.get_ident()]
 
     def __enter__(self) -> "limit_threads":
         import numba
         from threadpoolctl import threadpool_limits
 
-        with self._lock:
-            if limit_threads._inside == 0:
+        with limit_threads._lock:
+            if not limit_threads._inside:
+                limit_threads._lift()  # what blocks of threads that a fork has ended left behind
                 limit_threads._blas = threadpool_limits(self.count)
-            limit_threads._inside += 1
+            limit_threads._inside.append(self)
         self._before = numba.get_num_threads()
         numba.set_num_threads(min(self.count, int(vars(numba.config)["NUMBA_NUM_THREADS"])))
         return self
@@ -210,10 +218,20 @@ class limit_threads(contextlib.AbstractContextManager["limit_threads"]):
         import numba
 
         numba.set_num_threads(self._before)
-        with self._lock:
-            limit_threads._inside -= 1
-            if limit_threads._inside == 0:
-                limit_threads._blas.restore_original_limits()
+        with limit_threads._lock:
+            limit_threads._inside.remove(self)
+            if not limit_threads._inside:
+                limit_threads._lift()
+
+    @classmethod
+    def _lift(cls) -> None:
+        if cls._blas is not None:
+            cls._blas.restore_original_limits()
+            cls._blas = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=limit_threads._after_fork)
 
 
 def _add_array(digest: Any, name: str, array: Any) -> None:
