@@ -112,16 +112,10 @@ class EarlyStopping(Callback):
         if self.best is None or self._sign * (value - self.best) > self.min_delta:
             self.best, self.best_epoch, self.waited = value, epoch, 0
             if self.restore_best:
-                self._keep()
+                self._snapshot = Snapshot(self.model)
         else:
             self.waited += 1
         self.stop = self.waited >= self.patience
-
-    def _keep(self) -> None:
-        if self._snapshot is None:
-            self._snapshot = Snapshot(self.model)
-        else:
-            self._snapshot.take()
 
     def on_train_end(self) -> None:
         if self._snapshot is not None:

@@ -107,8 +107,8 @@ def fit(
     Notes
     -----
     When training ends with an error or is interrupted (Ctrl-C), parameters, velocities and random states are brought
-    back to the end of the last whole epoch. This takes a copy of the trained parameters and velocities: memory for
-    them once more.
+    back to the end of the last whole epoch. This takes two copies of the trained parameters and velocities, since one
+    must stay whole while the other is written: memory for them twice more.
 
     Layers take the fused sweep, which never holds a dense gradient, unless `clip_norm` is set or the optimiser needs
     the dense gradient of a trained weight: AdamW, and SGD with momentum, for a layer whose own weight is trained.

@@ -1,5 +1,6 @@
 """`Run`: the loop of epochs behind `fit`."""
 
+import contextlib
 import time
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from .history import History, Row
 from .losses import Loss
 from .progress import Progress
 from .schedules import Schedule
-from .snapshot import Snapshot
+from .snapshot import AtEnd, Snapshot
 from .step import Step
 
 EVALUATION_BATCH = 256  # without a backward to feed, larger batches only save calls
@@ -62,28 +63,30 @@ class Run:
         for callback in self.callbacks:
             callback.model, callback.stop = self.model, False
             callback.on_train_begin()
-        if resume is not None:
-            self._resume(resume)
         modes, safe = tree.modes(self.model), Snapshot(self.model)
-        bar = Progress(shown, self.epochs, len(self.samples.x), self.epoch)
+        back = AtEnd(safe.restore, failed=True)
+        tidy = AtEnd(self.model._forget_forward, lambda: restore_modes(modes))
+        with tidy, tidy, back, back:  # twice each: see AtEnd
+            if resume is not None:
+                self._resume(resume)
+                safe.take()
+            self._train_reporting(safe, shown)
+        return self.history
+
+    def _train_reporting(self, safe: Snapshot, shown: bool | None) -> None:
+        """Train with a bar, and say in a message of what is not finite where the model will be back."""
         try:
             # Overflow is looked for where it matters; NumPy's warnings would tell of it without layer or step.
-            with np.errstate(over="ignore", invalid="ignore"):
+            with (
+                contextlib.closing(Progress(shown, self.epochs, len(self.samples.x), self.epoch)) as bar,
+                np.errstate(over="ignore", invalid="ignore"),
+            ):
                 self.model.train()
                 self._train(safe, bar)
-            for callback in self.callbacks:
-                callback.on_train_end()
+                for callback in self.callbacks:
+                    callback.on_train_end()
         except NonFiniteError as error:
-            safe.restore()
             raise NonFiniteError(self._explain(error)) from error
-        except BaseException:
-            safe.restore()
-            raise
-        finally:
-            bar.close()
-            self.model._forget_forward()
-            restore_modes(modes)
-        return self.history
 
     def _resume(self, path: Path) -> None:
         state = read_run(path, self.model, self.step, self.callbacks)

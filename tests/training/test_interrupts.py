@@ -1,0 +1,190 @@
+"""An interrupt of `fit`, wherever it lands, leaves a model as it was at the end of an epoch, in the mode it came in."""
+
+import contextlib
+import ctypes
+import random
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import nblora
+from nblora.errors import NonFiniteError
+from nblora.layers import tree
+from nblora.training import SGD, Schedule
+
+from . import support
+
+EPOCHS = 3
+WATCHED = {str(Path(nblora.training.__file__).parent / name) for name in ("run.py", "snapshot.py")}
+
+
+class Explosive(Schedule):
+    """Harmless for two epochs of two steps, then enormous: the run ends by an error of its own."""
+
+    def factor(self, step, total_steps):
+        return 1.0 if step < 5 else 1e37
+
+
+def fit(model, **settings):
+    x, y = support.data(dtype="float32")
+    nblora.fit(model, x, y, loss="cross_entropy", optimizer=SGD(0.1), epochs=EPOCHS, batch_size=19, seed=11, **settings)
+
+
+class Trial:
+    """A model, and every state that it may be left in."""
+
+    def __init__(self, **settings):
+        self.settings = settings
+        self.model = support.network("float32", dropout=0.2)
+        watch = support.Watch()
+        self.start = self.model.clone()
+        self._run(self.model, callbacks=[watch])
+        self.whole = [support.state(self.start), *watch.states]
+
+    def _run(self, model, **more):
+        try:
+            fit(model, **self.settings, **more)
+        except NonFiniteError:
+            assert self.settings
+
+    def run(self):
+        """Train from the start; return whether an interrupt came through. The model is checked."""
+        model = self.start.clone()
+        interrupted = False
+        try:
+            self._run(model)
+        except KeyboardInterrupt:
+            interrupted = True
+        return model, interrupted
+
+    def check(self, model):
+        """Fail unless the model is in a state of one epoch."""
+        computed = support.state(model)
+        for state in self.whole:
+            try:
+                support.assert_same_state(computed, state)
+            except AssertionError:
+                continue
+            break
+        else:
+            pytest.fail("parameters or random states of two epochs")
+        assert all(training for _, training in tree.modes(model))
+
+
+def interrupted_at(trial, places):
+    """Train with an interrupt at each of these lines of the loop or of the snapshot, counted as they are run."""
+    count = 0
+
+    def trace_lines(frame, event, _):
+        nonlocal count
+        if event == "line":
+            count += 1
+            if count in places:
+                raise KeyboardInterrupt
+        return trace_lines
+
+    def trace_calls(frame, event, _):
+        return trace_lines if frame.f_code.co_filename in WATCHED else None
+
+    before = sys.gettrace()
+    sys.settrace(trace_calls)
+    try:
+        model, interrupted = trial.run()
+    finally:
+        sys.settrace(before)
+    return model, interrupted, count
+
+
+@pytest.mark.small
+@pytest.mark.parametrize("settings", [{}, {"schedule": Explosive()}], ids=["ends", "explodes"])
+def test_an_interrupt_at_any_line(settings):
+    trial = Trial(**settings)
+    *_, lines = interrupted_at(trial, ())
+    assert lines > 100
+    for place in range(1, lines + 1):
+        model, interrupted, _ = interrupted_at(trial, (place,))
+        assert interrupted
+        trial.check(model)
+
+
+def bombard(trial, count, seed, interrupt):
+    """Train again and again, each time with an interrupt at a random moment; return how many came through."""
+    rng = random.Random(seed)
+    started = time.perf_counter()
+    for _ in range(3):
+        trial.run()
+    duration = (time.perf_counter() - started) / 3
+    through = 0
+    for _ in range(count):
+        model, interrupted = None, False
+        with interrupt(rng.uniform(0, duration)):
+            model, interrupted = trial.run()
+        through += interrupted
+        trial.check(model)
+    return through
+
+
+class Alarm:
+    """A signal's handler that raises KeyboardInterrupt, in the main thread."""
+
+    def __init__(self, delay):
+        self.delay = max(delay, 1e-6)
+
+    def __enter__(self):
+        self.before = signal.signal(signal.SIGALRM, self.fire)
+        signal.setitimer(signal.ITIMER_REAL, self.delay)
+
+    def fire(self, *_):
+        # The test's own lines must not be hit: a fit that has not begun or has ended is left alone.
+        frame = sys._getframe(1)
+        while frame is not None:
+            if frame.f_code is nblora.fit.__code__:
+                raise KeyboardInterrupt
+            frame = frame.f_back
+
+    def __exit__(self, *_):
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, self.before)
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no interval timers here")
+@pytest.mark.parametrize("count", [40, pytest.param(1000, marks=pytest.mark.slow)])
+def test_signals_at_random_moments(count):
+    assert bombard(Trial(), count, 5, Alarm) > count // 10
+
+
+def run_in_thread(trial, delay):
+    """Train in a thread that is sent an asynchronous KeyboardInterrupt after a while; None where that missed."""
+    result = []
+
+    def work():
+        with contextlib.suppress(KeyboardInterrupt):  # one that came before or after the run
+            result.append(trial.run())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    time.sleep(delay)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(KeyboardInterrupt))
+    thread.join()
+    return result[0] if result else None
+
+
+@pytest.mark.parametrize("count", [40, pytest.param(1000, marks=pytest.mark.slow)])
+def test_asynchronous_exceptions_at_random_moments(count, monkeypatch):
+    monkeypatch.setattr(threading, "excepthook", lambda arguments: None)  # of one that comes at the thread's very end
+    trial, rng, through = Trial(), random.Random(6), 0
+    trial.run()
+    started = time.perf_counter()
+    trial.run()
+    duration = time.perf_counter() - started
+    for _ in range(count):
+        result = run_in_thread(trial, rng.uniform(0, duration))
+        if result is not None:
+            model, interrupted = result
+            through += interrupted
+            trial.check(model)
+    assert through > count // 10
