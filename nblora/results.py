@@ -12,6 +12,7 @@ from nblora.errors import FormatError
 KINDS = {
     "sweep": "the results of `nblora sweep` (.jsonl)",
     "demo": "results.json of `nblora demo`",
+    "table": "results.csv of `nblora demo`",
     "bench": "results.json of `nblora bench`",
     "comparison": "the --json file of `nblora compare`",
     "inspection": "what `nblora inspect --json` prints",
@@ -95,6 +96,8 @@ def _csv(name: Path, text: str) -> ResultFile:
     columns = set(rows[0]) if rows else set()
     if {"method", "seed", "epoch"} <= columns:
         return ResultFile("curves", rows)
+    if {"method", "test_accuracy_mean", "test_accuracy_std"} <= columns:
+        return ResultFile("table", rows)
     if {"epoch", "loss"} <= columns:
         return ResultFile("history", rows)
     raise _unknown(name)

@@ -18,7 +18,7 @@ import click
 def command(file: Path, output: Path | None, metric: str | None) -> None:
     """Draw the figure of a result file.
 
-    FILE is a results file of `nblora sweep`, results.json or curves.csv of `nblora demo`, results.json of
+    FILE is a results file of `nblora sweep`, results.json, results.csv or curves.csv of `nblora demo`, results.json of
     `nblora bench`, the --json file of `nblora compare`, the CSV of a training history, or a saved adapter or model,
     whose learned change is drawn with its singular values.
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .style import SIZE, bar_style, label_axes, new_axes, style
+from .style import SIZE, bar_style, label_axes, legend_below, new_axes, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -63,8 +63,8 @@ def benchmark_bars(
         ax.margins(x=0.12)
         if logarithmic:
             ax.set_xscale("log")
-        if len(contenders) > 1:  # below the axis' label: inside, it would hide bars
-            ax.legend(loc="upper left", bbox_to_anchor=(0, 0), borderaxespad=4.5, ncols=4, columnspacing=1)
+        if len(contenders) > 1:
+            legend_below(ax, None, contenders)
     label_axes(ax, title, x_label, "")
     return ax
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .style import label_axes, line_style, new_axes, style
+from .style import label_axes, legend_below, line_style, new_axes, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,7 +55,7 @@ def learning_curves(
             seeds.add(len(rows))
         several = max(seeds) > 1
         count = f"{min(seeds)}" if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
-        ax.legend(title=f"mean ± 1 s.d. over {count} seeds" if several else None)
+        legend_below(ax, f"mean ± 1 s.d. over {count} seeds" if several else None, curves)
     _whole_numbers(ax)
     label_axes(ax, title, x_label, y_label)
     return ax
@@ -95,10 +95,7 @@ def accuracy_against_parameters(
         ax.set_xscale("log")
         _plain_logarithmic_ticks(ax)
         ax.margins(x=0.15, y=0.15)
-        # Below the axis' label: matplotlib finds a free place among the points, but not among their bars.
-        title_of_legend = "mean ± 1 s.d. over seeds" if several else None
-        columns = 4 if sum(map(len, points)) <= 40 else 2  # a wider legend would take its width from the axes
-        ax.legend(title=title_of_legend, loc="upper left", bbox_to_anchor=(0, 0), borderaxespad=4.5, ncols=columns)
+        legend_below(ax, "mean ± 1 s.d. over seeds" if several else None, points)
     label_axes(ax, title, x_label, y_label)
     return ax
 
@@ -135,7 +132,7 @@ def singular_values(
             x = np.arange(1, len(visible) + 1)
             ax.plot(x, visible, label=name, markevery=max(1, len(x) // MANY_POINTS), **line_style(place))
         ax.set_yscale("log")
-        ax.legend()
+        legend_below(ax, None, spectra)
     _whole_numbers(ax)
     label_axes(ax, title, x_label, y_label)
     return ax

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PANEL = (5.4, 4.0)  # inches
+PANEL = (5.8, 4.2)  # inches
+COLUMNS = 2  # panels side by side
 MANY_CASES = 16  # of a benchmark in one figure; beyond, those with goals come first
 ASKED_FIRST = ("rank", "delta_scaling", "alpha", "lr")
 MANY_SPECTRA = 7  # lines in one panel, as many as there are styles
@@ -65,10 +66,15 @@ def _figure(panels: Sequence[Panel], title: str) -> "Figure":
     from matplotlib.figure import Figure
 
     with style():
-        figure = Figure(figsize=(PANEL[0] * len(panels), PANEL[1]), layout="constrained")
+        rows = -(-len(panels) // COLUMNS)
+        columns = min(len(panels), COLUMNS)
+        figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * rows), layout="constrained")
         figure.suptitle(title, fontsize=11)
-        for ax, draw in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
+        places = figure.subplots(rows, columns, squeeze=False).ravel()
+        for ax, draw in zip(places, panels, strict=False):
             draw(ax)
+        for empty in places[len(panels) :]:
+            empty.remove()
     return figure
 
 
@@ -152,7 +158,7 @@ def _sweep_map(method: str, groups: Any, metric: str) -> Panel | None:
         values[across],
         x_label=_setting_label(across),
         y_label=_setting_label(down),
-        value_label=f"mean {_metric_label(metric).partition(' (')[0]} over seeds",
+        value_label=f"mean {_metric_label(metric).partition(' (')[0]}",
         title=f"{method}{others}",
         ax=ax,
     )
@@ -173,6 +179,24 @@ def _demo(result: ResultFile, metric: str | None) -> tuple[list[Panel], str]:
         lambda ax: learning_curves(curves, y_label=label, title="Validation split", ax=ax),
         lambda ax: accuracy_against_parameters(points, y_label=label, title="Test split", ax=ax),
     ]
+    return panels, "Digits turned by 90° with noise, adapted in several ways"
+
+
+def _table(result: ResultFile, metric: str | None) -> tuple[list[Panel], str]:
+    columns = [name.removesuffix("_mean") for name in result.content[0] if name.endswith("accuracy_mean")]
+    if metric is not None:
+        if metric not in columns:
+            raise FormatError(f"no column {metric!r}; there are {', '.join(columns)}")
+        columns = [metric]
+    panels: list[Panel] = []
+    for column in columns:
+        bars = {}
+        for row in result.content:
+            mean = _number(row[f"{column}_mean"])
+            spread = _number(row[f"{column}_std"] or "0")
+            bars[row["method"]] = {column: (mean, mean - spread, mean + spread)}
+        label = f"{column.replace('_', ' ')} (fraction of images, mean ± 1 s.d.)"
+        panels.append(lambda ax, b=bars, t=label: benchmark_bars(b, x_label=t, ax=ax))  # type: ignore[misc]  # the defaults bind the loop's values
     return panels, "Digits turned by 90° with noise, adapted in several ways"
 
 
@@ -248,10 +272,12 @@ def _bars(ax: "Axes", times: dict[str, dict[str, Any]], name: str) -> None:
 
 
 def _make_room(ax: "Axes", widths: float, bars: int) -> None:
-    """Make the figure wide enough for long names and high enough for its bars."""
+    """Make the figure wide enough for long names and its row high enough for its bars."""
     figure = ax.figure.get_figure(root=True)
-    if figure is not None:
-        figure.set_size_inches(widths * PANEL[0] * len(figure.axes), max(PANEL[1], 1.8 + 0.22 * bars))
+    place = ax.get_subplotspec()
+    if figure is not None and place is not None:
+        rows, columns = place.get_gridspec().get_geometry()
+        figure.set_size_inches(widths * PANEL[0] * columns, rows * max(PANEL[1], 1.8 + 0.22 * bars))
 
 
 def _comparison(result: ResultFile, metric: str | None) -> tuple[list[Panel], str]:
@@ -287,7 +313,7 @@ def _inspection(result: ResultFile, metric: str | None) -> tuple[list[Panel], st
 
 
 def _stable_ranks(ax: "Axes", ranks: dict[str, dict[str, Any]]) -> None:
-    _make_room(ax, 2.0, len(ranks))
+    _make_room(ax, 1.1, len(ranks) + 6)  # room for the legend of the spectra beside it
     benchmark_bars(ranks, x_label="stable rank ‖M‖²_F / ‖M‖²₂ (no unit)", title="Directions that carry it", ax=ax)
 
 
@@ -358,6 +384,7 @@ def _order(value: Any) -> tuple[str, Any]:
 _PANELS: dict[str, Callable[[ResultFile, str | None], tuple[list[Panel], str]]] = {
     "sweep": _sweep,
     "demo": _demo,
+    "table": _table,
     "curves": _curves,
     "history": _history,
     "bench": _bench,

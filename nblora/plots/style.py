@@ -1,7 +1,7 @@
 """One style for every figure of nblora: told apart by lightness, dashes, markers and hatches, so readable in grey."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from nblora.errors import MissingExtraError
@@ -82,6 +82,16 @@ def bar_style(place: int) -> dict[str, Any]:
         "edgecolor": "black",
         "linewidth": 0.6,
     }
+
+
+def legend_below(ax: "Axes", title: str | None, names: Iterable[str]) -> None:
+    """Write the legend below the label of the x axis: inside, it would hide curves, bars or their spread."""
+    length = sum(map(len, names))
+    columns = 4 if length <= 40 else 2 if length <= 240 else 1  # a wider legend would take its width from the axes
+    ax.legend(
+        title=title, loc="upper left", bbox_to_anchor=(0, 0), borderaxespad=4.5, ncols=columns, columnspacing=1,
+        alignment="left",
+    )  # fmt: skip
 
 
 def label_axes(ax: "Axes", title: str | None, x_label: str, y_label: str) -> None:

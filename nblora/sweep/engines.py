@@ -53,7 +53,8 @@ def run_in_processes(task: Task, runs: Runs, workers: int) -> Records:
     while waiting.runs:
         broken = False
         with _pool(task, min(workers, len(waiting.runs))) as pool:
-            submitted = {pool.submit(_run_in_worker, key, settings): key for key, settings in waiting.runs.items()}
+            with _interrupts_held():  # the workers start here, and take that over
+                submitted = {pool.submit(_run_in_worker, key, settings): key for key, settings in waiting.runs.items()}
             for future in futures.as_completed(submitted):
                 key = submitted[future]
                 try:
@@ -87,10 +88,26 @@ def _pool(task: Task, workers: int) -> Iterator[futures.ProcessPoolExecutor]:
         until.close()
 
 
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Hold Ctrl-C back inside the block, where the system can, and from processes that start in it for good.
+
+    A terminal sends it to every process; the sweep's own decides, and its workers end when it does.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker(task: Task, until: "Connection") -> None:
     global _task
     _task = task
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the sweep's own process decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where it could not be held back
     threading.Thread(target=_end_with_parent, args=(until,), daemon=True).start()
 
 

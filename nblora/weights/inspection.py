@@ -199,7 +199,8 @@ def _plot(modules: Sequence[ModuleReport], path: Path) -> None:
     values, ranks = figure.subplots(1, 2)
     for module in modules:
         values.plot(range(1, len(module.singular_values) + 1), module.singular_values, marker=".", alpha=0.6)
-    values.set(xlabel="index", ylabel="singular value of s·B·A", title="Singular values", yscale="symlog")
+    values.set(xlabel="index", ylabel="singular value of s·B·A", title="Singular values", yscale="log")
+    values.xaxis.get_major_locator().set_params(integer=True)
     places = np.arange(len(modules))
     ranks.barh(places, [module.stable_rank for module in modules])
     ranks.set_yticks(places, [module.name for module in modules], fontsize=6)

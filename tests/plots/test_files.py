@@ -60,6 +60,14 @@ def demo_file(folder, rng):
     return write_json(folder / "demo.json", content)
 
 
+def table_file(folder, rng):
+    lines = ["method,test_accuracy_mean,test_accuracy_std,upright_accuracy_mean,upright_accuracy_std,lr"]
+    lines += [f"{method},{level},0.01,{1 - level},,0.1" for method, level in DEMO_METHODS.items()]
+    path = folder / "results.csv"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
 def bench_file(folder, rng):
     def result(place):
         case = {
@@ -139,6 +147,7 @@ def layer_file(folder, rng):
 MAKERS = {
     "sweep": (sweep_file, 5),  # curves, sizes, and a map for each method that two settings were varied of
     "demo": (demo_file, 2),
+    "table": (table_file, 2),
     "bench": (bench_file, 1),
     "comparison": (comparison_file, 1),
     "inspection": (inspection_file, 2),
@@ -192,6 +201,29 @@ def test_nothing_reaches_beyond_the_edge(kind, tmp_path, rng):
     assert tight.y1 < height + margin
 
 
+@pytest.mark.parametrize("kind", MAKERS)
+def test_no_figure_is_a_strip_and_no_text_covers_another_thing(kind, tmp_path, rng):
+    """Labels are no longer than the axis they name, and no legend lies over its axes, where curves and bars are."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure = draw_file(MAKERS[kind][0](tmp_path, rng))
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    FigureCanvasAgg(figure).draw()
+    figure.draw(renderer)
+    width, height = figure.get_size_inches()
+    assert width / height < 3.2
+    for ax in figure.axes:
+        inside = ax.get_window_extent(renderer)
+        y_label, x_label = (axis.label.get_window_extent(renderer) for axis in (ax.yaxis, ax.xaxis))
+        assert y_label.height <= 1.05 * inside.height
+        assert x_label.width <= 1.4 * inside.width  # it may reach below the labels of the other axis
+        legend = ax.get_legend()
+        if legend is not None:
+            box = legend.get_window_extent(renderer)
+            assert box.y1 <= inside.y0, "the legend covers what is drawn"
+            assert box.width <= figure.bbox.width
+
+
 @pytest.mark.parametrize("suffix", ["png", "svg"])
 def test_command_writes_the_same_file_again(suffix, tmp_path, rng):
     path, runner = demo_file(tmp_path, rng), CliRunner()
@@ -243,7 +275,8 @@ def test_sweep_map_shows_the_best_over_what_else_varies(tmp_path, rng):
 def test_metric_of_curves(tmp_path, rng):
     assert len(panels(draw_file(curves_file(tmp_path, rng), metric="val_accuracy"))) == 1
     assert len(panels(draw_file(history_file(tmp_path, rng), metric="accuracy"))) == 1
-    for make in (curves_file, history_file, sweep_file):
+    assert len(panels(draw_file(table_file(tmp_path, rng), metric="test_accuracy"))) == 1
+    for make in (curves_file, history_file, sweep_file, table_file):
         with pytest.raises(FormatError, match="speed"):
             draw_file(make(tmp_path, rng), metric="speed")
 
