@@ -119,13 +119,82 @@ def save_pickles(tmp_path, rng):
         yield {"name": f"pickled {name}", "folder": str(folder), "code": code}
 
 
+def save_for_peft(tmp_path, rng):
+    folder = in_folder(tmp_path, "peft folder")
+
+    def network():
+        hidden = nblora.Dense.random(7, 6, activation="tanh", dtype="float64", seed=1)
+        return nblora.Sequential({"hidden": hidden, "head": nblora.Dense.random(6, 5, dtype="float64", seed=2)})
+
+    model = network().adapt("hidden", rank=2, modules_to_save="head", seed=0)
+    model.set_parameter("hidden.lora_B", rng.normal(size=(2, 6)))
+    model.set_parameter("head.bias", rng.normal(size=5))
+    nblora.save_peft(model, folder / "adapter")
+    network().save(folder / "base")
+    x = rng.normal(size=(3, 7))
+    np.save(folder / "x.npy", x)
+    np.save(folder / "y.npy", model.eval()(x))
+    code = "loaded = nblora.load_peft('adapter', nblora.load('base')).eval()" + SAME
+    yield {"name": "PEFT folder onto a model", "folder": str(folder), "code": code}
+
+    folder = in_folder(tmp_path, "merged folder")
+    layer = nblora.FullyConnected(rng.normal(size=(6, 7)), rng.normal(size=6))
+    adapter = make_adapter(rng, nblora.LoRAAdapter, layer)
+    keep(folder, adapter, rng)
+    nblora.save_peft(adapter, folder / "adapter", name="proj")
+    (folder / "base" / "1_Pooling").mkdir(parents=True)
+    (folder / "base" / "1_Pooling" / "config.json").write_text("{}")
+    weights = {"proj.weight": layer.weight, "proj.bias": layer.bias}
+    nblora.formats.write_safetensors(folder / "base" / "model.safetensors", weights)
+    nblora.merge(folder / "base", folder / "adapter", folder / "merged")
+    code = """
+from nblora.formats import SafetensorsFile
+assert os.path.exists('merged/1_Pooling/config.json')
+assert nblora.verify('merged', 'adapter', 'base').exit_code == 0
+with SafetensorsFile('merged/model.safetensors') as file:
+    loaded = nblora.FullyConnected(file.read('proj.weight'), file.read('proj.bias')).eval()
+np.testing.assert_allclose(loaded(np.load('x.npy')), np.load('y.npy'), rtol=0, atol=1e-12)
+"""
+    yield {"name": "merged folder", "folder": str(folder), "code": code}
+    code = "loaded = nblora.load_peft('adapter', 'base', dtype='float64')['proj'].eval()" + SAME
+    yield {"name": "PEFT folder with its checkpoint", "folder": str(folder), "code": code}
+
+
+def save_estimators_and_results(tmp_path, rng):
+    pytest.importorskip("sklearn")
+    from nblora.estimators import LoRAClassifier, LoRARegressor
+    from nblora.sweep import Sweep, split_data
+
+    X = rng.normal(size=(40, 6)).astype("float32")
+    for kind, y in ((LoRAClassifier, X[:, 0] > 0), (LoRARegressor, X[:, 0])):
+        folder = in_folder(tmp_path, kind.__name__)
+        fitted = kind(rank=2, max_iter=2, random_state=0).fit(X, y)
+        (folder / "pickle").write_bytes(pickle.dumps(fitted))
+        fitted.model_.save(folder / "model")
+        np.save(folder / "x.npy", X)
+        np.save(folder / "y.npy", fitted.predict(X))
+        code = "loaded = pickle.load(open('pickle', 'rb')).predict" + SAME
+        code += "assert type(nblora.load('model')).__name__ == 'Sequential'"
+        yield {"name": kind.__name__, "folder": str(folder), "code": code}
+    pytest.importorskip("matplotlib")
+    folder = in_folder(tmp_path, "results")
+    data = split_data(X, (X[:, 0] > 0).astype(int))
+    Sweep.grid(data, {"rank": [1], "seed": [0, 1]}, {"epochs": 1}).run(folder / "sweep.jsonl", workers=1)
+    make_adapter(rng).save(folder / "adapter.safetensors")
+    code = "from nblora.plots import draw_file\ndraw_file('{}')"
+    for name in ("sweep.jsonl", "adapter.safetensors"):
+        yield {"name": f"figure of {name}", "folder": str(folder), "code": code.format(name)}
+
+
 def failures(jobs, tmp_path):
     (tmp_path / "jobs.json").write_text(json.dumps(list(jobs)))
     done = run(LOADER, tmp_path / "jobs.json", tmp_path)
     return json.loads(done.stdout), done.stderr
 
 
-@pytest.mark.parametrize("save", [save_layers, save_checkpoint, save_pickles])
+@pytest.mark.parametrize(
+    "save", [save_layers, save_checkpoint, save_pickles, save_for_peft, save_estimators_and_results]
+)
 def test_another_process_loads_what_this_one_saved(save, tmp_path, rng):
     failed, text = failures(save(tmp_path, rng), tmp_path)
     assert failed == [], text

@@ -133,3 +133,13 @@ def test_update_readme_puts_a_table_between_the_marks(tmp_path):
         assert "| Full |" not in written
         assert written.startswith("# nblora\n")
         assert written.endswith("Apache License 2.0.\n")
+
+
+def test_the_first_screen_says_who_should_take_something_else():
+    first = "\n".join((ROOT / "README.md").read_text(encoding="utf-8").splitlines()[:25])
+    assert "**Take nblora** where" in first
+    assert "**Take [PEFT]" in first
+
+
+def test_no_figure_of_a_busy_machine_is_shown_to_users():
+    assert "do not hold" not in (ROOT / "README.md").read_text(encoding="utf-8")
