@@ -84,7 +84,7 @@ class AtEnd:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, kind: Any, *_: object) -> None:
+    def __exit__(self, kind: Any, *rest: object) -> None:
         if kind is None and self._failed:
             return
         interrupt: BaseException | None = None
