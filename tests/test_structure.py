@@ -164,6 +164,33 @@ def test_everything_public_has_a_docstring():
     assert missing == []
 
 
+# --- arguments ---------------------------------------------------------------------------------------------------
+
+
+MOST_ARGUMENTS = 10
+
+
+def is_public(path, name):
+    """Public API: what users call by keyword. Kernels and backends are nobody's API but the layers'."""
+    inside = path.relative_to(PACKAGE).parts
+    return not name.startswith("_") and inside[0] not in ("kernels", "backends")
+
+
+def test_nothing_private_takes_more_than_ten_arguments():
+    """Constructors and public functions with options by keyword may; what is launched on a GPU gets its operands one by
+    one, and lies in rooms called cuda."""
+    long = []
+    for path in SOURCES:
+        if "cuda" in path.relative_to(PACKAGE).with_suffix("").parts:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.name != "__init__" and not is_public(path, node.name):
+                names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+                if len(set(names) - {"self", "cls"}) > MOST_ARGUMENTS:
+                    long.append(f"{path.relative_to(PACKAGE)}: {node.name} takes {len(names)}")
+    assert long == []
+
+
 # --- backends ----------------------------------------------------------------------------------------------------
 
 

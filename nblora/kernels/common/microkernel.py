@@ -15,6 +15,8 @@ operand of anything real. Each element of C is one chain of fused multiply-adds 
 height and width, so results do not depend on how rows and columns were dealt out.
 """
 
+from typing import NamedTuple
+
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -26,6 +28,37 @@ from .machine import ROW_STRIDE, TILE_ROWS, VECTOR_BITS
 I8P, I32, I64 = ir.IntType(8).as_pointer(), ir.IntType(32), ir.IntType(64)
 LINE = 64
 """Bytes of a cache line."""
+
+
+class At(NamedTuple):
+    """A place in a flat array."""
+
+    array: object
+    at: int
+
+
+class Tile(NamedTuple):
+    """What a register tile computes: its size, the pitch of C and of B, and whether C is added to."""
+
+    depth: int
+    stride: int
+    accumulate: bool
+    height: int
+    vectors: int
+    b_pitch: int
+
+
+class Ahead(NamedTuple):
+    """What a tile fetches: rows of two arrays and a stream; the byte of a row to begin at, its bytes, the bytes from
+    row to row, and the steps after which a line of each is fetched."""
+
+    rows: At
+    other: At
+    stream: At
+    first: int
+    row_bytes: int
+    pitch: int
+    chunk: int
 
 
 def vector_of(scalar) -> ir.VectorType:
@@ -54,6 +87,23 @@ def splat(builder, value, vector):
 def element_pointer(context, builder, array_type, array, at):
     """Pointer to element `at` of a one-dimensional contiguous array."""
     return builder.gep(context.make_array(array_type)(context, builder, array).data, [at])
+
+
+def operands_of(context, builder, kind, value):
+    """The LLVM operands of an argument: of a tuple those of its fields in turn, of one with a place `at` pointers to
+    that element of each of its arrays."""
+    if isinstance(kind, types.BaseNamedTuple):
+        fields = dict(zip(kind.fields, zip(kind.types, cgutils.unpack_tuple(builder, value), strict=True), strict=True))
+        place = fields.pop("at", None)
+        for field, held in fields.values():
+            if isinstance(field, types.Array):
+                yield element_pointer(context, builder, field, held, place[1])
+            else:
+                yield from operands_of(context, builder, field, held)
+    elif isinstance(kind, types.Boolean):
+        yield cgutils.as_bool_bit(builder, value)
+    else:
+        yield value
 
 
 def load_vector(builder, pointer, index, vector):
@@ -156,11 +206,7 @@ def _emit_tile(builder, function, scalar, height, width, steps):
 
 
 def _tile_type(scalar):
-    """(A, B, C, depth, stride of C, accumulate, height, width, pitch of B, what is ahead) -> nothing.
-
-    What is ahead: rows of two arrays and a stream of bytes; the byte of a row to begin at, its bytes, the bytes from
-    row to row, and the steps after which a line of each is fetched.
-    """
+    """The operands of `tile`, one after the other, as `operands_of` hands them over -> nothing."""
     pointer = scalar.as_pointer()
     operands = [pointer, pointer, pointer, I64, I64, ir.IntType(1), I64, I64, I64]
     return ir.FunctionType(ir.VoidType(), [*operands, pointer, pointer, pointer, I64, I64, I64, I64])
@@ -196,27 +242,14 @@ def _tile_address(steps):
     return address
 
 
-def _tile(
-    typing_context, function, depth, height, width, a, a_at, b, b_at, b_pitch, c, c_at, stride, accumulate,
-    ahead, ahead_at, other, other_at, stream, stream_at, first, row_bytes, pitch, chunk,
-):  # fmt: skip
-    n = types.int64
-    signature = types.void(n, n, n, n, a, n, b, n, n, c, n, n, types.boolean, ahead, n, other, n, stream, n, n, n, n, n)
-
+def _tile(typing_context, function, a, b, c, size, ahead):
     def generate(context, builder, signature, args):
-        function, depth, height, width, a, a_at, b, b_at, b_pitch, c, c_at, stride, accumulate = args[:13]
-        ahead, ahead_at, other, other_at, stream, stream_at, *path = args[13:]
-        kinds = signature.args
-        places = (4, a, a_at), (6, b, b_at), (9, c, c_at)
-        places += (13, ahead, ahead_at), (15, other, other_at), (17, stream, stream_at)
-        pointers = [element_pointer(context, builder, kinds[index], array, at) for index, array, at in places]
-        code = builder.inttoptr(function, _tile_type(context.get_value_type(c_type.dtype)).as_pointer())
-        flag = builder.icmp_unsigned("!=", accumulate, accumulate.type(0))
-        builder.call(code, [*pointers[:3], depth, stride, flag, height, width, b_pitch, *pointers[3:], *path])
+        code = builder.inttoptr(args[0], _tile_type(context.get_value_type(c.types[0].dtype)).as_pointer())
+        pairs = list(zip(signature.args, args, strict=True))[1:]
+        builder.call(code, [each for pair in pairs for each in operands_of(context, builder, *pair)])
         return context.get_dummy_value()
 
-    c_type = c
-    return signature, generate
+    return types.void(types.int64, a, b, c, size, ahead), generate
 
 
 def _lanes(typing_context, array):
@@ -239,9 +272,8 @@ once = intrinsic(_once)
 lanes = intrinsic(_lanes)
 """lanes(array): elements of the array's dtype in one vector."""
 tile = intrinsic(_tile)
-"""tile(function, depth, height, width, a, a_at, b, b_at, b_pitch, c, c_at, stride, accumulate,
-ahead, ahead_at, other, other_at, stream, stream_at, first, row_bytes, pitch, chunk): see `_tile_type`; `_at` counts
-elements."""
+"""tile(function, a, b, c, size, ahead): C (+)= A·B, with the address of one of `tile_functions`; a, b and c are `At`,
+the others `Tile` and `Ahead`."""
 _rows_address, _steps_address = intrinsic(_tile_address(False)), intrinsic(_tile_address(True))
 
 

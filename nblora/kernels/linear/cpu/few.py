@@ -6,12 +6,15 @@ parts of the result Z at once (outputs of FullyConnected, inputs of Dense); sums
 apart for each job and added up in the order of jobs, so that results repeat bit for bit. Z is packed in panels.
 """
 
+from typing import NamedTuple
+
 from nblora.kernels.common.jit import part
 from nblora.kernels.common.machine import GROUP
-from nblora.kernels.common.microkernel import once
+from nblora.kernels.common.microkernel import At, once
 from nblora.kernels.common.rows import accumulate_row, combine_row
 from nblora.kernels.common.vectors import copy_group, copy_pair
 
+from .packing import Block, plain
 from .products import panel_width
 from .rowtiles import (
     DESCEND,
@@ -19,6 +22,11 @@ from .rowtiles import (
     DOT_SAMPLES,
     MOMENTUM,
     STORE,
+    Counts,
+    PairAhead,
+    Rows,
+    RowsAhead,
+    Rule,
     dot_rows,
     sum_rows,
     update_rows,
@@ -40,6 +48,21 @@ SHORT = 32
 """Features below which a block is not cut further."""
 PACKED, LOW, SUMMED, DRAWN = range(4)
 """Counters of forward and sweep: jobs done of the first three kinds, then jobs drawn, by kind and share."""
+
+
+class Pair(NamedTuple):
+    """Two stored arrays, V and D, or one of them twice; or scratch for what is left of whole panels of each."""
+
+    V: object
+    D: object
+
+
+class Outer(NamedTuple):
+    """Samples whose products G[p, q] = Σ_n L[n, p] R[n, q] are; L in groups, R in panels, both of every feature."""
+
+    L: object
+    R: object
+    samples: int
 
 
 @part
@@ -133,9 +156,10 @@ def unpack_panels(out, Z, f0, f1):
 
 
 @part
-def _copy_edge(edge, S, D, c, combined, p, rows, height, q0, q1):
-    """M[p + r, q] for `rows` rows and the last columns, with zeros up to `height` rows of a panel."""
+def _copy_edge(edge, M, block, height):
+    """The last columns of some rows of M, with zeros up to `height` rows of a panel."""
     once()
+    (S, D, c, combined), (p, _, q0, q1), rows = M, block, block.p1 - block.p0
     width = panel_width(edge)
     for r in range(height):
         for k in range(width):
@@ -146,62 +170,69 @@ def _copy_edge(edge, S, D, c, combined, p, rows, height, q0, q1):
 
 
 @part
-def add_sums(tiles, S, D, c, combined, p0, p1, q0, q1, L, l_at, Z, samples, edge, ahead, ahead_at):
-    """Z[n, q] += Σ_p L[n, p] M[p, q] for p0 <= p < p1, q0 <= q < q1; p0 begins a group, q0 a block.
+def add_sums(tiles, M, block, L, Z, samples, edge, ahead):
+    """Z[n, q] += Σ_p L[n, p] M[p, q] for a block of M whose rows begin a group, and columns a block; Z begins with it.
 
-    Meanwhile the rows of `ahead` from `ahead_at` on are fetched, or where that is negative the next rows of M.
+    Meanwhile the rows of M's shape from the place `ahead` on are fetched, or where that is negative the next rows of M.
     """
-    weight, delta, following = S.reshape(-1), D.reshape(-1), ahead.reshape(-1)
-    other = following
+    (S, D, c, combined), (p0, p1, q0, q1) = M, block
+    weight, delta, following = S.reshape(-1), D.reshape(-1), ahead.array.reshape(-1)
+    other, place = following, ahead.at
     pitch, width = S.shape[1], panel_width(Z)
     panels, at = (q1 - q0) // width, p0 * S.shape[1] + q0
-    if ahead_at < 0:
-        following, other, ahead_at = weight, delta, at + GROUP * pitch
+    if place < 0:
+        following, other, place = weight, delta, at + GROUP * pitch
     groups, variant, rest = (p1 - p0) // GROUP, 2 + combined, (p1 - p0) % GROUP
-    begin = l_at + p0 * samples
-    sum_rows(
-        tiles[0], variant, weight, delta, at, pitch, c, L, begin, Z, 0, samples, panels, groups,
-        following, other, ahead_at,
-    )  # fmt: skip
+    begin, target = L.at + p0 * samples, At(Z, 0)
+    rows, counts, fetched = (
+        Rows(weight, delta, at, pitch),
+        Counts(samples, panels, groups),
+        PairAhead(following, other, place),
+    )
+    sum_rows(tiles[0], variant, rows, c, At(L.array, begin), target, counts, fetched)
     for r in range(rest):
-        row, of = at + (groups * GROUP + r) * pitch, begin + groups * GROUP * samples + r
-        sum_rows(tiles[0], combined, weight, delta, row, pitch, c, L, of, Z, 0, samples, panels, 1, weight, delta, row)
+        row, of = at + (groups * GROUP + r) * pitch, At(L.array, begin + groups * GROUP * samples + r)
+        rows, counts, fetched = (
+            Rows(weight, delta, row, pitch),
+            Counts(samples, panels, 1),
+            PairAhead(weight, delta, row),
+        )
+        sum_rows(tiles[0], combined, rows, c, of, target, counts, fetched)
     if panels * width < q1 - q0:
+        rows, counts, fetched = Rows(edge, edge, 0, width), Counts(samples, 1, 1), PairAhead(edge, edge, 0)
         for p in range(p0, p1, GROUP):
-            _copy_edge(edge, S, D, c, combined, p, min(GROUP, p1 - p), GROUP, q0 + panels * width, q1)
-            to, of = panels * width * samples, l_at + p * samples
-            sum_rows(tiles[0], 2, edge, edge, 0, width, c, L, of, Z, to, samples, 1, 1, edge, edge, 0)
+            _copy_edge(edge, M, Block(p, min(p + GROUP, p1), q0 + panels * width, q1), GROUP)
+            to, of = At(Z, panels * width * samples), At(L.array, L.at + p * samples)
+            sum_rows(tiles[0], 2, rows, c, of, to, counts, fetched)
 
 
 @part
-def _dot_tiles(
-    tile, W, D, at, pitch, c, combined, height, R, r_at, Z, z_at, samples, panels, ahead, ahead_at, ahead_pitch
-):
-    width = panel_width(Z)
+def _dot_tiles(tile, rows, c, combined, height, R, Z, counts, ahead):
+    """Z[n, p] += Σ_q M[p, q] R[n, q] for all samples and `height` rows, 1 or `DOT_ROWS`."""
+    width, samples = panel_width(Z.array), counts.samples
     count = (samples + DOT_SAMPLES - 1) // DOT_SAMPLES
     n = 0
     for t in range(count):
         size = (samples - n + count - t - 1) // (count - t)
         variant = 2 * ((DOT_SAMPLES if height == DOT_ROWS else 0) + size - 1) + combined
-        to = z_at + n * width
-        dot_rows(
-            tile, variant, W, D, at, pitch, c, R, r_at + n * width, Z, to, samples, panels,
-            ahead, ahead_at, ahead_pitch,
-        )  # fmt: skip
+        of, to = At(R.array, R.at + n * width), At(Z.array, Z.at + n * width)
+        dot_rows(tile, variant, rows, c, of, to, counts, ahead)
         n += size
 
 
 @part
-def add_dots(tiles, S, D, c, combined, p, rows, q0, q1, R, r_at, Z, z_at, samples, scratch, ahead, ahead_at):
-    """Z[n, p + r] += Σ_q M[p + r, q] R[n, q] for r < rows <= `DOT_ROWS`, q0 <= q < q1, all in one panel of Z at `z_at`.
+def add_dots(tiles, M, block, R, Z, samples, scratch, ahead):
+    """Z[n, p + r] += Σ_q M[p + r, q] R[n, q] for a block of at most `DOT_ROWS` rows of M, all in one panel of Z.
 
-    Meanwhile the elements of `ahead` from `ahead_at` on are fetched, row by row of M's length. Where several tiles of
-    samples need the rows W + c D, these are combined in scratch once.
+    Meanwhile the elements of `ahead` are fetched, row by row of M's length. Where several tiles of samples need the
+    rows W + c D, these are combined in scratch once.
     """
+    (S, D, c, combined), (p, p1, q0, q1) = M, block
     weight, delta = S.reshape(-1), D.reshape(-1)
-    pitch, width = S.shape[1], panel_width(Z)
-    panels, at, row_pitch = (q1 - q0) // width, p * S.shape[1] + q0, S.shape[1]
-    r_at += q0 * samples
+    pitch, width, rows = S.shape[1], panel_width(Z.array), p1 - p
+    panels, at = (q1 - q0) // width, p * S.shape[1] + q0
+    counts, R = Counts(samples, panels, 0), At(R.array, R.at + q0 * samples)
+    fetched = RowsAhead(ahead.array, ahead.at, pitch)
     if panels and combined and samples > DOT_SAMPLES:
         row_pitch = panels * width
         rows_held = scratch[COMBINED:]
@@ -211,45 +242,32 @@ def add_dots(tiles, S, D, c, combined, p, rows, q0, q1, R, r_at, Z, z_at, sample
                 rows_held[r * row_pitch : (r + 1) * row_pitch],
                 weight[begin : begin + row_pitch], delta[begin : begin + row_pitch], c,
             )  # fmt: skip
-        _add_dots(
-            tiles, rows_held, rows_held, 0, row_pitch, c, False, rows, R, r_at, Z, z_at, samples, panels,
-            ahead, ahead_at, pitch,
-        )  # fmt: skip
+        _add_dots(tiles, Rows(rows_held, rows_held, 0, row_pitch), c, False, rows, R, Z, counts, fetched)
     elif panels:
-        _add_dots(
-            tiles, weight, delta, at, pitch, c, combined, rows, R, r_at, Z, z_at, samples, panels,
-            ahead, ahead_at, pitch,
-        )  # fmt: skip
+        _add_dots(tiles, Rows(weight, delta, at, pitch), c, combined, rows, R, Z, counts, fetched)
     if panels * width < q1 - q0:
-        _copy_edge(scratch, S, D, c, combined, p, rows, DOT_ROWS, q0 + panels * width, q1)
-        r_at += panels * width * samples
-        _dot_tiles(
-            tiles[1], scratch, scratch, 0, width, c, False, DOT_ROWS, R, r_at, Z, z_at, samples, 1, scratch, 0, 0
-        )  # fmt: skip
+        _copy_edge(scratch, M, Block(p, p1, q0 + panels * width, q1), DOT_ROWS)
+        edge, of = Rows(scratch, scratch, 0, width), At(R.array, R.at + panels * width * samples)
+        _dot_tiles(tiles[1], edge, c, False, DOT_ROWS, of, Z, Counts(samples, 1, 0), RowsAhead(scratch, 0, 0))
 
 
 @part
-def _add_dots(
-    tiles, W, D, at, pitch, c, combined, rows, R, r_at, Z, z_at, samples, panels, ahead, ahead_at, ahead_pitch
-):
+def _add_dots(tiles, matrix, c, combined, rows, R, Z, counts, ahead):
     if rows == DOT_ROWS:
-        _dot_tiles(
-            tiles[1], W, D, at, pitch, c, combined, rows, R, r_at, Z, z_at, samples, panels,
-            ahead, ahead_at, ahead_pitch,
-        )  # fmt: skip
+        _dot_tiles(tiles[1], matrix, c, combined, rows, R, Z, counts, ahead)
         return
+    array, other, at, pitch = matrix
     for r in range(rows):
-        _dot_tiles(
-            tiles[1], W, D, at + r * pitch, pitch, c, combined, 1, R, r_at, Z, z_at + r, samples, panels, ahead, 0, 0
-        )  # fmt: skip
+        row, to = Rows(array, other, at + r * pitch, pitch), At(Z.array, Z.at + r)
+        _dot_tiles(tiles[1], row, c, combined, 1, R, to, counts, RowsAhead(ahead.array, 0, 0))
 
 
 @part
-def _move_edge(edge, S, p, rows, q0, q1, back):
+def _move_edge(edge, S, block, back):
     """Copy the last columns of some rows to the edge, or back."""
     once()
-    width = panel_width(edge)
-    for r in range(rows):
+    (p, p1, q0, q1), width = block, panel_width(edge)
+    for r in range(p1 - p):
         for k in range(q1 - q0):
             if back:
                 S[p + r, q0 + k] = edge[r * width + k]
@@ -258,73 +276,55 @@ def _move_edge(edge, S, p, rows, q0, q1, back):
 
 
 @part
-def use_gradient(
-    tiles, kind, V, D, p, rows, q0, q1, L, l_at, R, r_at, samples, momentum, gain, lr, edge, other_edge, ahead, other
-):
-    """Use G[p + r, q] = Σ_n L[n, p + r] R[n, q] for a group of rows and q0 <= q < q1, as `update_rows` says.
+def use_gradient(tiles, kind, target, block, outer, rule, edges, ahead):
+    """Use G of a group of rows, a block of both arrays of the target, as `update_rows` says.
 
-    Meanwhile the following rows of `ahead` and `other` are fetched, of the shape of V.
+    Meanwhile the following rows of both arrays `ahead` are fetched, of the same shape.
     """
+    (V, D), (p, p1, q0, q1), samples = target, block, outer.samples
     velocity, delta = V.reshape(-1), D.reshape(-1)
-    following, beside = ahead.reshape(-1), other.reshape(-1)
-    pitch, width = V.shape[1], panel_width(L)
+    pitch, width, rows = V.shape[1], panel_width(outer.L.array), p1 - p
     panels, at = (q1 - q0) // width, p * V.shape[1] + q0
-    l_at += p * samples
-    r_at += q0 * samples
+    L, R = At(outer.L.array, outer.L.at + p * samples), At(outer.R.array, outer.R.at + q0 * samples)
+    counts = Counts(samples, panels, 0)
     if rows == GROUP:
-        update_rows(
-            tiles[2], 3 + kind, velocity, delta, at, pitch, L, l_at, R, r_at, samples, panels, momentum, gain, lr,
-            following, beside, at + GROUP * pitch,
-        )  # fmt: skip
+        following = PairAhead(ahead.V.reshape(-1), ahead.D.reshape(-1), at + GROUP * pitch)
+        update_rows(tiles[2], 3 + kind, Rows(velocity, delta, at, pitch), L, R, counts, rule, following)
     else:
         for r in range(rows):
-            row = at + r * pitch
-            update_rows(
-                tiles[2], kind, velocity, delta, row, pitch, L, l_at + r, R, r_at, samples, panels, momentum, gain, lr,
-                velocity, delta, row,
-            )  # fmt: skip
+            row, of = at + r * pitch, At(L.array, L.at + r)
+            here, none = Rows(velocity, delta, row, pitch), PairAhead(velocity, delta, row)
+            update_rows(tiles[2], kind, here, of, R, counts, rule, none)
     if panels * width < q1 - q0:
-        q = q0 + panels * width
-        _move_edge(edge, V, p, rows, q, q1, False)
+        rest = Block(p, p1, q0 + panels * width, q1)
+        _move_edge(edges.V, V, rest, False)
         if kind == MOMENTUM:
-            _move_edge(other_edge, D, p, rows, q, q1, False)
-        update_rows(
-            tiles[2], 3 + kind, edge, other_edge, 0, width, L, l_at, R, r_at + panels * width * samples, samples, 1,
-            momentum, gain, lr, edge, other_edge, 0,
-        )  # fmt: skip
-        _move_edge(edge, V, p, rows, q, q1, True)
+            _move_edge(edges.D, D, rest, False)
+        of, here = At(R.array, R.at + panels * width * samples), Rows(edges.V, edges.D, 0, width)
+        none = PairAhead(edges.V, edges.D, 0)
+        update_rows(tiles[2], 3 + kind, here, L, of, Counts(samples, 1, 0), rule, none)
+        _move_edge(edges.V, V, rest, True)
         if kind == MOMENTUM:
-            _move_edge(other_edge, D, p, rows, q, q1, True)
+            _move_edge(edges.D, D, rest, True)
 
 
 @part
-def use_gradients(task, p, rows, q0, q1, L, l_at, R, r_at, samples, edge, other_edge):
+def use_gradients(task, block, outer, edges):
     """Use G of a group of rows wherever a sweep asks for it."""
     kind = task.gx.dtype.type
-    zero, one, tiles = kind(0), kind(1), task.row_tiles
-    following = task.S if task.input_gradient else task.V  # the input gradient reads S and D before the update does
+    zero, tiles = kind(0), task.row_tiles
+    # The input gradient reads the rows of S and D before the update does.
+    ahead, weights = Pair(task.S if task.input_gradient else task.V, task.D), Pair(task.S, task.S)
     if task.has_delta and task.update:
-        momentum, gain, lr = kind(task.momentum), kind((1 - task.momentum) * task.c), kind(task.delta_lr)
-        use_gradient(
-            tiles, MOMENTUM, task.V, task.D, p, rows, q0, q1, L, l_at, R, r_at, samples, momentum, gain, lr,
-            edge, other_edge, following, task.D,
-        )  # fmt: skip
+        rule = Rule(kind(task.momentum), kind((1 - task.momentum) * task.c), kind(task.delta_lr))
+        use_gradient(tiles, MOMENTUM, Pair(task.V, task.D), block, outer, rule, edges, ahead)
     elif task.has_delta:
-        gain = kind(task.c)
-        use_gradient(
-            tiles, STORE, task.dD, task.dD, p, rows, q0, q1, L, l_at, R, r_at, samples, zero, gain, zero,
-            edge, other_edge, task.S, task.D,
-        )  # fmt: skip
+        rule = Rule(zero, kind(task.c), zero)
+        use_gradient(tiles, STORE, Pair(task.dD, task.dD), block, outer, rule, edges, Pair(task.S, task.D))
     if task.train and task.update:
-        use_gradient(
-            tiles, DESCEND, task.S, task.S, p, rows, q0, q1, L, l_at, R, r_at, samples, zero, kind(-task.lr), zero,
-            edge, other_edge, task.S, task.S,
-        )  # fmt: skip
+        use_gradient(tiles, DESCEND, weights, block, outer, Rule(zero, kind(-task.lr), zero), edges, weights)
     elif task.train:
-        use_gradient(
-            tiles, STORE, task.dW, task.dW, p, rows, q0, q1, L, l_at, R, r_at, samples, zero, one, zero,
-            edge, other_edge, task.S, task.S,
-        )  # fmt: skip
+        use_gradient(tiles, STORE, Pair(task.dW, task.dW), block, outer, Rule(zero, kind(1), zero), edges, weights)
 
 
 @part
@@ -368,27 +368,25 @@ def add_partial_sums(packed, at, size, jobs, f0, f1, samples):
 
 
 @part
-def low_job(tiles, F, f_at, features, scaling, R, r_at, low, groups, groups_at, r0, edge):
+def low_job(tiles, F, features, scaling, R, low, groups, r0, edge):
     """low[n, r] = s Σ_f R[n, f] F[r, f] for up to `DOT_ROWS` r from r0 on, as rows and in groups.
 
     F in rows of `features`; R in panels; low [N, rank]; what fills up the last group is set to zero.
     """
     N, rank = low.shape
-    rows, width = min(DOT_ROWS, rank - r0), panel_width(R)
+    rows, width = min(DOT_ROWS, rank - r0), panel_width(R.array)
     totals = edge[DOT_ROWS * width :]
     for n in range(N):
         for r in range(DOT_ROWS):
             totals[n * width + r] = 0
-    matrix, zero = F[f_at : f_at + rank * features].reshape(rank, features), low.dtype.type(0)
-    add_dots(
-        tiles, matrix, matrix, zero, False, r0, rows, 0, features, R, r_at, totals, 0, N, edge,
-        F, f_at + (r0 + rows) * features,
-    )  # fmt: skip
+    matrix, zero = F.array[F.at : F.at + rank * features].reshape(rank, features), low.dtype.type(0)
+    ahead, block = At(F.array, F.at + (r0 + rows) * features), Block(r0, r0 + rows, 0, features)
+    add_dots(tiles, plain(matrix), block, R, At(totals, 0), N, edge, ahead)
     for r in range(r0, r0 + rows):
-        at = groups_at + place(r, N, GROUP)
+        at = groups.at + place(r, N, GROUP)
         for n in range(N):
-            low[n, r] = groups[at + n * GROUP] = scaling * totals[n * width + r - r0]
-    for r in range(rank, padded(rank, R) if r0 + rows == rank else rank):
-        at = groups_at + place(r, N, GROUP)
+            low[n, r] = groups.array[at + n * GROUP] = scaling * totals[n * width + r - r0]
+    for r in range(rank, padded(rank, R.array) if r0 + rows == rank else rank):
+        at = groups.at + place(r, N, GROUP)
         for n in range(N):
-            groups[at + n * GROUP] = zero
+            groups.array[at + n * GROUP] = zero

@@ -9,6 +9,7 @@ from nblora.kernels.common.atomics import draw, fetch_add, wait_for
 from nblora.kernels.common.functions import activate_row
 from nblora.kernels.common.jit import kernel, part
 from nblora.kernels.common.machine import GROUP
+from nblora.kernels.common.microkernel import At
 from nblora.kernels.common.threads import entry, launch
 
 from .few import (
@@ -32,6 +33,7 @@ from .few import (
     sum_jobs,
     unpack_panels,
 )
+from .packing import Block, Matrix, plain
 from .products import panel_width, scratch_work
 from .rowtiles import DOT_ROWS
 
@@ -70,31 +72,29 @@ def _pack(task, f0, f1):
 def _sum_job(task, job, block, edge):
     """Dense: the part of x M that belongs to a block of rows of M."""
     (N, inputs), outputs = task.x.shape, task.y.shape[1]
-    packed, p0 = task.packed, min(job * block, inputs)
+    packed, p0, p1 = task.packed, min(job * block, inputs), min(job * block + block, inputs)
+    M = Matrix(task.S, task.D, task.y.dtype.type(task.c), task.has_delta)
     at = _places(task)[3] + job * padded(outputs, packed) * N
     begin_panels(packed[at:], N, 0, padded(outputs, packed), task.bias, task.has_bias and job == 0)
     span = span_of(N, packed)
     for q0 in range(0, outputs, span):
         q1 = min(q0 + span, outputs)
-        add_sums(
-            task.row_tiles, task.S, task.D, task.y.dtype.type(task.c), task.has_delta, p0, min(p0 + block, inputs),
-            q0, q1, packed, 0, packed[at + q0 * N :], N, edge, task.S, -1,
-        )  # fmt: skip
+        Z = packed[at + q0 * N :]
+        add_sums(task.row_tiles, M, Block(p0, p1, q0, q1), At(packed, 0), Z, N, edge, At(task.S, -1))
 
 
 @part
 def _dots(task, o0, o1, Z, edge):
     """FullyConnected: Z = b + x M for a block of rows of M."""
-    (N, inputs), S, c, at = task.x.shape, task.S, task.y.dtype.type(task.c), _places(task)[0]
+    (N, inputs), at, ahead = task.x.shape, _places(task)[0], task.S.reshape(-1)
+    M = Matrix(task.S, task.D, task.y.dtype.type(task.c), task.has_delta)
     span, width = span_of(N, Z), panel_width(Z)
     begin_panels(Z, N, o0, o1, task.bias, task.has_bias)
     for q0 in range(0, inputs, span):
         for p in range(o0, o1, DOT_ROWS):
-            to, following = place(p - o0, N, width), (p + DOT_ROWS) * inputs + q0
-            add_dots(
-                task.row_tiles, S, task.D, c, task.has_delta, p, min(DOT_ROWS, o1 - p), q0, min(q0 + span, inputs),
-                task.packed, at, Z, to, N, edge, S.reshape(-1), following,
-            )  # fmt: skip
+            block = Block(p, min(p + DOT_ROWS, o1), q0, min(q0 + span, inputs))
+            to, following = At(Z, place(p - o0, N, width)), At(ahead, (p + DOT_ROWS) * inputs + q0)
+            add_dots(task.row_tiles, M, block, At(task.packed, at), to, N, edge, following)
 
 
 @part
@@ -108,10 +108,8 @@ def _output_job(task, o0, o1, jobs, Z, edge):
         add_partial_sums(packed, at, padded(outputs, packed) * N, jobs, o0, o1, N)
         Z = packed[at + o0 * N :]
     if task.has_low_rank:
-        zero = B.dtype.type(0)
-        add_sums(
-            task.row_tiles, B, B, zero, False, 0, B.shape[0], o0, o1, packed, u_at, Z, N, edge, B, -1
-        )  # fmt: skip
+        block = Block(0, B.shape[0], o0, o1)
+        add_sums(task.row_tiles, plain(B), block, At(packed, u_at), Z, N, edge, At(B, -1))
     unpack_panels(task.z, Z, o0, o1)
     if task.activation != elementwise.IDENTITY:
         for n in range(N):
@@ -135,14 +133,12 @@ def few_forward_worker(task, worker, workers):
     rank = task.u.shape[1]
     lows = (rank + DOT_ROWS - 1) // DOT_ROWS if task.has_low_rank else 0
     _, low_at, u_at, _, A_at = _places(task)
+    A, x, u = At(task.packed, A_at), At(task.packed, low_at), At(task.packed, u_at)
     while True:
         job = draw(task.counters, DRAWN + workers, lows, worker, workers)
         if job < 0:
             break
-        low_job(
-            task.row_tiles, task.packed, A_at, inputs, Z.dtype.type(task.s), task.packed, low_at, task.u, task.packed,
-            u_at, job * DOT_ROWS, edge,
-        )  # fmt: skip
+        low_job(task.row_tiles, A, inputs, Z.dtype.type(task.s), x, task.u, u, job * DOT_ROWS, edge)
         fetch_add(task.counters, LOW, 1)
     jobs = 0 if task.transposed else sum_jobs(inputs, workers)
     rows = sum_block(inputs, max(jobs, 1))

@@ -9,6 +9,7 @@ from nblora.kernels.common.atomics import draw, fetch_add, wait_for
 from nblora.kernels.common.functions import slope_row
 from nblora.kernels.common.jit import kernel, part
 from nblora.kernels.common.machine import GROUP
+from nblora.kernels.common.microkernel import At
 from nblora.kernels.common.threads import entry, launch
 
 from .few import (
@@ -17,6 +18,8 @@ from .few import (
     PACK,
     PACKED,
     SUMMED,
+    Outer,
+    Pair,
     add_dots,
     add_partial_sums,
     add_sums,
@@ -33,6 +36,7 @@ from .few import (
     unpack_panels,
     use_gradients,
 )
+from .packing import Block, Matrix, plain
 from .products import panel_width, scratch_work
 from .rowtiles import DOT_ROWS
 from .sweep import factor_job, factor_jobs
@@ -81,51 +85,54 @@ def _pack_x(task, f0, f1):
 
 
 @part
-def _rows_job(task, i0, i1, Z, edge, other_edge):
+def _matrix(task):
+    return Matrix(task.S, task.D, task.gx.dtype.type(task.c), task.has_delta)
+
+
+@part
+def _rows_job(task, i0, i1, Z, edges):
     """Dense: gz Mᵀ for some rows of M, and their gradient."""
-    (N, outputs), width = task.gz.shape, panel_width(Z)
-    S, D, c, packed, x_at = task.S, task.D, task.gx.dtype.type(task.c), task.packed, _places(task)[1]
-    span, pitch = span_of(N, Z), S.shape[1]
-    velocity = task.V.reshape(-1) if task.has_delta and task.update else S.reshape(-1)
+    (N, outputs), width, packed, edge = task.gz.shape, panel_width(Z), task.packed, edges.V
+    span, pitch = span_of(N, Z), task.S.shape[1]
+    velocity = task.V.reshape(-1) if task.has_delta and task.update else task.S.reshape(-1)
     step = 0 if task.has_delta and task.update else DOT_ROWS
+    gz = At(packed, 0)
+    outer = Outer(At(packed, _places(task)[1]), gz, N)
     for q0 in range(0, outputs, span):
         q1 = min(q0 + span, outputs)
         for i in range(i0, i1, GROUP):
             end = min(i + GROUP, i1)
             for p in range(i, end if task.input_gradient else i, DOT_ROWS):
-                at = place(p - i0, N, width)
-                add_dots(
-                    task.row_tiles, S, D, c, task.has_delta, p, min(DOT_ROWS, end - p), q0, q1, packed, 0, Z, at, N,
-                    edge, velocity, (p + step) * pitch + q0,
-                )  # fmt: skip
-            use_gradients(task, i, end - i, q0, q1, packed, x_at, packed, 0, N, edge, other_edge)
+                to, ahead = At(Z, place(p - i0, N, width)), At(velocity, (p + step) * pitch + q0)
+                block = Block(p, min(p + DOT_ROWS, end), q0, q1)
+                add_dots(task.row_tiles, _matrix(task), block, gz, to, N, edge, ahead)
+            use_gradients(task, Block(i, end, q0, q1), outer, edges)
 
 
 @part
-def _sum_job(task, job, block, edge, other_edge):
+def _sum_job(task, job, block, edges):
     """FullyConnected: the part of gz M that belongs to a block of rows of M, and their gradient."""
-    (N, outputs), inputs = task.gz.shape, task.x.shape[1]
-    S, D, c, packed, (gz_at, x_at, _, at, _) = task.S, task.D, task.gx.dtype.type(task.c), task.packed, _places(task)
+    (N, outputs), inputs, packed = task.gz.shape, task.x.shape[1], task.packed
+    gz_at, x_at, _, at, _ = _places(task)
     at += job * padded(inputs, packed) * N
     begin_panels(packed[at:], N, 0, padded(inputs, packed), task.db, False)
-    span, pitch, has_gradient = span_of(N, packed), S.shape[1], task.has_delta or task.train
-    ahead = task.V if task.has_delta and task.update else S
-    end = min(job * block + block, outputs)
+    span, pitch, has_gradient = span_of(N, packed), task.S.shape[1], task.has_delta or task.train
+    following = task.V if task.has_delta and task.update else task.S
+    end, gz = min(job * block + block, outputs), At(packed, gz_at)
+    outer = Outer(gz, At(packed, x_at), N)
     for q0 in range(0, inputs, span):
         q1, Z = min(q0 + span, inputs), packed[at + q0 * N :]
         for o in range(job * block, end, GROUP if has_gradient else block):
-            last = min(o + GROUP, end) if has_gradient else end
+            rows = Block(o, min(o + GROUP, end) if has_gradient else end, q0, q1)
             if task.input_gradient:
-                add_sums(
-                    task.row_tiles, S, D, c, task.has_delta, o, last, q0, q1, packed, gz_at, Z, N, edge,
-                    ahead, o * pitch + q0 if has_gradient else -1,
-                )  # fmt: skip
+                ahead = At(following, o * pitch + q0 if has_gradient else -1)
+                add_sums(task.row_tiles, _matrix(task), rows, gz, Z, N, edges.V, ahead)
             if has_gradient:
-                use_gradients(task, o, last - o, q0, q1, packed, gz_at, packed, x_at, N, edge, other_edge)
+                use_gradients(task, rows, outer, edges)
 
 
 @part
-def _input_job(task, i0, i1, low_jobs, sums, Z, edge, other_edge):
+def _input_job(task, i0, i1, low_jobs, sums, Z, edges):
     """The input gradient of a block of inputs; for Dense also the gradient of these rows of M."""
     (N, inputs), rank, packed = task.x.shape, task.t.shape[1], task.packed
     _, _, t_at, at, A_at = _places(task)
@@ -134,13 +141,12 @@ def _input_job(task, i0, i1, low_jobs, sums, Z, edge, other_edge):
         Z = packed[at + i0 * N :]
     else:
         begin_panels(Z, N, i0, i1, task.db, False)
-        _rows_job(task, i0, i1, Z, edge, other_edge)
+        _rows_job(task, i0, i1, Z, edges)
     if task.has_low_rank and task.input_gradient and not task.masked:
         wait_for(task.counters, LOW, low_jobs)
-        At = packed[A_at : A_at + rank * inputs].reshape(rank, inputs)
-        add_sums(
-            task.row_tiles, At, At, At.dtype.type(0), False, 0, rank, i0, i1, packed, t_at, Z, N, edge, At, -1
-        )  # fmt: skip
+        columns = packed[A_at : A_at + rank * inputs].reshape(rank, inputs)
+        block = Block(0, rank, i0, i1)
+        add_sums(task.row_tiles, plain(columns), block, At(packed, t_at), Z, N, edges.V, At(columns, -1))
     if task.input_gradient:
         unpack_panels(task.gx, Z, i0, i1)
 
@@ -158,7 +164,7 @@ def _pack_job(task, job, gz_packs):
 def few_sweep_worker(task, worker, workers):
     """Draw jobs until none is left."""
     work = scratch_work(task.scratch[worker], task.tile_rows, task.tile_steps)
-    Z, edge, other_edge = work.c, work.a, work.b
+    Z, edges = work.c, Pair(work.a, work.b)
     (N, inputs), outputs, rank = task.x.shape, task.gz.shape[1], task.t.shape[1]
     gz_packs = (outputs + PACK - 1) // PACK
     packs = gz_packs + (inputs + PACK - 1) // PACK
@@ -169,16 +175,13 @@ def few_sweep_worker(task, worker, workers):
         _pack_job(task, job, gz_packs)
         fetch_add(task.counters, PACKED, 1)
     wait_for(task.counters, PACKED, packs)
-    t_at = _places(task)[2]
+    B, gz, low = At(task.B.reshape(-1), 0), At(task.packed, 0), At(task.packed, _places(task)[2])
     lows = (rank + DOT_ROWS - 1) // DOT_ROWS if task.has_low_rank else 0
     while True:
         job = draw(task.counters, DRAWN + workers, lows, worker, workers)
         if job < 0:
             break
-        low_job(
-            task.row_tiles, task.B.reshape(-1), 0, outputs, Z.dtype.type(task.s), task.packed, 0, task.t, task.packed,
-            t_at, job * DOT_ROWS, edge,
-        )  # fmt: skip
+        low_job(task.row_tiles, B, outputs, Z.dtype.type(task.s), gz, task.t, low, job * DOT_ROWS, edges.V)
         fetch_add(task.counters, LOW, 1)
     wanted = task.input_gradient or task.has_delta or task.train
     sums = sum_jobs(outputs, workers) if task.transposed and wanted else 0
@@ -187,7 +190,7 @@ def few_sweep_worker(task, worker, workers):
         job = draw(task.counters, DRAWN + 2 * workers, sums, worker, workers)
         if job < 0:
             break
-        _sum_job(task, job, rows, edge, other_edge)
+        _sum_job(task, job, rows, edges)
         fetch_add(task.counters, SUMMED, 1)
     wait_for(task.counters, SUMMED, sums)
     block = block_of(inputs, N, workers, Z)
@@ -196,7 +199,7 @@ def few_sweep_worker(task, worker, workers):
         job = draw(task.counters, DRAWN + 3 * workers, blocks, worker, workers)
         if job < 0:
             break
-        _input_job(task, job * block, min(job * block + block, inputs), lows, sums, Z, edge, other_edge)
+        _input_job(task, job * block, min(job * block + block, inputs), lows, sums, Z, edges)
     wait_for(task.counters, LOW, lows)
     factors = factor_jobs(task)
     while True:

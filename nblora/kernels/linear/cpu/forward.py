@@ -14,10 +14,11 @@ from nblora.kernels.common.machine import BLOCK, DEPTH, ROW_STRIDE, TILE_ROWS
 from nblora.kernels.common.rows import add_row, copy_row
 from nblora.kernels.common.threads import entry, launch
 
-from .packing import pack_columns_transposed, pack_rows
+from .packing import Block, Matrix, pack_columns_transposed, pack_rows, plain
 from .products import (
     C_STRIDE,
     Packed,
+    Samples,
     across_rows,
     along_rows,
     block_at,
@@ -108,23 +109,22 @@ def _prepare(task, n0, n1, size, work):
         if task.transposed:
             pack_columns_transposed(packed.array[at + start * DEPTH :], x, k, end, n0, n1)
         else:
-            pack_rows(packed.array[at + start * ROW_STRIDE :], x, x, s, False, n0, n1, k, end)
+            pack_rows(packed.array[at + start * ROW_STRIDE :], plain(x), n0, n1, k, end)
     if not task.has_low_rank:
         return
     x, A = task.x_low, task.A
-    inner, rank = A.shape
+    (inner, rank), samples = A.shape, Samples(n0, n1, size)
     if task.masked:
         packed = Packed(task.packed, 0, 0, 0)
     for r in range(0, rank, BLOCK):
         end = min(r + BLOCK, rank)
         if task.transposed:
-            factor_across_rows(work, True, A, r, end, x, packed, n0, n1, size)
+            factor_across_rows(work, True, A, r, end, x, packed, samples)
             transpose_block(work.g, work.c, end - r, n1 - n0)
             store_block(task.u, n0, n1, r, end, work.g, s)
         else:
-            along_rows(
-                work, True, x, packed, n0, n1, size, A, A, s, False, r, end, 0, inner, -1, nothing_next(A, work.b)
-            )
+            block, none = Block(0, inner, r, end), nothing_next(A, work.b)
+            along_rows(work, True, x, packed, samples, plain(A), block, -1, none)
             store_block(task.u, n0, n1, r, end, work.c, s)
 
 
@@ -143,26 +143,28 @@ def _activate_block(task, n0, n1, o0, o1, c):
 
 
 @part
-def _dense_job(task, n0, n1, size, o0, o1, work):
+def _dense_job(task, samples, o0, o1, work):
+    n0, n1, size = samples
     c, none = task.y.dtype.type(task.c), nothing_next(task.S, task.packed)
     if task.has_base:
-        S, D, packed = task.S, task.D, _packing(task, size)
-        along_rows(work, True, task.x, packed, n0, n1, size, S, D, c, task.has_delta, o0, o1, 0, S.shape[0], -1, none)
+        M, packed = Matrix(task.S, task.D, c, task.has_delta), _packing(task, size)
+        along_rows(work, True, task.x, packed, samples, M, Block(0, task.S.shape[0], o0, o1), -1, none)
     if task.has_low_rank:
         B, packed = task.B, Packed(task.packed, 0, 0, 0)
-        first = not task.has_base
-        along_rows(work, first, task.u, packed, n0, n1, size, B, B, c, False, o0, o1, 0, B.shape[0], -1, none)
+        block = Block(0, B.shape[0], o0, o1)
+        along_rows(work, not task.has_base, task.u, packed, samples, plain(B), block, -1, none)
     for n in range(n0, n1, size):
         _activate_block(task, n, min(n + size, n1), o0, o1, work.c[block_at(n0, n, size) :])
 
 
 @part
-def _fully_connected_job(task, n0, n1, size, o0, o1, work):
-    c, none = task.y.dtype.type(task.c), nothing_next(task.S, task.packed)
-    S, D, packed = task.S, task.D, _packing(task, size)
-    across_rows(work, True, S, D, c, task.has_delta, o0, o1, task.x, packed, n0, n1, size, 0, S.shape[1], -1, none)
+def _fully_connected_job(task, samples, o0, o1, work):
+    n0, n1, size = samples
+    M, none = Matrix(task.S, task.D, task.y.dtype.type(task.c), task.has_delta), nothing_next(task.S, task.packed)
+    block, packed = Block(o0, o1, 0, task.S.shape[1]), _packing(task, size)
+    across_rows(work, True, M, block, task.x, packed, samples, -1, none)
     if task.has_low_rank:
-        factor_across_rows(work, False, task.B, o0, o1, task.u, Packed(task.packed, 0, 0, 0), n0, n1, size)
+        factor_across_rows(work, False, task.B, o0, o1, task.u, Packed(task.packed, 0, 0, 0), samples)
     for n in range(n0, n1, size):
         end = min(n + size, n1)
         transpose_block(work.g, work.c[block_at(n0, n, size) :], o1 - o0, end - n)
@@ -194,11 +196,11 @@ def forward_worker(task, worker, workers):
         if job < 0:
             break
         n0, o0 = job % rows * samples, job // rows * outputs
-        n1, o1 = min(N, n0 + samples), min(out, o0 + outputs)
+        of, o1 = Samples(n0, min(N, n0 + samples), size), min(out, o0 + outputs)
         if task.transposed:
-            _fully_connected_job(task, n0, n1, size, o0, o1, work)
+            _fully_connected_job(task, of, o0, o1, work)
         else:
-            _dense_job(task, n0, n1, size, o0, o1, work)
+            _dense_job(task, of, o0, o1, work)
 
 
 _entry = entry(forward_worker)

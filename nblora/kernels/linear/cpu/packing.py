@@ -5,6 +5,8 @@ a panel of B or of steps has `length` rows, `DEPTH` where not given. Lanes beyon
 follows in memory: they meet no real element.
 """
 
+from typing import NamedTuple
+
 from nblora.kernels.common.jit import part
 from nblora.kernels.common.machine import DEPTH, ROW_STRIDE, TILE_ROWS
 from nblora.kernels.common.microkernel import lanes, once
@@ -12,10 +14,35 @@ from nblora.kernels.common.rows import combine_row, copy_row
 from nblora.kernels.common.vectors import combine_pair, copy_pair, copy_vector, transpose_square
 
 
+class Matrix(NamedTuple):
+    """M = S + c·D where `combined`, else S; both stored, 2-D."""
+
+    S: object
+    D: object
+    c: object
+    combined: bool
+
+
+class Block(NamedTuple):
+    """Rows and columns of a matrix."""
+
+    p0: int
+    p1: int
+    q0: int
+    q1: int
+
+
 @part
-def pack_rows(a, S, D, scaling, combined, i0, i1, k0, k1):
+def plain(S):
+    """The matrix S alone."""
+    return Matrix(S, S, S.dtype.type(0), False)
+
+
+@part
+def pack_rows(a, M, i0, i1, k0, k1):
     """a[i·ROW_STRIDE + k] = M[i0 + i, k0 + k]."""
     once()
+    S, D, scaling, combined = M
     for i in range(i1 - i0):
         target, weight = a[i * ROW_STRIDE : i * ROW_STRIDE + k1 - k0], S[i0 + i, k0:k1]
         if combined:
@@ -59,9 +86,10 @@ def pack_steps(a, length, before, S, i0, i1, k0, k1):
 
 
 @part
-def pack_columns(b, length, before, S, D, scaling, combined, k0, k1, j0, j1):
+def pack_columns(b, length, before, M, k0, k1, j0, j1):
     """b[panel][before + k][j] = M[k0 + k, j0 + panel·width + j], width two vectors."""
     once()
+    S, D, scaling, combined = M
     width = 2 * lanes(b)
     weight, delta = S.reshape(-1), D.reshape(-1)
     whole = (j1 - j0) // width

@@ -16,11 +16,19 @@ from typing import NamedTuple
 
 from nblora.kernels.common.jit import part
 from nblora.kernels.common.machine import BLOCK, DEPTH, ROW_STRIDE, TILE_ROWS, VECTOR_BITS
-from nblora.kernels.common.microkernel import LINE, lanes, once, tile
+from nblora.kernels.common.microkernel import LINE, Ahead, At, Tile, lanes, once, tile
 from nblora.kernels.common.rows import scale_row
 from nblora.kernels.common.vectors import transpose_square
 
-from .packing import pack_columns, pack_columns_transposed, pack_rows, pack_rows_transposed, pack_steps
+from .packing import (
+    Matrix,
+    pack_columns,
+    pack_columns_transposed,
+    pack_rows,
+    pack_rows_transposed,
+    pack_steps,
+    plain,
+)
 
 C_STRIDE = BLOCK + VECTOR_BITS // 16
 PART = C_STRIDE * (BLOCK + VECTOR_BITS // 16)
@@ -53,17 +61,22 @@ class Packed(NamedTuple):
     block: int  # elements of a block
 
 
+class Samples(NamedTuple):
+    """The samples n0 <= n < n1, in blocks of `size`."""
+
+    n0: int
+    n1: int
+    size: int
+
+
 NOTHING, ROWS, COLUMNS, FETCHED = range(4)
 
 
 class Next(NamedTuple):
-    """What to do between tiles: pack M[p0:p1, q0:q1] in rows or in columns, or only fetch it; and a stream to fetch."""
+    """What to do between tiles: pack a block of M in rows or in columns, or only fetch it; and a stream to fetch."""
 
     how: int  # one of the four above
-    S: object  # 2-D
-    D: object  # 2-D
-    scaling: object
-    combined: bool
+    M: object  # Matrix
     p0: int
     p1: int
     q0: int
@@ -118,19 +131,19 @@ def operand_block(size, array):
 @part
 def nothing_next(S, target):
     """Nothing to do; the arrays are of the types that others have."""
-    return Next(NOTHING, S, S, target.dtype.type(0), False, 0, 0, 0, 0, target, target, 0, 0)
+    return stream_next(S, target, 0, 0)
 
 
 @part
 def fetch_next(S, D, p0, p1, q0, q1, stream, begin, count):
     """Fetch this block of both arrays, and a stream."""
-    return Next(FETCHED, S, D, stream.dtype.type(0), False, p0, p1, q0, q1, stream, stream, begin, count)
+    return Next(FETCHED, Matrix(S, D, stream.dtype.type(0), False), p0, p1, q0, q1, stream, stream, begin, count)
 
 
 @part
 def stream_next(S, stream, begin, count):
     """Fetch a stream."""
-    return Next(NOTHING, S, S, stream.dtype.type(0), False, 0, 0, 0, 0, stream, stream, begin, count)
+    return Next(NOTHING, plain(S), 0, 0, 0, 0, stream, stream, begin, count)
 
 
 @part
@@ -138,26 +151,26 @@ def piece_of(todo, index, count):
     """The part of the rows that belongs to one of `count` products, and the whole stream."""
     rows = todo.p1 - todo.p0
     p0, p1 = todo.p0 + rows * index // count, todo.p0 + rows * (index + 1) // count
-    how, S, D, scaling, combined, _, _, q0, q1, target, stream, begin, length = todo
+    how, M, _, _, q0, q1, target, stream, begin, length = todo
     offset = (p0 - todo.p0) * (ROW_STRIDE if how == ROWS else panel_width(target) if how == COLUMNS else 0)
-    return Next(how, S, D, scaling, combined, p0, p1, q0, q1, target[offset:], stream, begin, length)
+    return Next(how, M, p0, p1, q0, q1, target[offset:], stream, begin, length)
 
 
 @part
 def with_stream(todo, begin, count):
     """The same with another part of the stream."""
-    how, S, D, scaling, combined, p0, p1, q0, q1, target, stream, _, _ = todo
-    return Next(how, S, D, scaling, combined, p0, p1, q0, q1, target, stream, begin, count)
+    how, M, p0, p1, q0, q1, target, stream, _, _ = todo
+    return Next(how, M, p0, p1, q0, q1, target, stream, begin, count)
 
 
 @part
 def pack_weights(todo, p0, p1):
     """Pack the rows p0 <= p < p1 of what is to be packed."""
-    how, S, D, scaling, combined, begin, _, q0, q1, target, _, _, _ = todo
+    how, M, begin, _, q0, q1, target, _, _, _ = todo
     if how == ROWS:
-        pack_rows(target[(p0 - begin) * ROW_STRIDE :], S, D, scaling, combined, p0, p1, q0, q1)
+        pack_rows(target[(p0 - begin) * ROW_STRIDE :], M, p0, p1, q0, q1)
     elif how == COLUMNS:
-        pack_columns(target, DEPTH, p0 - begin, S, D, scaling, combined, p0, p1, q0, q1)
+        pack_columns(target, DEPTH, p0 - begin, M, p0, p1, q0, q1)
 
 
 @part
@@ -219,7 +232,7 @@ class Pace(NamedTuple):
 @part
 def pace_of(todo, p0, p1, flow, depth, calls):
     """The pace at which `calls` tiles of this depth fetch the rows p0 to p1."""
-    lines = ((todo.q1 - todo.q0) * todo.S.itemsize + LINE - 1) // LINE
+    lines = ((todo.q1 - todo.q0) * todo.M.S.itemsize + LINE - 1) // LINE
     share = ((p1 - p0) * lines + calls - 1) // calls
     return Pace(p0, p1, max(lines, 1), share, flow, max(depth // max(share, flow, 1), 1))
 
@@ -227,22 +240,21 @@ def pace_of(todo, p0, p1, flow, depth, calls):
 @part
 def stream_flow(todo, calls):
     """Lines of the stream that each of `calls` tiles fetches."""
-    return (todo.count * todo.S.itemsize // LINE + calls - 1) // calls
+    return (todo.count * todo.M.S.itemsize // LINE + calls - 1) // calls
 
 
 @part
-def _tile_at(function, depth, height, vectors, a, a_at, b, b_at, b_pitch, c, at, first, todo, begin, pace, call):
+def _tile_at(function, size, a, b, c, todo, begin, pace, call):
     """One register tile; of what is next it fetches the part of call number `call`, the stream from `begin` on."""
-    item, pitch = c.itemsize, todo.S.shape[1]
+    S, D = todo.M.S, todo.M.D
+    item, pitch = c.array.itemsize, S.shape[1]
     row = pace.share * call // pace.lines
     byte, row_bytes, row_pitch = (pace.share * call - row * pace.lines) * LINE, pace.lines * LINE, pitch * item
     if pace.p0 + row >= pace.p1:
         row, byte, row_bytes, row_pitch = 0, 0, 0, 0
     place, flowing = (pace.p0 + row) * pitch + todo.q0, begin + pace.flow * call * (LINE // item)
-    tile(
-        function, depth, height, vectors, a, a_at, b, b_at, b_pitch, c, at, C_STRIDE, not first,
-        todo.S, place, todo.D, place, todo.stream, flowing, byte, row_bytes, row_pitch, pace.chunk,
-    )  # fmt: skip
+    rows, other, stream = At(S, place), At(D, place), At(todo.stream, flowing)
+    tile(function, a, b, c, size, Ahead(rows, other, stream, byte, row_bytes, row_pitch, pace.chunk))
 
 
 @part
@@ -261,25 +273,33 @@ def _multiply_rows(work, a, b, rows, columns, depth, c, first, todo):
             height = (rows - i + tiles - t - 1) // (tiles - t)
             at = i * C_STRIDE + j * width
             a_at, b_at = i * ROW_STRIDE, j * width * DEPTH
-            _tile_at(
-                work.tile_rows, depth, height, vectors, a, a_at, b, b_at, width, c, at, first, todo, begin, pace, t
-            )  # fmt: skip
+            size = Tile(depth, C_STRIDE, not first, height, vectors, width)
+            _tile_at(work.tile_rows, size, At(a, a_at), At(b, b_at), At(c, at), todo, begin, pace, t)
             i += height
         pack_weights(todo, p0, p1)
 
 
+class Strip(NamedTuple):
+    """`height` rows from `row` on of A in steps, times the columns of B; both in panels of `length`."""
+
+    row: int
+    height: int
+    columns: int
+    depth: int
+    length: int
+
+
 @part
-def multiply_strip(work, l, r, length, i, height, columns, depth, g, at, first, todo, pace, call):
-    """G (+)= A·B for `height` rows from i on of A in steps, to `g` from `at` on; panels of `length`."""
+def multiply_strip(work, l, r, strip, g, first, todo, pace, call):
+    """G (+)= A·B for a strip, to the place `g`."""
     once()
+    i, height, columns, depth, length = strip
     width = panel_width(r)
     for j in range(0, columns, width):
         vectors = 1 if 2 * (columns - j) <= width else 2
         a_at, b_at = i * length, j * length
-        _tile_at(
-            work.tile_steps, depth, height, vectors, l, a_at, r, b_at, width, g, at + j, first,
-            todo, todo.begin, pace, call,
-        )  # fmt: skip
+        size, to = Tile(depth, C_STRIDE, not first, height, vectors, width), At(g.array, g.at + j)
+        _tile_at(work.tile_steps, size, At(l, a_at), At(r, b_at), to, todo, todo.begin, pace, call)
         call += 1
 
 
@@ -292,7 +312,8 @@ def multiply_steps(work, l, r, length, rows, columns, depth, g, first, todo):
     pace = pace_of(todo, todo.p0, todo.p1, stream_flow(todo, calls), depth, calls)
     for i in range(0, rows, TILE_ROWS):
         height, call = min(TILE_ROWS, rows - i), i // TILE_ROWS * panels
-        multiply_strip(work, l, r, length, i, height, columns, depth, g, i * C_STRIDE, first, todo, pace, call)
+        strip = Strip(i, height, columns, depth, length)
+        multiply_strip(work, l, r, strip, At(g, i * C_STRIDE), first, todo, pace, call)
 
 
 @part
@@ -305,28 +326,29 @@ def _meanwhile(todo, packed, samples, features, index, count):
 
 
 @part
-def along_rows(work, first, L, packed, n0, n1, size, S, D, scaling, combined, q0, q1, k0, k1, at, after):
-    """C[n, q] (+)= Σ_p L[n, p] M[p, q] for n0 <= n < n1 in blocks of `size`, q0 <= q < q1, k0 <= p < k1.
+def along_rows(work, first, L, packed, samples, M, block, at, after):
+    """C[n, q] (+)= Σ_p L[n, p] M[p, q] for these samples and this block of M.
 
     L is packed in rows, if at all; the first `DEPTH` rows of M at `at` of work.w, if that is not negative. `after` is
     to be done with the last steps.
     """
     once()
+    (n0, n1, size), (k0, k1, q0, q1) = samples, block
     count = (n1 - n0 + size - 1) // size
     if at < 0:
         at = 0
-        pack_columns(work.w, DEPTH, 0, S, D, scaling, combined, k0, min(k0 + DEPTH, k1), q0, q1)
+        pack_columns(work.w, DEPTH, 0, M, k0, min(k0 + DEPTH, k1), q0, q1)
     for k in range(k0, k1, DEPTH):
         end, todo = min(k + DEPTH, k1), after
         if end < k1:
             last, target, begin = min(end + DEPTH, k1), work.w[PART - at :], packed_at(packed, n0 // size, end // DEPTH)
-            todo = Next(COLUMNS, S, D, scaling, combined, end, last, q0, q1, target, packed.array, begin, packed.block)
+            todo = Next(COLUMNS, M, end, last, q0, q1, target, packed.array, begin, packed.block)
         for n in range(n0, n1, size):
             last, index, a = min(n + size, n1), (n - n0) // size, work.a
             if packed.block:
                 a = packed.array[packed_at(packed, n // size, k // DEPTH) + n % size * ROW_STRIDE :]
             else:
-                pack_rows(a, L, L, scaling, False, n, last, k, end)
+                pack_rows(a, plain(L), n, last, k, end)
             c, begins = work.c[index * PART :], first and k == k0
             meanwhile = _meanwhile(todo, packed, n // size, k // DEPTH, index, count)
             _multiply_rows(work, a, work.w[at:], last - n, q1 - q0, end - k, c, begins, meanwhile)
@@ -334,22 +356,23 @@ def along_rows(work, first, L, packed, n0, n1, size, S, D, scaling, combined, q0
 
 
 @part
-def across_rows(work, first, S, D, scaling, combined, p0, p1, R, packed, n0, n1, size, k0, k1, at, after):
-    """C[p, n] (+)= Σ_q M[p, q] R[n, q] for p0 <= p < p1, n0 <= n < n1 in blocks of `size`, k0 <= q < k1.
+def across_rows(work, first, M, block, R, packed, samples, at, after):
+    """C[p, n] (+)= Σ_q M[p, q] R[n, q] for this block of M and these samples.
 
     R is packed in transposed columns, if at all; the first `DEPTH` columns of M at `at` of work.w, if that is not
     negative. `after` is to be done with the last steps.
     """
     once()
+    (n0, n1, size), (p0, p1, k0, k1) = samples, block
     count = (n1 - n0 + size - 1) // size
     if at < 0:
         at = 0
-        pack_rows(work.w, S, D, scaling, combined, p0, p1, k0, min(k0 + DEPTH, k1))
+        pack_rows(work.w, M, p0, p1, k0, min(k0 + DEPTH, k1))
     for k in range(k0, k1, DEPTH):
         end, todo = min(k + DEPTH, k1), after
         if end < k1:
             last, target, begin = min(end + DEPTH, k1), work.w[PART - at :], packed_at(packed, n0 // size, end // DEPTH)
-            todo = Next(ROWS, S, D, scaling, combined, p0, p1, end, last, target, packed.array, begin, packed.block)
+            todo = Next(ROWS, M, p0, p1, end, last, target, packed.array, begin, packed.block)
         for n in range(n0, n1, size):
             last, index, b = min(n + size, n1), (n - n0) // size, work.b
             if packed.block:
@@ -363,9 +386,10 @@ def across_rows(work, first, S, D, scaling, combined, p0, p1, R, packed, n0, n1,
 
 
 @part
-def factor_along_rows(work, first, L, packed, n0, n1, size, F, q0, q1):
+def factor_along_rows(work, first, L, packed, samples, F, q0, q1):
     """C[n, q] (+)= Σ_r L[n, r] F[q, r]: the low-rank term of the input gradient, F = A, and t of gz, F = B."""
     once()
+    n0, n1, size = samples
     for k in range(0, F.shape[1], DEPTH):
         end = min(k + DEPTH, F.shape[1])
         pack_columns_transposed(work.b, F, k, end, q0, q1)
@@ -374,15 +398,16 @@ def factor_along_rows(work, first, L, packed, n0, n1, size, F, q0, q1):
             if packed.block:
                 a = packed.array[packed_at(packed, n // size, k // DEPTH) + n % size * ROW_STRIDE :]
             else:
-                pack_rows(a, L, L, a.dtype.type(0), False, n, last, k, end)
+                pack_rows(a, plain(L), n, last, k, end)
             c = work.c[block_at(n0, n, size) :]
             _multiply_rows(work, a, work.b, last - n, q1 - q0, end - k, c, first and k == 0, nothing_next(F, work.b))
 
 
 @part
-def factor_across_rows(work, first, F, p0, p1, R, packed, n0, n1, size):
+def factor_across_rows(work, first, F, p0, p1, R, packed, samples):
     """C[p, n] (+)= Σ_r F[r, p] R[n, r]: the low-rank term of the transposed forward, F = B, and u of x, F = A."""
     once()
+    n0, n1, size = samples
     for k in range(0, F.shape[0], DEPTH):
         end = min(k + DEPTH, F.shape[0])
         pack_rows_transposed(work.a, F, p0, p1, k, end)
@@ -415,22 +440,19 @@ def factor_gradient(work, T, r0, r1, X, q0, q1):
         todo = fetch_next(X, X, end, after, q0, q1, work.r, 0, 0) if end < N else none
         pack_steps(work.l, DEPTH, 0, T, r0, r1, n, end)
         if whole < q1 - q0:
-            pack_columns(work.r, DEPTH, 0, X, X, work.r.dtype.type(0), False, n, end, q0 + whole, q1)
+            pack_columns(work.r, DEPTH, 0, plain(X), n, end, q0 + whole, q1)
         calls = (r1 - r0 + TILE_ROWS - 1) // TILE_ROWS * panels
         pace, idle = pace_of(todo, todo.p0, todo.p1, 0, end - n, calls), pace_of(none, 0, 0, 0, end - n, 1)
         for i in range(0, r1 - r0, TILE_ROWS):
-            height, call, a_at, at = min(TILE_ROWS, r1 - r0 - i), i // TILE_ROWS * panels, i * DEPTH, i * C_STRIDE
+            height, call, at = min(TILE_ROWS, r1 - r0 - i), i // TILE_ROWS * panels, i * C_STRIDE
+            a = At(work.l, i * DEPTH)
             for j in range(0, whole, width):
                 vectors = 2 if j + width <= whole else 1
-                _tile_at(
-                    work.tile_steps, end - n, height, vectors, work.l, a_at, source, n * pitch + q0 + j, pitch,
-                    work.c, at + j, n == 0, todo, 0, pace, call + j // width,
-                )  # fmt: skip
+                size, b = Tile(end - n, C_STRIDE, n != 0, height, vectors, pitch), At(source, n * pitch + q0 + j)
+                _tile_at(work.tile_steps, size, a, b, At(work.c, at + j), todo, 0, pace, call + j // width)
             if whole < q1 - q0:
-                _tile_at(
-                    work.tile_steps, end - n, height, 1, work.l, a_at, work.r, 0, width,
-                    work.c, at + whole, n == 0, none, 0, idle, 0,
-                )  # fmt: skip
+                size, b = Tile(end - n, C_STRIDE, n != 0, height, 1, width), At(work.r, 0)
+                _tile_at(work.tile_steps, size, a, b, At(work.c, at + whole), none, 0, idle, 0)
         n += DEPTH
 
 

@@ -12,6 +12,8 @@ width of a panel, two vectors; L, whose elements are broadcast, has the width `G
 f begins at f·N in either format. Widths that do not divide the features are filled with zeros.
 """
 
+from typing import NamedTuple
+
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -22,10 +24,10 @@ from nblora.kernels.common.machine import GROUP, REGISTERS
 from nblora.kernels.common.microkernel import (
     I64,
     LINE,
-    element_pointer,
     element_size,
     fma_of,
     load_vector,
+    operands_of,
     prefetch_line,
     splat,
     store_vector,
@@ -37,6 +39,47 @@ DOT_SAMPLES = 5 if REGISTERS == 32 else 2
 """Rows and samples whose products `dot_rows` adds up in registers."""
 MOMENTUM, DESCEND, STORE = range(3)
 """What `update_rows` does with G: V = momentum·V + gain·G and D -= lr·V; V += gain·G; V = gain·G."""
+
+
+class Rows(NamedTuple):
+    """Rows of two flat arrays, W and D or V and D, from one element on, `pitch` elements apart."""
+
+    array: object
+    other: object
+    at: int
+    pitch: int
+
+
+class RowsAhead(NamedTuple):
+    """Rows of one flat array to be fetched."""
+
+    array: object
+    at: int
+    pitch: int
+
+
+class PairAhead(NamedTuple):
+    """Rows of two flat arrays to be fetched, at the pitch of those that are computed with."""
+
+    array: object
+    other: object
+    at: int
+
+
+class Counts(NamedTuple):
+    """How far a tile goes: samples, panels of a row, and where it has them groups of rows."""
+
+    samples: int
+    panels: int
+    groups: int
+
+
+class Rule(NamedTuple):
+    """V = momentum·V + gain·G and D -= lr·V, or as much of it as the kind of update asks for."""
+
+    momentum: object
+    gain: object
+    lr: object
 
 
 def _number(value):
@@ -110,7 +153,8 @@ class _Emitter:
         for start in range(0, self.width * element_size(self.scalar), LINE):
             prefetch_line(self.builder, self.builder.gep(pointer, [_number(start // element_size(self.scalar))]))
 
-    def sum_rows(self, height, combined, W, D, pitch, c, L, Z, samples, panels, groups, ahead, other):
+    def sum_rows(self, variant, operands):
+        (height, combined), (W, D, pitch, c, L, Z, samples, panels, groups, ahead, other) = variant, operands
         builder, factor = self.builder, self.splat(c)
 
         def group(g, _):
@@ -148,7 +192,8 @@ class _Emitter:
         _loop(builder, groups, [], group)
         builder.ret_void()
 
-    def dot_rows(self, height, count, combined, W, D, pitch, c, R, Z, samples, panels, ahead, ahead_pitch):
+    def dot_rows(self, variant, operands):
+        (height, count, combined), (W, D, pitch, c, R, Z, samples, panels, _, ahead, ahead_pitch) = variant, operands
         builder, factor = self.builder, self.splat(c)
         Ws, Ds = (_rows(builder, pointer, pitch, height) for pointer in (W, D))
         fetched = _rows(builder, ahead, ahead_pitch, height)
@@ -179,7 +224,8 @@ class _Emitter:
                 builder.store(builder.call(reduce, total, fastmath=("reassoc",)), target)
         builder.ret_void()
 
-    def update_rows(self, height, kind, V, D, pitch, L, R, samples, panels, momentum, gain, lr, ahead, other):
+    def update_rows(self, variant, operands):
+        (height, kind), (V, D, pitch, L, R, samples, panels, _, momentum, gain, lr, ahead, other) = variant, operands
         builder = self.builder
         keep, gain, back = self.splat(momentum), self.splat(gain), self.splat(builder.fneg(lr))
         Vs, Ds, *fetched = (_rows(builder, pointer, pitch, height) for pointer in (V, D, ahead, other))
@@ -234,8 +280,8 @@ def _operand_kinds(name, scalar):
     p = scalar.as_pointer()
     return {
         "sum_rows": [p, p, I64, scalar, p, p, I64, I64, I64, p, p],
-        "dot_rows": [p, p, I64, scalar, p, p, I64, I64, p, I64],
-        "update_rows": [p, p, I64, p, p, I64, I64, scalar, scalar, scalar, p, p],
+        "dot_rows": [p, p, I64, scalar, p, p, I64, I64, I64, p, I64],
+        "update_rows": [p, p, I64, p, p, I64, I64, I64, scalar, scalar, scalar, p, p],
     }[name]
 
 
@@ -252,7 +298,7 @@ def _tile_function(module, name, scalar):
         block = function.append_basic_block()
         switch.add_case(_number(number), block)
         builder.position_at_end(block)
-        getattr(_Emitter(builder, scalar), name)(*variant, *function.args[1:])
+        getattr(_Emitter(builder, scalar), name)(variant, function.args[1:])
     return function
 
 
@@ -267,49 +313,32 @@ def _address(name):
     return intrinsic(address)
 
 
-def _generator(name, pointers):
-    """Code that calls a tile at an address; `pointers`: each array's place among the arguments, and its offset's."""
+def _generator(name, scalar):
+    """Code that calls a tile at an address."""
 
     def generate(context, builder, signature, args):
-        scalar = context.get_value_type(signature.args[2].dtype)
-        offsets = set(pointers.values())
-        operands = []
-        for i, argument in enumerate(args[2:], 2):
-            if i in pointers:
-                operands.append(element_pointer(context, builder, signature.args[i], argument, args[pointers[i]]))
-            elif i not in offsets:
-                operands.append(argument)
-        kind = ir.FunctionType(ir.VoidType(), [I64, *_operand_kinds(name, scalar)])
+        pairs = list(zip(signature.args, args, strict=True))[2:]
+        operands = [each for pair in pairs for each in operands_of(context, builder, *pair)]
+        kind = ir.FunctionType(ir.VoidType(), [I64, *_operand_kinds(name, context.get_value_type(scalar))])
         builder.call(builder.inttoptr(args[0], kind.as_pointer()), [args[1], *operands])
         return context.get_dummy_value()
 
     return generate
 
 
-_n = types.int64
+def _sum_rows(typing_context, tile, variant, rows, c, L, Z, counts, ahead):
+    scalar = rows.types[0].dtype
+    return types.void(types.int64, types.int64, rows, scalar, L, Z, counts, ahead), _generator("sum_rows", scalar)
 
 
-def _sum_rows(
-    typing_context, tile, variant, W, D, at, pitch, c, L, l_at, Z, z_at, samples, panels, groups,
-    ahead, other, ahead_at,
-):  # fmt: skip
-    kinds = _n, _n, W, D, _n, _n, W.dtype, L, _n, Z, _n, _n, _n, _n, ahead, other, _n
-    return types.void(*kinds), _generator("sum_rows", {2: 4, 3: 4, 7: 8, 9: 10, 14: 16, 15: 16})
+def _dot_rows(typing_context, tile, variant, rows, c, R, Z, counts, ahead):
+    scalar = rows.types[0].dtype
+    return types.void(types.int64, types.int64, rows, scalar, R, Z, counts, ahead), _generator("dot_rows", scalar)
 
 
-def _dot_rows(
-    typing_context, tile, variant, W, D, at, pitch, c, R, r_at, Z, z_at, samples, panels, ahead, ahead_at, ahead_pitch
-):  # fmt: skip
-    kinds = _n, _n, W, D, _n, _n, W.dtype, R, _n, Z, _n, _n, _n, ahead, _n, _n
-    return types.void(*kinds), _generator("dot_rows", {2: 4, 3: 4, 7: 8, 9: 10, 13: 14})
-
-
-def _update_rows(
-    typing_context, tile, variant, V, D, at, pitch, L, l_at, R, r_at, samples, panels, momentum, gain, lr,
-    ahead, other, ahead_at,
-):  # fmt: skip
-    kinds = _n, _n, V, D, _n, _n, L, _n, R, _n, _n, _n, V.dtype, V.dtype, V.dtype, ahead, other, _n
-    return types.void(*kinds), _generator("update_rows", {2: 4, 3: 4, 6: 7, 8: 9, 15: 17, 16: 17})
+def _update_rows(typing_context, tile, variant, rows, L, R, counts, rule, ahead):
+    scalar = rows.types[0].dtype
+    return types.void(types.int64, types.int64, rows, L, R, counts, rule, ahead), _generator("update_rows", scalar)
 
 
 sum_rows, dot_rows, update_rows = intrinsic(_sum_rows), intrinsic(_dot_rows), intrinsic(_update_rows)

@@ -20,10 +20,11 @@ from nblora.kernels.common.atomics import draw, fetch_add, wait_for
 from nblora.kernels.common.functions import slope_row
 from nblora.kernels.common.jit import kernel, part
 from nblora.kernels.common.machine import BLOCK, DEPTH, ROW_STRIDE, TILE_ROWS
+from nblora.kernels.common.microkernel import At
 from nblora.kernels.common.rows import descend_row, momentum_row, scale_row
 from nblora.kernels.common.threads import entry, launch
 
-from .packing import pack_columns, pack_columns_transposed, pack_rows, pack_steps
+from .packing import Block, Matrix, pack_columns, pack_columns_transposed, pack_rows, pack_steps, plain
 from .products import (
     C_STRIDE,
     COLUMNS,
@@ -31,6 +32,8 @@ from .products import (
     ROWS,
     Next,
     Packed,
+    Samples,
+    Strip,
     across_rows,
     along_rows,
     block_at,
@@ -144,42 +147,41 @@ def _prepare(task, n0, n1, size, has_gradient, work):
         end = min(k + DEPTH, gz.shape[1])
         at, panels_at = packed_at(operand, block, k // DEPTH), packed_at(panels, block, k // DEPTH)
         if task.input_gradient and task.transposed:
-            pack_rows(operand.array[at + start * ROW_STRIDE :], gz, gz, s, False, n0, n1, k, end)
+            pack_rows(operand.array[at + start * ROW_STRIDE :], plain(gz), n0, n1, k, end)
         elif task.input_gradient:
             pack_columns_transposed(operand.array[at + start * DEPTH :], gz, k, end, n0, n1)
         if has_gradient and task.transposed:
             pack_steps(panels.array[panels_at:], size, start, gz, k, end, n0, n1)
         elif has_gradient:
-            pack_columns(panels.array[panels_at:], size, start, gz, gz, s, False, n0, n1, k, end)
+            pack_columns(panels.array[panels_at:], size, start, plain(gz), n0, n1, k, end)
     if not task.has_low_rank:
         return
-    rank, inner = task.B.shape
+    (rank, inner), samples = task.B.shape, Samples(n0, n1, size)
     for r in range(0, rank, BLOCK):
         end = min(r + BLOCK, rank)
         if task.transposed:
-            factor_along_rows(work, True, gz, operand, n0, n1, size, task.B, r, end)
+            factor_along_rows(work, True, gz, operand, samples, task.B, r, end)
             store_block(task.t, n0, n1, r, end, work.c, s)
         else:
-            B, none = task.B, nothing_next(task.B, work.b)
-            across_rows(work, True, B, B, s, False, r, end, gz, operand, n0, n1, size, 0, inner, -1, none)
+            rows, none = Block(r, end, 0, inner), nothing_next(task.B, work.b)
+            across_rows(work, True, plain(task.B), rows, gz, operand, samples, -1, none)
             transpose_block(work.g, work.c, end - r, n1 - n0)
             store_block(task.t, n0, n1, r, end, work.g, s)
 
 
 @part
-def _finish_input(task, n0, n1, size, i0, i1, work):
+def _finish_input(task, samples, i0, i1, work):
     """Add t Aᵀ to the blocks of the input gradient in C, and store them; C is transposed for a Dense layer."""
+    n0, n1, size = samples
     low = task.has_low_rank and not task.masked
     one = task.gx.dtype.type(1)
     if low:
         A, rank, none = task.A, task.A.shape[1], Packed(task.packed, 0, 0, 0)
         if task.transposed:
-            factor_along_rows(work, False, task.t, none, n0, n1, size, A, i0, i1)
+            factor_along_rows(work, False, task.t, none, samples, A, i0, i1)
         else:
-            begins = not task.has_base
-            across_rows(
-                work, begins, A, A, one, False, i0, i1, task.t, none, n0, n1, size, 0, rank, -1, nothing_next(A, work.b)
-            )
+            block, after = Block(i0, i1, 0, rank), nothing_next(A, work.b)
+            across_rows(work, not task.has_base, plain(A), block, task.t, none, samples, -1, after)
     elif not task.has_base:
         work.c[:] = 0
     for n in range(n0, n1, size):
@@ -192,13 +194,18 @@ def _finish_input(task, n0, n1, size, i0, i1, work):
 
 
 @part
-def _input_product(task, n0, n1, size, i0, i1, k0, k1, at, after, work):
-    """C (+)= gz Mᵀ over k0 <= k < k1 of the outputs; transposed, [in][n], for a Dense layer."""
-    S, D, c, combined, operand = task.S, task.D, task.gx.dtype.type(task.c), task.has_delta, _packing(task, size)[0]
+def _matrix(task):
+    return Matrix(task.S, task.D, task.gx.dtype.type(task.c), task.has_delta)
+
+
+@part
+def _input_product(task, samples, block, at, after, work):
+    """C (+)= gz Mᵀ over a block of M; transposed, [in][n], for a Dense layer."""
+    operand = _packing(task, samples.size)[0]
     if task.transposed:
-        along_rows(work, k0 == 0, task.gz, operand, n0, n1, size, S, D, c, combined, i0, i1, k0, k1, at, after)
+        along_rows(work, block.p0 == 0, task.gz, operand, samples, _matrix(task), block, at, after)
     elif task.has_base:
-        across_rows(work, k0 == 0, S, D, c, combined, i0, i1, task.gz, operand, n0, n1, size, k0, k1, at, after)
+        across_rows(work, block.q0 == 0, _matrix(task), block, task.gz, operand, samples, at, after)
 
 
 @part
@@ -232,7 +239,7 @@ def _fused_gradient(task, i0, i1, k0, k1, size, todo, work):
     panels = packing.array[packed_at(packing, 0, k0 // DEPTH) :]
     if k0 == 0:
         if task.transposed:
-            pack_columns(work.r, size, 0, task.x, task.x, work.r.dtype.type(0), False, 0, N, i0, i1)
+            pack_columns(work.r, size, 0, plain(task.x), 0, N, i0, i1)
         else:
             pack_steps(work.l, size, 0, task.x, i0, i1, 0, N)
     p0, p1, q0, q1, l, r = i0, i1, k0, k1, work.l, panels
@@ -243,7 +250,8 @@ def _fused_gradient(task, i0, i1, k0, k1, size, todo, work):
     pace = pace_of(todo, todo.p0, todo.p1, stream_flow(todo, calls), N, calls)
     for p in range(p0, p1, TILE_ROWS):
         height, call = min(TILE_ROWS, p1 - p), (p - p0) // TILE_ROWS * panels_across
-        multiply_strip(work, l, r, size, p - p0, height, q1 - q0, N, work.g, 0, True, todo, pace, call)
+        strip = Strip(p - p0, height, q1 - q0, N, size)
+        multiply_strip(work, l, r, strip, At(work.g, 0), True, todo, pace, call)
         _apply_gradient(task, p, p + height, q0, q1, work.g)
 
 
@@ -254,7 +262,7 @@ def _gradient_job(task, i0, i1, k0, k1, size, work):
     for n in range(0, max(N, 1), size):  # without samples G is zero, and used
         end = min(n + size, N)
         if task.transposed:
-            pack_columns(work.r, size, 0, task.x, task.x, work.r.dtype.type(0), False, n, end, i0, i1)
+            pack_columns(work.r, size, 0, plain(task.x), n, end, i0, i1)
         else:
             pack_steps(work.l, size, 0, task.x, i0, i1, n, end)
         for k in range(k0, k1, DEPTH):
@@ -276,36 +284,36 @@ def _gradient_job(task, i0, i1, k0, k1, size, work):
 
 
 @part
-def _cross_job(task, n0, n1, size, i0, i1, fused, work):
+def _cross_job(task, samples, i0, i1, fused, work):
     """A block of the input gradient; where `fused` also the rows or columns of V, D and W that belong to it."""
-    outputs, none = task.gz.shape[1], nothing_next(task.S, task.packed)
+    outputs, size, M, none = task.gz.shape[1], samples.size, _matrix(task), nothing_next(task.S, task.packed)
     if not fused:
-        _input_product(task, n0, n1, size, i0, i1, 0, outputs, -1, none, work)
+        whole = Block(0, outputs, i0, i1) if task.transposed else Block(i0, i1, 0, outputs)
+        _input_product(task, samples, whole, -1, none, work)
     operand, panels = _packing(task, size)
-    S, D, c, combined = task.S, task.D, task.gx.dtype.type(task.c), task.has_delta
     for k0 in range(0, outputs if fused else 0, DEPTH):
         k1 = min(k0 + DEPTH, outputs)
         end, block = min(k1 + DEPTH, outputs), k0 // DEPTH
         at, length = packed_at(panels, 0, block), panels.block
         here = block % 2 * PART
         target = work.w[PART - here :]
+        part_of_M = Block(k0, k1, i0, i1) if task.transposed else Block(i0, i1, k0, k1)
         # With the input product the next block of M is packed, with the gradient this block's V and D are fetched.
         if k1 == outputs:
             after = stream_next(task.S, task.packed, at, length)
         elif task.transposed:
-            after = Next(COLUMNS, S, D, c, combined, k1, end, i0, i1, target, task.packed, at, length)
+            after = Next(COLUMNS, M, k1, end, i0, i1, target, task.packed, at, length)
         else:
-            after = Next(ROWS, S, D, c, combined, i0, i1, k1, end, target, task.packed, at, length)
-        _input_product(task, n0, n1, size, i0, i1, k0, k1, here if k0 else -1, after, work)
+            after = Next(ROWS, M, i0, i1, k1, end, target, task.packed, at, length)
+        _input_product(task, samples, part_of_M, here if k0 else -1, after, work)
         at, length = packed_at(operand, 0, block + 1), operand.block
-        if not (task.update and task.has_delta):
-            after = stream_next(task.S, task.packed, at, length)
-        elif task.transposed:
-            after = fetch_next(task.V, D, k0, k1, i0, i1, task.packed, at, length)
+        if task.update and task.has_delta:
+            p0, p1, q0, q1 = part_of_M
+            after = fetch_next(task.V, task.D, p0, p1, q0, q1, task.packed, at, length)
         else:
-            after = fetch_next(task.V, D, i0, i1, k0, k1, task.packed, at, length)
+            after = stream_next(task.S, task.packed, at, length)
         _fused_gradient(task, i0, i1, k0, k1, size, after, work)
-    _finish_input(task, n0, n1, size, i0, i1, work)
+    _finish_input(task, samples, i0, i1, work)
 
 
 @part
@@ -401,7 +409,8 @@ def sweep_worker(task, worker, workers):
         if job < 0:
             break
         n0, i0 = job % groups * samples, job // groups * features
-        _cross_job(task, n0, min(N, n0 + samples), size, i0, min(inputs, i0 + features), fused, work)
+        of = Samples(n0, min(N, n0 + samples), size)
+        _cross_job(task, of, i0, min(inputs, i0 + features), fused, work)
         fetch_add(task.counters, CROSSED, 1)
     while True:
         job = draw(task.counters, DRAWN + 2 * workers, factors, worker, workers)
