@@ -12,10 +12,10 @@ from nblora.kernels.linear.cuda import gradients, vectors
 from nblora.kernels.linear.cuda.forward import FACTOR, HAS_BASE, HAS_LOW, KEEP, LOW, OUT, WEIGHT, X
 from nblora.kernels.linear.cuda.tiles import Tile
 from nblora.kernels.losses.cuda import losses
-from nblora.kernels.update.cuda import elementwise, sum_of_squares
+from nblora.kernels.update.cuda import elementwise, grouped
 
 from .device import Device, DeviceArray, open_device
-from .protocol import Array, Gradients, Operands, Saved, keeps_input
+from .protocol import Array, Gradients, LowRank, Number, Operands, Saved, keeps_input
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,9 @@ class Shapes:
     threads: int
     split: int = 256
 
+
+MOST_HELD = 64 << 20
+"""Bytes that put-off products may keep alive: where they are larger, one fills the device alone."""
 
 # NumPy puts a dtype's name together anew each time.
 NAMES = {np.dtype(name): name for name in ("float32", "float64")}
@@ -51,6 +54,22 @@ SIMULATED = {
 }
 
 
+class Pending:
+    """A number on the device: the sum of a few elements, which `read` or `float` brings to the host."""
+
+    __slots__ = ("begin", "buffer", "end")
+
+    def __init__(self, buffer: DeviceArray, begin: int, end: int) -> None:
+        self.buffer, self.begin, self.end = buffer, begin, end
+
+    def sum_of(self, host: np.ndarray) -> float:
+        """The number, from the buffer's values."""
+        return float(host[self.begin : self.end].sum())
+
+    def __float__(self) -> float:
+        return float(self.buffer.part(self.begin, self.end).copy_to_host().sum())
+
+
 class CUDABackend:
     """The operations of `protocol.Backend` on one GPU.
 
@@ -65,6 +84,11 @@ class CUDABackend:
         self._plain = SIMULATED if device.simulated else PLAIN
         self._shapes = TENSOR if precision == "tf32" else self._plain
         self._zero_biases: dict[Any, DeviceArray] = {}
+        self._numbers: tuple[DeviceArray, int] | None = None
+        self._products: list[tuple[Array, Array | None, Array, Array]] = []
+        self._rings = {np.dtype(kind): (device.empty((4096,), kind), 0) for kind in ("int64", "float64")}
+        self._held = 0
+        self._updates: list[tuple[str, list[Array], tuple[float, ...]]] = []
 
     # --- memory ------------------------------------------------------------------------------------------------
 
@@ -88,6 +112,8 @@ class CUDABackend:
 
     def release(self) -> None:
         """Free memory that nothing refers to any more."""
+        self._device.settle()
+        self._numbers = None
         self._device.release()
 
     def zeros_like(self, array: Array) -> Array:
@@ -237,6 +263,7 @@ class CUDABackend:
 
     def forward(self, x: Array, operands: Operands, mask: Array | None, keep: bool) -> tuple[Array, Saved | None]:
         """y = act(x (W + c D) + s (mask∘x) A B + b), and what backward needs where `keep`."""
+        self._device.settle()
         base, low_rank, _, code, _ = operands
         N = x.shape[0]
         outputs = low_rank.B.shape[1] if low_rank else base.weight.shape[0 if base.transposed else 1]  # type: ignore[union-attr]  # one of the two is there
@@ -343,14 +370,21 @@ class CUDABackend:
     ) -> tuple[Array, Gradients]:
         """gz, and every gradient but the dense ones: none of this changes a parameter."""
         base, low_rank, _, code, train = operands
-        gz = grad_output if saved.z is None else self._through_activation(grad_output, saved.z, code)
+        self._flush_updates()
+        t: Array | None = None
+        dA = dB = db = None
+        if saved.z is None:
+            gz = grad_output
+        elif low_rank and self._fits_narrow(grad_output, low_rank):
+            gz, t = self._through_and_down(grad_output, saved.z, code, low_rank)
+        else:
+            gz = self._through_activation(grad_output, saved.z, code)
         N, samples = gz.shape[0], saved.x
-        t = dA = dB = db = None
         if low_rank and N:
-            narrow = self._shapes[NAMES[gz.dtype]].narrow
-            t = self._project(gz, low_rank.B, True, low_rank.scaling)
-            dA = self._product(narrow, samples, False, t, False, 1.0, saved.mask)
-            dB = self._product(narrow, saved.low, False, gz, False, 1.0)
+            if t is None:
+                t = self._project(gz, low_rank.B, True, low_rank.scaling)
+            dA = self._factor_gradient(cast(Array, samples), t, saved.mask)
+            dB = self._factor_gradient(cast(Array, saved.low), gz)
         elif low_rank:
             dA, dB = self.zeros_like(low_rank.A), self.zeros_like(low_rank.B)
         if base and train and base.bias is not None:
@@ -365,6 +399,23 @@ class CUDABackend:
             kernel = elementwise(NAMES[z.dtype], threads).activation_gradient
             self._device.launch(kernel, self._blocks(z.size, threads), threads, grad_output, z, code, gz)
         return gz
+
+    def _fits_narrow(self, grad_output: Array, low_rank: LowRank) -> bool:
+        narrow = self._shapes[NAMES[grad_output.dtype]].narrow
+        return grad_output.shape[0] > 1 and low_rank.B.shape[0] <= narrow.columns
+
+    def _through_and_down(self, gy: Array, z: Array, code: int, low_rank: LowRank) -> tuple[Array, Array]:
+        """gz = gy ∘ act'(z) and t = s gz Bᵀ in one pass over gy."""
+        tile = self._shapes[NAMES[gy.dtype]].narrow
+        N, B = gy.shape[0], low_rank.B
+        grid, chunk = self._splits(tile, N, B.shape[0], gy.shape[1])
+        gz = self._device.empty(gy.shape, gy.dtype)
+        sums = self._device.empty((grid[2] * N, B.shape[0]), gy.dtype)
+        flags = _aligned(X, gy, tile, z, gz) | _aligned(WEIGHT, B, tile) | _aligned(OUT, sums, tile)
+        factor = gy.dtype.type(low_rank.scaling)
+        kernel = gradients.product_through(tile)
+        self._device.launch(kernel, grid, tile.threads, gy, z, gz, code, B, factor, flags, chunk, sums)
+        return gz, sums if grid[2] == 1 else self._finish(sums, N)
 
     def _bias_gradient(self, gz: Array) -> Array:
         aligned = int(gz.shape[1] % self._shapes[NAMES[gz.dtype]].wide.lanes == 0 and _base_aligned(gz))
@@ -409,6 +460,7 @@ class CUDABackend:
 
     def merge(self, operands: Operands) -> Array:
         """W + s A B + c D as a new stored array."""
+        self._device.settle()
         base, low_rank, delta, _, _ = operands
         weight, dtype = base.weight, base.weight.dtype  # type: ignore[union-attr]  # only what has a base is merged
         transposed = base.transposed  # type: ignore[union-attr]  # as above
@@ -439,13 +491,11 @@ class CUDABackend:
 
     def sgd_update(self, parameter: Array, gradient: Array, lr: float) -> None:
         """parameter -= lr gradient, in place."""
-        dtype = parameter.dtype
-        aligned = int(_base_aligned(parameter, gradient))
-        kernel = elementwise(NAMES[dtype], self._threads(parameter)).sgd
-        self._stride(kernel, parameter, gradient, dtype.type(lr), aligned)
+        self._put_off("sgd", [parameter, gradient], (lr,))
 
     def momentum_update(self, delta: Array, velocity: Array, gradient: Array, momentum: float, lr: float) -> None:
         """V = m V + (1-m) gradient; D -= lr V, in place."""
+        self._device.settle()
         number = delta.dtype.type
         aligned = int(_base_aligned(delta, velocity, gradient))
         kernel = elementwise(NAMES[delta.dtype], self._threads(delta)).momentum
@@ -467,62 +517,167 @@ class CUDABackend:
         """AdamW with decoupled decay, `step` counted from 1, in place."""
         b1, b2 = betas
         scalars = (1 - lr * weight_decay, lr / (1 - b1**step), b1, 1 - b1, b2, 1 - b2, 1 - b2**step, eps)
-        kernel = elementwise(NAMES[parameter.dtype], self._threads(parameter)).adamw
-        self._stride(kernel, parameter, gradient, first, second, *map(parameter.dtype.type, scalars))
+        self._put_off("adamw", [parameter, gradient, first, second], scalars)
 
     def add(self, target: Array, source: Array) -> None:
         """target += source, in place."""
+        self._device.settle()
         kernel = elementwise(NAMES[target.dtype], self._threads(target)).add
         self._stride(kernel, target, source, int(_base_aligned(target, source)))
 
     def scale(self, target: Array, factor: float) -> None:
         """target *= factor, in place."""
+        self._device.settle()
         kernel = elementwise(NAMES[target.dtype], self._threads(target)).times
         self._stride(kernel, target, target.dtype.type(factor), int(_base_aligned(target)))
 
     def sum_of_squares(self, array: Array) -> float:
         """Σ a², accumulated in float64."""
-        if not array.size:
-            return 0.0
-        threads = self._threads(array)
-        partial = self._device.empty((self._blocks(array.size, threads),), np.float64)
-        self._device.launch(sum_of_squares(threads), partial.size, threads, array, partial)
-        return float(partial.copy_to_host().sum())
+        return float(self.sums_of_squares([array])[0])
 
-    def sums_of_squares(self, arrays: Sequence[Array]) -> list[float]:
-        """Σ a² of each."""
-        return [self.sum_of_squares(array) for array in arrays]
+    def sums_of_squares(self, arrays: Sequence[Array]) -> list[Number]:
+        """Σ a² of each, in one launch."""
+        self._device.settle()
+        filled = [array for array in arrays if array.size]
+        if not filled:
+            return [0.0] * len(arrays)
+        if any(array.bfloat16 for array in filled) or len({array.dtype for array in filled}) > 1:
+            return [self._square_by_itself(array) for array in arrays]
+        threads = self._threads(filled[0])
+        # A few blocks an array: of many small ones each has enough to do.
+        blocks = self._blocks(max(array.size for array in filled), threads)
+        blocks = max(1, min(blocks, self._device.waves * self._device.multiprocessors // len(filled)))
+        table = self._upload([[array.size, array.address] for array in filled], np.int64)
+        buffer, begin, partial = self._reserve(blocks * len(filled))
+        kernel = grouped(NAMES[filled[0].dtype], threads).sums_of_squares
+        self._device.launch(kernel, (blocks, len(filled), 1), threads, table, partial)
+        found = iter([Pending(buffer, begin + i * blocks, begin + (i + 1) * blocks) for i in range(len(filled))])
+        return [next(found) if array.size else 0.0 for array in arrays]
 
-    def read(self, numbers: Sequence[float]) -> list[float]:
-        """Numbers as floats."""
-        return list(numbers)
+    def _square_by_itself(self, array: Array) -> Number:
+        if array.bfloat16:  # of a frozen base, looked at only to find a fault
+            return float(np.square(array.copy_to_host(), dtype=np.float64).sum())
+        return self.sums_of_squares([array])[0]
 
-    def mean_squared_error(self, output: Array, target: Array) -> tuple[float, Array]:
+    def read(self, numbers: Sequence[Number]) -> list[float]:
+        """The numbers as floats: one copy to the host."""
+        ends: dict[DeviceArray, int] = {}
+        for number in numbers:
+            if isinstance(number, Pending):
+                ends[number.buffer] = max(ends.get(number.buffer, 0), number.end)
+        hosts = {buffer: buffer.part(0, end).copy_to_host() for buffer, end in ends.items()}
+        self._numbers = None
+        return [float(n.sum_of(hosts[n.buffer]) if isinstance(n, Pending) else n) for n in numbers]
+
+    def _reserve(self, count: int) -> tuple[DeviceArray, int, DeviceArray]:
+        """Room for `count` float64 beside those of other numbers that are read together: buffer, place, view."""
+        buffer, begin = self._numbers or (self._device.empty((max(4096, count),), np.float64), 0)
+        if begin + count > buffer.size:
+            buffer, begin = self._device.empty((max(4096, count),), np.float64), 0
+        self._numbers = buffer, begin + count
+        return buffer, begin, buffer.part(begin, begin + count)
+
+    def _upload(self, rows: Any, dtype: Any) -> DeviceArray:
+        """A small table for a kernel. It goes round in one piece of memory: who writes there again comes later."""
+        values = np.array(rows, dtype)
+        ring, place = self._rings[np.dtype(dtype)]
+        if values.size > ring.size:
+            return self._device.upload(values)
+        if place + values.size > ring.size:
+            place = 0
+        self._rings[values.dtype] = ring, place + values.size
+        table = ring.part(place, place + values.size).reshape(values.shape)
+        self._device.write(table, values)
+        return table
+
+    # --- what is put off, to be launched together ------------------------------------------------------------------
+
+    def _put_off(self, rule: str, arrays: list[Array], scalars: tuple[float, ...]) -> None:
+        """Keep an update until something else is asked for; updates by one rule then take one launch."""
+        self._flush_products()
+        if self._updates and (self._updates[0][0], self._updates[0][1][0].dtype) != (rule, arrays[0].dtype):
+            self._flush_updates()
+        if arrays[0].size:
+            self._updates.append((rule, arrays, scalars))
+            self._device.defer(self._flush)
+
+    def _flush(self) -> None:
+        self._flush_products()
+        self._flush_updates()
+
+    def _flush_updates(self) -> None:
+        updates, self._updates = self._updates, []
+        if not updates:
+            return
+        rule, first = updates[0][0], updates[0][1][0]
+        threads = self._threads(first)
+        table = self._upload([[arrays[0].size, *(a.address for a in arrays)] for _, arrays, _ in updates], np.int64)
+        numbers = self._upload([scalars for _, _, scalars in updates], np.float64)
+        blocks = self._blocks(max(arrays[0].size for _, arrays, _ in updates), threads)
+        kernel = getattr(grouped(NAMES[first.dtype], threads), rule)
+        self._device.launch(kernel, (blocks, len(updates), 1), threads, table, numbers)
+
+    def _factor_gradient(self, p: Array, q: Array, mask: Array | None = None) -> Array:
+        """(mask∘P)ᵀ Q over the samples: put off where one split of a few tiles does it and nobody else can write to
+        what it reads."""
+        tile = self._shapes[NAMES[p.dtype]].narrow
+        grid, _ = self._splits(tile, p.shape[1], q.shape[1], p.shape[0])
+        if grid[2] > 1 or not all(self._device.is_ours(array) for array in (p, q, *((mask,) if mask else ()))):
+            return self._product(tile, p, False, q, False, 1.0, mask)
+        out = self._device.empty((p.shape[1], q.shape[1]), p.dtype)
+        if self._products and self._products[0][0].dtype != p.dtype:
+            self._flush_products()
+        self._products.append((p, mask, q, out))
+        self._held += p.nbytes + q.nbytes
+        self._device.defer(self._flush)
+        if self._held > MOST_HELD:
+            self._flush_products()
+        return out
+
+    def _flush_products(self) -> None:
+        products, self._products, self._held = self._products, [], 0
+        for masked in (False, True):
+            chosen = [product for product in products if (product[1] is not None) == masked]
+            if not chosen:
+                continue
+            tile = self._shapes[NAMES[chosen[0][0].dtype]].narrow
+            rows, blocks = [], 0
+            for p, mask, q, out in chosen:
+                other = p if mask is None else mask
+                flags = _aligned(X, p, tile, other) | _aligned(WEIGHT, q, tile) | _aligned(OUT, out, tile)
+                down, across = -(-p.shape[1] // tile.rows), -(-q.shape[1] // tile.columns)
+                addresses = p.address, other.address, q.address, out.address
+                rows.append((blocks, *addresses, p.shape[1], q.shape[1], p.shape[0], flags, down))
+                blocks += down * across
+            kernel = gradients.grouped_products(tile, masked)
+            self._device.launch(kernel, (blocks, 1, 1), tile.threads, self._upload(rows, np.int64))
+
+    def mean_squared_error(self, output: Array, target: Array) -> tuple[Number, Array]:
         """Mean squared error and its gradient."""
         return self._loss("mean_squared_error", output, target)
 
-    def binary_cross_entropy(self, logits: Array, target: Array) -> tuple[float, Array]:
+    def binary_cross_entropy(self, logits: Array, target: Array) -> tuple[Number, Array]:
         """Binary cross-entropy with logits and its gradient."""
         return self._loss("binary_cross_entropy", logits, target)
 
-    def softmax_cross_entropy(self, logits: Array, labels: Array) -> tuple[float, Array]:
+    def softmax_cross_entropy(self, logits: Array, labels: Array) -> tuple[Number, Array]:
         """Softmax cross-entropy with integer labels and its gradient."""
         return self._loss("softmax_cross_entropy", logits, labels)
 
-    def _loss(self, name: str, output: Array, target: Array) -> tuple[float, Array]:
-        """The loss, and its gradient where `output` is: on the device, or on the host."""
+    def _loss(self, name: str, output: Array, target: Array) -> tuple[Number, Array]:
+        """The loss, and its gradient, where `output` is: on the device, or on the host."""
         on_device = self.adopt(output)
         values = self.from_host(output) if on_device is None else on_device
-        targets = self.from_host(target) if self.adopt(target) is None else self.adopt(target)
+        given = self.adopt(target)
+        targets = self.from_host(target) if given is None else given
         threads = self._threads(values)
         blocks = len(values) if name == "softmax_cross_entropy" else self._blocks(values.size, threads)
         gradient = self._device.empty(values.shape, values.dtype)
-        partial = self._device.empty((blocks,), np.float64)
-        self._device.launch(
-            getattr(losses(NAMES[values.dtype], threads), name), blocks, threads, values, targets, gradient, partial
-        )
-        total = float(partial.copy_to_host().sum())
-        return total, self.to_host(gradient) if on_device is None else gradient
+        buffer, begin, partial = self._reserve(blocks)
+        kernel = getattr(losses(NAMES[values.dtype], threads), name)
+        self._device.launch(kernel, blocks, threads, values, targets, gradient, partial)
+        value = Pending(buffer, begin, begin + blocks)
+        return (float(value), self.to_host(gradient)) if on_device is None else (value, gradient)
 
 
 def _base_aligned(*arrays: Array) -> bool:

@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -75,6 +75,7 @@ class DeviceArray:
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
+        self._device.settle()
         kind = "<u2" if self.bfloat16 else self.dtype.str
         return {
             "shape": self.shape,
@@ -99,6 +100,10 @@ class DeviceArray:
         sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple | list) else shape
         known = np.empty(self.shape, np.bool_).reshape(sizes).shape if -1 in sizes else tuple(sizes)
         return DeviceArray(self.memory.reshape(known), self._device, self.bfloat16)
+
+    def part(self, begin: int, end: int) -> "DeviceArray":
+        """Some elements of a vector, in place."""
+        return DeviceArray(self.memory[begin:end], self._device)
 
     def copy(self) -> "DeviceArray":
         """A copy in the same memory."""
@@ -192,6 +197,7 @@ class Device:
     name: str
     multiprocessors: int
     compute_capability: tuple[int, int]
+    _deferred: list[Callable[[], None]]
     simulated = False
     waves = 8
     """Blocks a multiprocessor where a grid strides over its work."""
@@ -236,6 +242,20 @@ class Device:
     def synchronize(self) -> None:
         """Wait until everything launched has run."""
 
+    def settle(self) -> None:
+        """Launch what was put off, before its results are looked at."""
+        while self._deferred:
+            self._deferred.pop()()
+
+    def defer(self, flush: Callable[[], None]) -> None:
+        """Have `flush` called when the device settles."""
+        if flush not in self._deferred:
+            self._deferred.append(flush)
+
+    def is_ours(self, array: DeviceArray) -> bool:
+        """Whether nobody else can write to the array's memory."""
+        return True
+
     def _full(self, wanted: int, free: int, total: int) -> str:
         return (
             f"{self.name} is out of memory: {wanted / 1e6:.1f} MB wanted, {free / 1e6:.1f} of {total / 1e6:.1f} MB "
@@ -255,11 +275,13 @@ class Device:
 
     def download(self, array: DeviceArray) -> np.ndarray:
         """An array, copied to NumPy."""
+        self.settle()
         host = self._to_host(array.memory)
         return from_bfloat16(host) if array.bfloat16 else host
 
     def duplicate(self, array: DeviceArray) -> DeviceArray:
         """A copy on the device."""
+        self.settle()
         new = DeviceArray(self._allocate(array.shape, array.memory.dtype), self, array.bfloat16)
         self._on_device(new.memory, array.memory)
         return new
@@ -268,6 +290,7 @@ class Device:
         """Write a whole array in place: from a device array, a NumPy array or a number."""
         if not target.flags.writeable:
             raise ValueError("a bfloat16 array is read-only")
+        self.settle()
         if isinstance(value, DeviceArray):
             if (value.shape, value.memory.dtype) != (target.shape, target.memory.dtype):
                 raise ValueError(
@@ -278,6 +301,10 @@ class Device:
         else:
             values = np.broadcast_to(np.asarray(value, target.dtype), target.shape)
             self._to_device(target.memory, np.ascontiguousarray(values))
+
+    def write(self, target: DeviceArray, values: np.ndarray) -> None:
+        """Copy to the device, in its order of launches, into memory that nothing put off reads."""
+        self._to_device(target.memory, values)
 
     def adopt(self, value: Any) -> DeviceArray | None:
         """A view of what another library holds on this GPU; None for what is on the host.
@@ -302,7 +329,7 @@ class SimulatedDevice(Device):
     waves = 2  # to the simulator a thread is the dearest thing
 
     def __init__(self, index: int) -> None:
-        self.index, self.name = index, f"cuda:{index}"
+        self.index, self.name, self._deferred = index, f"cuda:{index}", []
         self.multiprocessors, self.compute_capability = 1, (0, 0)
         self._gpu = cuda.gpus[index]
 

@@ -18,7 +18,7 @@ from nblora.errors import DeviceMemoryError
 from . import dlpack
 from .cubins import machine_code
 from .device import Device, DeviceArray
-from .memory import Memory, Pool
+from .memory import Block, Memory, Pool
 
 STREAM = 1  # CUDA's name of the legacy default stream, which every launch and copy is on
 _OUT_OF_MEMORY = driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY
@@ -68,7 +68,7 @@ class GPU(Device):
     """One GPU. Everything runs in the order of the calls, and a thread has the GPU's context current once it came."""
 
     def __init__(self, index: int) -> None:
-        self.index, self.name = index, f"cuda:{index}"
+        self.index, self.name, self._deferred = index, f"cuda:{index}", []
         check(driver.cuInit(0), "starting the driver")
         self._ordinal = check(driver.cuDeviceGet(index), "looking for the GPU")
         self._context = check(driver.cuDevicePrimaryCtxRetain(self._ordinal), "opening the GPU")
@@ -158,6 +158,9 @@ class GPU(Device):
     def interface(self) -> dict[str, Any]:
         return {"stream": STREAM}
 
+    def is_ours(self, array: DeviceArray) -> bool:
+        return isinstance(array.memory.owner, Block)
+
     def release(self) -> None:
         """Give idle memory back to the driver."""
         self._enter()
@@ -220,6 +223,7 @@ class GPU(Device):
 
     def synchronize(self) -> None:
         """Wait until everything launched has run."""
+        self.settle()
         self._enter()
         check(driver.cuStreamSynchronize(STREAM), "waiting for the GPU")
 

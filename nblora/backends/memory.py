@@ -97,3 +97,8 @@ class Memory:
     def reshape(self, shape: tuple[int, ...]) -> "Memory":
         """The same memory in another shape."""
         return Memory(self.address, shape, self.dtype, self.owner)
+
+    def __getitem__(self, part: slice) -> "Memory":
+        """Some elements of a vector."""
+        begin, end, _ = part.indices(self.size)
+        return Memory(self.address + begin * self.dtype.itemsize, (end - begin,), self.dtype, self.owner)

@@ -7,7 +7,7 @@ import numpy as np
 from nblora.backends.cuda import CUDABackend, Shapes
 from nblora.backends.device import Device, DeviceArray
 from nblora.kernels.linear.cuda.tiles import Tile
-from tests.cuda.emulator import emulate
+from tests.cuda.emulator import OWNERS, emulate
 
 # Small tiles: a few threads each, so that small arrays have many blocks with edges on every side.
 SMALL = {
@@ -26,6 +26,7 @@ class EmulatedDevice(Device):
     def __init__(self, order="forward", aligned=True):
         self.index, self.name, self.order, self.aligned = 0, "cuda:0", order, aligned
         self.multiprocessors, self.compute_capability = 2, (8, 0)
+        self._deferred = []
         self.traffic, self.launches = Counter(), []
 
     def _allocate(self, shape, dtype):
@@ -34,6 +35,7 @@ class EmulatedDevice(Device):
         memory = np.empty(size + 2 * lanes, dtype)
         start = -memory.ctypes.data % 16 // dtype.itemsize + (0 if self.aligned else 1)
         array = memory[start : start + size].reshape(shape)
+        OWNERS[array.ctypes.data] = memory
         array.fill(np.nan if dtype.kind == "f" else 0xAB)
         return array
 

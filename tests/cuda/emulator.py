@@ -7,6 +7,7 @@ functions and intrinsics are bound to stand-ins.
 """
 
 import random
+import weakref
 from collections import Counter
 from types import CellType, FunctionType, SimpleNamespace
 
@@ -19,6 +20,10 @@ from nblora.kernels.common.cuda import simulated, target
 
 ORDERS = ("forward", "reverse", "random")
 CASTS = {types.int32: int, types.int64: int, types.float32: np.float32, types.float64: np.float64}
+
+
+OWNERS: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
+"""The array that owns the memory at an address, for kernels that are given addresses."""
 
 
 class Divergence(RuntimeError):
@@ -76,8 +81,15 @@ class Launch:
             self.traffic[id(simulated.flat(array).base), "written"] += max(0, min(int(valid), len(values)))
             simulated.store(array, offset, valid, aligned, values)
 
+        def memory(address, count, zero):
+            if int(address) not in OWNERS:
+                raise IndexError(f"no array begins at {address}")
+            owner = OWNERS[int(address)]
+            begin = (int(address) - owner.ctypes.data) // owner.itemsize
+            return owner[begin : begin + int(count)]
+
         names = {name: f for name, f in vars(simulated).items() if isinstance(f, FunctionType)}
-        return names | {"load": load, "store": store, "tensor_accumulate": self._tensor_accumulate}
+        return names | {"load": load, "store": store, "memory": memory, "tensor_accumulate": self._tensor_accumulate}
 
     def _tensor_accumulate(self, sums, p0, p1, q0, q1):
         """PTX ISA, mma.m16n8k8 with .tf32: where each lane's elements of the fragments lie."""

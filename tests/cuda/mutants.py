@@ -37,9 +37,10 @@ GUARDS = [
     (r"if row < each and n < N:", "if True:"),
     (r"if member == 0 and row < rows:", "if member == 0:"),
     (r" if flags & HAS_LOW and split == 0 else int32\(0\)", ""),  # the low-rank part once, not in every split
+    (r"job \+ 1 < table\.shape\[0\] and ", ""),  # the end of a table of products
     (r"if (?:t|member) < width:", "if True:"),  # the idle half of a tree
     (r"\(array\.size \+ LANES - 1\) // LANES", "array.size // LANES"),  # the tail of an array left out
-    (r"\w+\.size(?=, cuda\.gridsize)", r"\g<0> + 1"),  # the end of a loop over elements
+    (r"\b(?:\w+\.)?size(?=, cuda\.gridsize)", r"\g<0> + 1"),  # the end of a loop over elements
     (r"range\((?:t, )?outputs(?=[,)])", r"\g<0> + 1"),  # the end of a row
 ]
 
@@ -171,6 +172,8 @@ def check_updates(backend, size=71):
         same(backend._masked(new(p.astype(dtype)), mask), p * backend.to_host(mask))
         total = backend.sum_of_squares(new(p.astype(dtype)))
         np.testing.assert_allclose(total, (p**2).sum(), rtol=1e-6)
+        several = backend.read([2.5, *backend.sums_of_squares([new(array.astype(dtype)) for array in (p, g[:, :3])])])
+        np.testing.assert_allclose(several, [2.5, (p**2).sum(), (g[:, :3] ** 2).sum()], rtol=1e-6)
 
 
 def check_losses(backend, samples=7, outputs=37):
@@ -188,7 +191,7 @@ def check_losses(backend, samples=7, outputs=37):
     for name, (target, value, gradient) in expected.items():
         for bring in (backend.from_host, np.asarray):  # from the device to the device, from the host to the host
             computed, slope = getattr(backend, name)(bring(z), bring(target))
-            np.testing.assert_allclose(computed, value, rtol=1e-12)
+            np.testing.assert_allclose(float(computed), value, rtol=1e-12)
             np.testing.assert_allclose(backend.to_host(slope), gradient, rtol=1e-10, atol=1e-15)
 
 

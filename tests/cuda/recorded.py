@@ -70,6 +70,7 @@ def launched(backend):
     """What was launched since the list was cleared, each kernel once for each combination of types."""
     import numba
 
+    backend._device.settle()
     found = {}
     for kernel, _, threads, arguments in backend._device.launches:
         types = tuple(numba.typeof(argument) for argument in arguments)

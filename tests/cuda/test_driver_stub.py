@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from nblora.backends import cubins
+
 ROOT = Path(__file__).parents[2]
 COMPILER = shutil.which("cc")
 
@@ -122,7 +124,7 @@ say(first=first, second=second, rest=rest, end=end, closed=counts())
 def test_a_step_allocates_once(steps):
     assert steps["first"]["alloc"] <= 20
     assert steps["second"]["alloc"] == steps["second"]["free"] == 0
-    assert steps["second"]["d2h"] == steps["second"]["h2d"] == steps["second"]["sync"] == 0
+    assert steps["second"]["d2h"] == steps["second"]["sync"] == 0
     assert steps["second"]["launch"] <= 13
 
 
@@ -136,7 +138,7 @@ def test_ten_thousand_steps_leak_nothing(steps):
 
 def test_close_frees_the_memory(steps):
     held = steps["closed"]["alloc"] - steps["closed"]["free"]
-    assert 0 <= held <= 2  # zeros that stand for a bias stay with the backend
+    assert 0 <= held <= 3  # two tables, and zeros that stand for a bias, stay with the backend
     assert steps["closed"]["free_noctx"] == 0
 
 
@@ -151,17 +153,18 @@ cubins.compile_kernel = refused
 say(**counted(step))
 """
     )
-    assert script(folder, code)["launch"] == steps["second"]["launch"]
+    assert script(folder, code)["launch"] == steps["first"]["launch"]
 
 
 def test_a_damaged_file_is_compiled_again(folder, steps):
     files = sorted((folder / "cache").rglob("*.cubin"))
     assert len(files) >= 5
-    whole = [file.read_bytes() for file in files]
-    for file, content in zip(files, whole, strict=True):
+    for file in files:
+        content = file.read_bytes()
         file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    assert script(folder, STEP + "say(**counted(step))")["launch"] == steps["second"]["launch"]
-    assert [file.read_bytes() for file in files] == whole
+        assert cubins._read(file) is None
+    assert script(folder, STEP + "say(**counted(step))")["launch"] == steps["first"]["launch"]
+    assert sum(cubins._read(file) is not None for file in files) >= 5
 
 
 def test_a_full_device_is_said_after_its_idle_memory_was_freed(folder):
@@ -180,7 +183,7 @@ say(message=message, freed=counts()["free"] - before["free"], held=before["alloc
     said = script(folder, code)
     assert "20.0 MB wanted" in said["message"]
     assert "of 85899.3 MB free" in said["message"]
-    assert said["freed"] == said["held"] > 0
+    assert said["held"] - 2 == said["freed"] > 0  # two tables stay with the backend
 
 
 def test_a_driver_without_a_gpu_is_said(folder):
@@ -217,3 +220,39 @@ samples = adapter._backend.from_host(np.zeros((5_000_000, 2), np.float32))
 say(**counted(lambda: (adapter.forward(samples), adapter.backward(samples))))
 """
     assert script(folder, code)["launch"] >= 6
+
+
+FIT = """
+from nblora.training.callbacks import Callback
+
+sizes = [64, 256, 256, 256, 10]
+activations = ["relu", "relu", "relu", "identity"]
+layers = [nblora.Dense.random(a, b, activation=f, seed=b) for a, b, f in zip(sizes, sizes[1:], activations)]
+model = nblora.Sequential(*layers)
+model.adapt([str(i) for i in range(4)], "lora", rank=8, seed=0)
+model.to("cuda")
+seen = []
+
+
+class Count(Callback):
+    def on_step_end(self, step, figures):
+        seen.append(counts())
+
+
+nblora.fit(
+    model, normal(640, 64), normal(640, 10), loss="mse", optimizer="OPTIMIZER", epochs=3, batch_size=64, seed=0,
+    callbacks=[Count()], CLIP
+)
+say(steps=[{name: after[name] - before[name] for name in NAMES} for before, after in zip(seen, seen[1:])])
+"""
+
+
+@pytest.mark.parametrize(("optimizer", "clip"), [("adamw", ""), ("sgd", "")])
+def test_fit_of_four_layers(folder, optimizer, clip):
+    steps = script(folder, FIT.replace("OPTIMIZER", optimizer).replace("CLIP", clip))["steps"]
+    inside = [step for place, step in enumerate(steps) if place > 0 and (place + 1) % 10]  # an epoch's end does more
+    assert len(inside) >= 25
+    for step in inside:
+        assert step["launch"] <= 20
+        assert step["alloc"] == step["free"] == 0
+        assert step["d2h"] == 1

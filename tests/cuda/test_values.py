@@ -160,9 +160,13 @@ def test_same_bits_in_every_order():
         backend = make_backend(order)
         backend._device.multiprocessors = 8
         run((5, 60, 20, 3), "float32", False, Case(masked=True, train=True), backend)
-        problems.append([a for launch in backend._device.launches for a in launch[3] if isinstance(a, np.ndarray)])
+        problems.append([a for launch in backend._device.launches for a in launch[3] if _holds_values(a)])
     for first, other in zip(problems[0], problems[1], strict=True):
         np.testing.assert_array_equal(first, other)
+
+
+def _holds_values(argument):
+    return isinstance(argument, np.ndarray) and argument.dtype != np.int64  # which would be a table of addresses
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -198,7 +202,7 @@ def test_traffic_of_weight_sized_arrays(samples, transposed):
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("samples", [7, 40])
 def test_traffic_of_activations(samples, transposed):
-    """x and gz are read once for each tile that lies across them, as docs/gpu.md derives."""
+    """x and gz are read once for each tile that lies across them, as docs/gpu-proofs.md derives."""
     from tests.test_kernels import Problem, brought
 
     inputs, outputs, rank = 20, 24, 3
@@ -221,6 +225,7 @@ def test_traffic_of_activations(samples, transposed):
     assert reads(x) == tiles(rank, narrow.columns) + tiles(outputs, tile.columns)
     traffic.clear()
     backend.backward_update(gy, saved, operands, 0.1, 0.1)
+    backend._device.settle()
     rows_of, columns_of = (outputs, inputs) if transposed else (inputs, outputs)  # of the weight as it is stored
     update = {"x": tiles(columns_of, wide.columns), "gz": tiles(rows_of, wide.rows)}
     if transposed:

@@ -1,4 +1,4 @@
-"""Write the table of machine code into docs/gpu.md: `python -m tests.cuda.write_table`."""
+"""Write the table of machine code into docs/gpu-proofs.md: `python -m tests.cuda.write_table`."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,7 @@ from tests.cuda.machine_code import ARCHITECTURES, compile_kernel
 from tests.cuda.recorded import record, recording_backend
 from tests.cuda.test_machine_code import MAIN
 
-PAGE = Path(__file__).parents[2] / "docs" / "gpu.md"
+PAGE = Path(__file__).parents[2] / "docs" / "gpu-proofs.md"
 ROWS = [("float32", "float32"), ("float32", "float64"), ("tf32", "float32"), ("bf16-base", "float32")]
 HEAD = (
     "| kernel | arithmetic | sm | threads | registers | blocks an SM | shared, bytes | stack | LDL/STL | LDG.128 | "

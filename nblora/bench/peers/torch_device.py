@@ -29,5 +29,5 @@ def clock(device: str) -> Clock:
     """The host's clock for the CPU, CUDA's events for a GPU."""
     if device == "cpu":
         return HostClock()
-    torch.cuda.set_device(device)
+    torch.cuda.set_device(torch.device(device).index or 0)  # "cuda" alone is no device to it
     return EventClock(lambda: torch.cuda.Event(enable_timing=True), lambda begin, end: begin.elapsed_time(end))

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 from numba.core import types
 
-from nblora.kernels.common.cuda.intrinsics import add_scaled, load, multiply, scale, store, zeros
+from nblora.kernels.common.cuda.intrinsics import add_scaled, load, memory, multiply, scale, store, zeros
 from nblora.kernels.common.cuda.rules import rules
 from nblora.kernels.common.cuda.sums import block_sum
 from nblora.kernels.common.cuda.target import cuda, device_function, float64, int64, kernel
@@ -63,16 +63,6 @@ def elementwise(dtype: str, threads: int):
             store(out, offset, valid, aligned, multiply(load(x, offset, valid, aligned, LANES), kept))
 
     @kernel(threads)
-    def sgd(parameter, gradient, lr, aligned):
-        """Parameter -= lr gradient."""
-        for vector in range(cuda.grid(1), count(parameter), cuda.gridsize(1)):
-            offset = int64(vector) * LANES
-            valid = parameter.size - offset
-            held = load(parameter, offset, valid, aligned, LANES)
-            gradients = load(gradient, offset, valid, aligned, LANES)
-            store(parameter, offset, valid, aligned, descend(held, gradients, lr))
-
-    @kernel(threads)
     def momentum(delta, velocity, gradient, momentum, gain, lr, aligned):
         """V = m V + gain gradient; D -= lr V."""
         for vector in range(cuda.grid(1), count(delta), cuda.gridsize(1)):
@@ -82,22 +72,6 @@ def elementwise(dtype: str, threads: int):
             v = momentum_step(load(velocity, offset, valid, aligned, LANES), gradients, momentum, gain)
             store(velocity, offset, valid, aligned, v)
             store(delta, offset, valid, aligned, descend(load(delta, offset, valid, aligned, LANES), v, lr))
-
-    @kernel(threads)
-    def adamw(parameter, gradient, first, second, keep, rate, b1, a1, b2, a2, bias2, eps):
-        """v1 = b1 v1 + a1 g; v2 = b2 v2 + a2 g²; p = keep p - rate v1 / (√(v2 / bias2) + eps).
-
-        keep = 1 - lr·decay, a = 1 - b, rate = lr / (1 - b1^step), bias2 = 1 - b2^step.
-        """
-        for place in range(cuda.grid(1), parameter.size, cuda.gridsize(1)):
-            i = int64(place)
-            g = load(gradient, i, 1, 0, 1)[0]
-            v1 = b1 * load(first, i, 1, 0, 1)[0] + a1 * g
-            v2 = b2 * load(second, i, 1, 0, 1)[0] + a2 * g * g
-            p = keep * load(parameter, i, 1, 0, 1)[0] - rate * v1 / (math.sqrt(v2 / bias2) + eps)
-            store(first, i, 1, 0, (v1,))
-            store(second, i, 1, 0, (v2,))
-            store(parameter, i, 1, 0, (p,))
 
     @kernel(threads)
     def activation_gradient(grad_output, z, code, gz):
@@ -111,28 +85,68 @@ def elementwise(dtype: str, threads: int):
         add=add,
         times=times,
         masked=masked,
-        sgd=sgd,
         momentum=momentum,
-        adamw=adamw,
         activation_gradient=activation_gradient,
     )
 
 
 @functools.cache
-def sum_of_squares(threads: int):
-    """Kernel: partial[block] = Σ a² over the block's share, in float64. Grid (any,); partial (blocks,)."""
-    SIZE = threads
+def grouped(dtype: str, threads: int):
+    """Kernels over many arrays in one launch, grid (any, arrays).
+
+    A row of `table` tells an array's elements and addresses, one of `numbers` the scalars of its update.
+    """
+    SIZE, TYPE = threads, getattr(types, dtype)
+    ZERO = TYPE(0)
     total = block_sum(threads)
 
     @kernel(threads)
-    def sum_of_squares(array, partial):
+    def sums_of_squares(table, partial):
+        """partial[array, block] = Σ a² over the block's share, in float64. A row: elements, a."""
         shared = cuda.shared.array(SIZE, float64)
+        job = cuda.blockIdx.y
+        size = table[job, 0]
+        array = memory(table[job, 1], size, ZERO)
         value = float64(0)
-        for place in range(cuda.grid(1), array.size, cuda.gridsize(1)):
+        for place in range(cuda.grid(1), size, cuda.gridsize(1)):
             element = float64(load(array, int64(place), 1, 0, 1)[0])
             value += element * element
         value = total(shared, cuda.threadIdx.x, value)
         if cuda.threadIdx.x == 0:
-            partial[cuda.blockIdx.x] = value
+            partial[job * cuda.gridDim.x + cuda.blockIdx.x] = value
 
-    return sum_of_squares
+    @kernel(threads)
+    def sgd(table, numbers):
+        """Parameter -= lr gradient. A row: elements, parameter, gradient; lr."""
+        job = cuda.blockIdx.y
+        size, lr = table[job, 0], TYPE(numbers[job, 0])
+        parameter, gradient = memory(table[job, 1], size, ZERO), memory(table[job, 2], size, ZERO)
+        for place in range(cuda.grid(1), size, cuda.gridsize(1)):
+            i = int64(place)
+            moved = load(parameter, i, 1, 0, 1)[0] - lr * load(gradient, i, 1, 0, 1)[0]
+            store(parameter, i, 1, 0, (moved,))
+
+    @kernel(threads)
+    def adamw(table, numbers):
+        """v1 = b1 v1 + a1 g; v2 = b2 v2 + a2 g²; p = keep p - rate v1 / (√(v2 / bias2) + eps).
+
+        A row: elements, parameter, gradient, v1, v2. keep = 1 - lr·decay, rate = lr / (1 - b1^step), b1, a1 = 1 - b1,
+        b2, a2 = 1 - b2, bias2 = 1 - b2^step, eps.
+        """
+        job = cuda.blockIdx.y
+        size = table[job, 0]
+        parameter, gradient = memory(table[job, 1], size, ZERO), memory(table[job, 2], size, ZERO)
+        first, second = memory(table[job, 3], size, ZERO), memory(table[job, 4], size, ZERO)
+        keep, rate, b1, a1 = TYPE(numbers[job, 0]), TYPE(numbers[job, 1]), TYPE(numbers[job, 2]), TYPE(numbers[job, 3])
+        b2, a2, bias2, eps = TYPE(numbers[job, 4]), TYPE(numbers[job, 5]), TYPE(numbers[job, 6]), TYPE(numbers[job, 7])
+        for place in range(cuda.grid(1), size, cuda.gridsize(1)):
+            i = int64(place)
+            g = load(gradient, i, 1, 0, 1)[0]
+            v1 = b1 * load(first, i, 1, 0, 1)[0] + a1 * g
+            v2 = b2 * load(second, i, 1, 0, 1)[0] + a2 * g * g
+            p = keep * load(parameter, i, 1, 0, 1)[0] - rate * v1 / (math.sqrt(v2 / bias2) + eps)
+            store(first, i, 1, 0, (v1,))
+            store(second, i, 1, 0, (v2,))
+            store(parameter, i, 1, 0, (p,))
+
+    return SimpleNamespace(sums_of_squares=sums_of_squares, sgd=sgd, adamw=adamw)

@@ -13,6 +13,7 @@ if not COMPILED:
         add_scaled,
         load,
         load_shared,
+        memory,
         multiply,
         outer_accumulate,
         part,
@@ -76,6 +77,22 @@ else:
         """Whether one aligned vector will do."""
         flag = builder.icmp_signed("!=", aligned, aligned.type(0))
         return builder.and_(flag, builder.icmp_signed(">=", valid, valid.type(lanes)))
+
+    @intrinsic
+    def memory(typingctx, address, count, zero):
+        """`count` elements from an address, as a vector; `zero` tells their type."""
+        result = types.Array(zero, 1, "C")
+
+        def generate(context, builder, signature, args):
+            held = context.make_array(result)(context, builder)
+            held.data = builder.inttoptr(args[0], held.data.type)
+            size = ir.Constant(I64, zero.bitwidth // 8)
+            held.nitems, held.itemsize = args[1], size
+            held.shape = builder.insert_value(ir.Constant(ir.ArrayType(I64, 1), ir.Undefined), args[1], 0)
+            held.strides = builder.insert_value(ir.Constant(ir.ArrayType(I64, 1), ir.Undefined), size, 0)
+            return held._getvalue()
+
+        return result(types.int64, types.int64, zero), generate
 
     @intrinsic
     def load(typingctx, array, offset, valid, aligned, lanes):

@@ -49,6 +49,14 @@ def rules(dtype):
         return activate(z[0], code), activate(z[1], code), activate(z[2], code), activate(z[3], code)
 
     @device_function
+    def through_2(g, z, code):
+        return g[0] * slope(z[0], code), g[1] * slope(z[1], code)
+
+    @device_function
+    def through_4(g, z, code):
+        return g[0] * slope(z[0], code), g[1] * slope(z[1], code), g[2] * slope(z[2], code), g[3] * slope(z[3], code)
+
+    @device_function
     def momentum_2(v, g, momentum, gain):
         return momentum_step(v[0], g[0], momentum, gain), momentum_step(v[1], g[1], momentum, gain)
 
@@ -75,6 +83,7 @@ def rules(dtype):
         momentum_step=momentum_step,
         descend=descend,
         activate_lanes={2: activate_2, 4: activate_4},
+        through_lanes={2: through_2, 4: through_4},
         momentum_lanes={2: momentum_2, 4: momentum_4},
         descend_lanes={2: descend_2, 4: descend_4},
     )

@@ -4,6 +4,8 @@ Guards are stricter than on a device: an access outside an array, or a misaligne
 device may be a NumPy vector here, which is never changed in place: that halves the time.
 """
 
+import ctypes
+
 import numpy as np
 
 
@@ -24,6 +26,13 @@ def to_bfloat16(values):
 def from_bfloat16(values):
     """Upper 16 bits of a float32, as float32."""
     return (np.asarray(values, np.uint16).astype(np.uint32) << 16).view(np.float32)
+
+
+def memory(address, count, zero):
+    """`count` elements from an address, as a vector; `zero` tells their type."""
+    dtype = np.dtype(type(zero))
+    held = (ctypes.c_char * (int(count) * dtype.itemsize)).from_address(int(address))
+    return np.frombuffer(held, dtype)
 
 
 def check_access(size, offset, count, lanes, vector):

@@ -6,7 +6,17 @@ stream. No kernel here writes a gradient of the size of W unless it is asked for
 
 import functools
 
-from nblora.kernels.common.cuda.intrinsics import add_scaled, load, multiply, part, scale, store, with_part, zeros
+from nblora.kernels.common.cuda.intrinsics import (
+    add_scaled,
+    load,
+    memory,
+    multiply,
+    part,
+    scale,
+    store,
+    with_part,
+    zeros,
+)
 from nblora.kernels.common.cuda.rules import rules
 from nblora.kernels.common.cuda.target import COMPILED, cuda, int32, int64, kernel
 
@@ -102,6 +112,93 @@ def product(tile: Tile, p_inner: bool, q_inner: bool, masked: bool):
             store(out, offset, valid, flags & OUT, scale(part(sums, int32(index), LANES), factor))
 
     return product
+
+
+@functools.cache
+def product_through(tile: Tile):
+    """Kernel: gz = gy ∘ act'(z), written where it is read, and out = s gz Bᵀ.
+
+    gy, z, gz (N, inner); q (columns, inner), whose columns lie in one tile, so that every element of gz has one owner;
+    out (splits·N, columns). Grid (⌈N / tile⌉, 1, splits).
+    """
+    LANES, PARTS, SUMS, SHARED = tile.lanes, tile.sums // tile.lanes, tile.sums, tile.shared_elements
+    ROWS, TYPE = tile.rows, tile.type
+    ZERO = TYPE(0)
+    accumulate = accumulator(tile, True, True, "slope")
+    _, where = geometry(tile)
+
+    @kernel(tile.threads, tile.blocks)
+    def product_through(gy, z, gz, code, q, factor, flags, chunk, out):
+        if not COMPILED:
+            shared = cuda.shared.array(SHARED, TYPE)
+        else:
+            shared = cuda.shared.array(SHARED, TYPE, alignment=16)
+        row0 = int32(cuda.blockIdx.x) * ROWS
+        split, t = int32(cuda.blockIdx.z), int32(cuda.threadIdx.x)
+        rows, inner, columns = int32(gy.shape[0]), int32(gy.shape[1]), int32(out.shape[1])
+        begin = split * chunk
+        end = min(begin + chunk, inner)
+        sums = zeros(SUMS, ZERO)
+        sums = accumulate(
+            sums, shared, gy, (z, gz), flags & X, q, q, flags & WEIGHT, code, rows, columns, inner, begin, end, row0, 0
+        )
+        for index in range(PARTS):
+            along, column = where(int32(index), t)
+            row = row0 + along
+            valid = columns - column if row < rows else int32(0)
+            offset = (int64(split) * rows + row) * columns + column
+            store(out, offset, valid, flags & OUT, scale(part(sums, int32(index), LANES), factor))
+
+    return product_through
+
+
+FIELDS = 10
+"""What a row of the table of `grouped_products` tells of one product: its first block, the addresses of P, mask, Q and
+the result, rows, columns, samples, flags, and tiles along the rows."""
+
+
+@functools.cache
+def grouped_products(tile: Tile, masked: bool):
+    """Kernel: many products (mask∘P)ᵀ Q over the samples in one launch, for the gradients of a model's factors.
+
+    table (products, FIELDS). Grid (tiles of all products,).
+    """
+    LANES, PARTS, SUMS, SHARED = tile.lanes, tile.sums // tile.lanes, tile.sums, tile.shared_elements
+    ROWS, COLUMNS, TYPE = tile.rows, tile.columns, tile.type
+    ZERO, ONE = TYPE(0), TYPE(1)
+    accumulate = accumulator(tile, False, False, "mask" if masked else None)
+    _, where = geometry(tile)
+
+    @kernel(tile.threads, tile.blocks)
+    def grouped_products(table):
+        if not COMPILED:
+            shared = cuda.shared.array(SHARED, TYPE)
+        else:
+            shared = cuda.shared.array(SHARED, TYPE, alignment=16)
+        block, job = int32(cuda.blockIdx.x), int32(0)
+        while job + 1 < table.shape[0] and table[job + 1, 0] <= block:
+            job += int32(1)
+        rows, columns, samples = int32(table[job, 5]), int32(table[job, 6]), int32(table[job, 7])
+        flags, down = int32(table[job, 8]), int32(table[job, 9])
+        p = memory(table[job, 1], int64(samples) * rows, ZERO)
+        mask = memory(table[job, 2], int64(samples) * rows, ZERO)
+        q = memory(table[job, 3], int64(samples) * columns, ZERO)
+        out = memory(table[job, 4], int64(rows) * columns, ZERO)
+        block -= int32(table[job, 0])
+        row0, column0 = block % down * ROWS, block // down * COLUMNS
+        sums = zeros(SUMS, ZERO)
+        sums = accumulate(
+            sums, shared, p, mask, flags & X, q, q, flags & WEIGHT, ONE, rows, columns, samples, 0, samples, row0,
+            column0,
+        )  # fmt: skip
+        t = int32(cuda.threadIdx.x)
+        for index in range(PARTS):
+            along, across = where(int32(index), t)
+            row, column = row0 + along, column0 + across
+            valid = columns - column if row < rows else int32(0)
+            store(out, int64(row) * columns + column, valid, flags & OUT, part(sums, int32(index), LANES))
+
+    return grouped_products
 
 
 @functools.cache

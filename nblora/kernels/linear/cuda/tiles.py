@@ -6,7 +6,9 @@ multiplied. Shared memory holds two steps of each operand, every step as [inner]
 barrier a step is enough. Sums are accumulated in the dtype of the tile.
 
 Either operand may lie in memory with the inner dimension contiguous (`inner` layout) or with the other one. An operand
-may be changed on its way into shared memory: `combine="delta"` makes it W + c D, `combine="mask"` x ∘ mask.
+may be changed on its way into shared memory: `combine="delta"` makes it W + c D, `combine="mask"` x ∘ mask, and
+`combine="slope"` gy ∘ act'(z), which is written to memory too: there `other` is the pair of z and that memory, and the
+factor the activation's code.
 """
 
 import functools
@@ -24,12 +26,14 @@ from nblora.kernels.common.cuda.intrinsics import (
     multiply,
     outer_accumulate,
     part,
+    store,
     store_shared,
     tensor_accumulate,
     to_tf32,
     with_part,
     zeros,
 )
+from nblora.kernels.common.cuda.rules import rules
 from nblora.kernels.common.cuda.target import cuda, device_function, int32, int64
 
 
@@ -107,6 +111,7 @@ def carrier(tile: Tile, extent: int, inner: bool, combine: str | None) -> tuple[
     TOTAL = COUNT * LANES
     ACROSS = (tile.depth if inner else extent) // LANES  # vectors in a contiguous run
     ZERO, TENSOR = tile.type(0), tile.tensor
+    through = rules(tile.dtype).through_lanes[LANES]
 
     @device_function
     def place(vector):
@@ -132,6 +137,9 @@ def carrier(tile: Tile, extent: int, inner: bool, combine: str | None) -> tuple[
             values = load(array, offset, valid, aligned, LANES)
             if combine == "delta":
                 values = add_scaled(values, load(other, offset, valid, aligned, LANES), factor)
+            if combine == "slope":
+                values = through(values, load(other[0], offset, valid, aligned, LANES), factor)
+                store(other[1], offset, valid, aligned, values)
             if combine == "mask":
                 values = multiply(values, load(other, offset, valid, aligned, LANES))
             held = with_part(held, int32(i), values)
