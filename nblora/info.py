@@ -156,7 +156,7 @@ def describe_cuda() -> dict[str, Any]:
 
 def describe_cache() -> dict[str, Any]:
     """The folder of the compiled kernels; None where no folder is writable."""
-    from nblora.kernels.common.jit import cache_folder, source_digest
+    from nblora.kernels.common.cache import cache_folder, source_digest
 
     folder = cache_folder()
     files = [path for path in folder.rglob("*") if path.is_file()] if folder is not None else []

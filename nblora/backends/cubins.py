@@ -1,35 +1,27 @@
-"""Machine code of kernels: compiled once for a source, its types and a GPU's generation, then read from the disk.
+"""Machine code of kernels: compiled once for a source, its types and a GPU's generation, then read from the disk."""
 
-A file holds the digest of what follows it, so what is damaged, or half written by a full disk, is compiled again.
-"""
-
-import contextlib
 import functools
 import hashlib
 import importlib.metadata
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from types import CodeType
 from typing import Any
 
 from numba.core import types
 
-from nblora.kernels.common.jit import KERNELS, cache_folder, source_digest
-from nblora.storage.atomic import replace_whole
-
-DIGEST = hashlib.sha256().digest_size
+from nblora.kernels.common.cache import KERNELS, cache_folder, read_checked, source_digest, write_checked
 
 
 def machine_code(kernel: Any, argument_types: Sequence[Any], capability: tuple[int, int]) -> tuple[bytes, bytes]:
     """The name and the machine code of a kernel for these types: from the disk, else compiled and left there."""
     folder = cache_folder()
     path = None if folder is None else folder / f"{_key(kernel, argument_types, capability)}.cubin"
-    held = None if path is None else _read(path)
+    held = None if path is None else read_checked(path)
     if held is None:
         held = compile_kernel(kernel, argument_types, capability)[0]
         if path is not None:
-            _write(path, held)
+            write_checked(path, held)
     return entry_name(held), held
 
 
@@ -120,18 +112,3 @@ def fingerprint(value: Any) -> Any:
         cells = [fingerprint(cell.cell_contents) for cell in value.__closure__ or ()]
         return value.__module__, value.__qualname__, constants, list(zip(code.co_freevars, cells, strict=True))
     return str(value) if isinstance(value, types.Type) else repr(value)
-
-
-def _read(path: Path) -> bytes | None:
-    try:
-        held = path.read_bytes()
-    except OSError:
-        return None
-    payload = held[DIGEST:]
-    return payload if payload and hashlib.sha256(payload).digest() == held[:DIGEST] else None
-
-
-def _write(path: Path, payload: bytes) -> None:
-    # A full disk costs the next process its compile time, not this one its result.
-    with contextlib.suppress(OSError), replace_whole(path) as file:
-        file.write(hashlib.sha256(payload).digest() + payload)

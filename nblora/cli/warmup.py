@@ -9,7 +9,7 @@ import click
 import numpy as np
 
 import nblora
-from nblora.kernels.common.jit import cache_folder
+from nblora.kernels.common.cache import cache_folder
 from nblora.layers.activations import ACTIVATIONS
 from nblora.layers.base import Layer
 from nblora.training import fit

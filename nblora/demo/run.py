@@ -12,7 +12,7 @@ import numpy as np
 
 from nblora import DeltaLoRAAdapter, Sequential
 from nblora.errors import NbloraError
-from nblora.kernels.common import jit
+from nblora.kernels.common import cache, jit
 from nblora.training import AdamW, Optimizer, fit
 
 from .data import Digits, Split, load_digits
@@ -62,7 +62,7 @@ def run_demo(settings: Settings, progress: bool = True) -> DemoResult:
 
 def cache_is_empty() -> bool:
     """Whether the kernels are still to be compiled."""
-    folder = None if jit.JIT_DISABLED else jit.cache_folder()
+    folder = None if jit.JIT_DISABLED else cache.cache_folder()
     return folder is None or not any(folder.glob("*.nbi"))
 
 

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from nblora.bench.report import BEGIN, END
 from nblora.bench.runner import Effort
 from nblora.cli import bench, main
-from nblora.kernels.common.jit import cache_folder
+from nblora.kernels.common.cache import cache_folder
 
 LITTLE = Effort(rounds=3, burst=0.002, warm=0.005, rates=0.005)
 

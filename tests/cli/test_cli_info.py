@@ -13,7 +13,7 @@ from click.testing import CliRunner
 import nblora
 from nblora import info
 from nblora.cli import main
-from nblora.kernels.common import jit
+from nblora.kernels.common import cache, jit
 
 PRIORITY = ["tbb", "omp", "workqueue"]
 
@@ -115,18 +115,18 @@ def test_cuda_says_what_is_missing_or_which_devices_there_are(collected):
 
 def test_cache_reports_folder_and_size(tmp_path, monkeypatch):
     (tmp_path / "kernel.nbc").write_bytes(b"12345")
-    monkeypatch.setattr(jit, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(cache, "cache_folder", lambda: tmp_path)
     assert info.describe_cache() == {
         "folder": str(tmp_path),
         "writable": True,
-        "digest": jit.source_digest(),
+        "digest": cache.source_digest(),
         "files": 1,
         "bytes": 5,
     }
 
 
 def test_no_writable_cache_is_said(monkeypatch):
-    monkeypatch.setattr(jit, "cache_folder", lambda: None)
+    monkeypatch.setattr(cache, "cache_folder", lambda: None)
     collected = info.collect()
     assert collected["cache"]["folder"] is None
     assert not collected["cache"]["writable"]

@@ -15,7 +15,7 @@ import nblora
 from nblora.cli import main
 from nblora.demo import Settings, data, methods, report, run
 from nblora.errors import NbloraError
-from nblora.kernels.common import jit
+from nblora.kernels.common import cache, jit
 
 pytest.importorskip("sklearn")
 matplotlib_image = pytest.importorskip("matplotlib.image")
@@ -253,7 +253,7 @@ def test_the_kernels_run_in_one_thread_and_the_threads_come_back():
 )
 def test_the_report_says_whether_kernels_were_compiled(monkeypatch, tmp_path, content, files, writable, empty):
     monkeypatch.setattr(jit, "JIT_DISABLED", False)
-    monkeypatch.setattr(jit, "cache_folder", lambda: tmp_path if writable else None)
+    monkeypatch.setattr(cache, "cache_folder", lambda: tmp_path if writable else None)
     for name in files:
         (tmp_path / name).touch()
     assert run.cache_is_empty() is empty

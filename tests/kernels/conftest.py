@@ -2,7 +2,7 @@ import shutil
 
 import pytest
 
-from nblora.kernels.common import jit, linking, loading
+from nblora.kernels.common import cache, jit, linking, loading, notice
 from tests.kernels.support import HELPER, MAIN
 
 
@@ -11,7 +11,7 @@ def package(tmp_path):
     folder = tmp_path / "site" / "package"
     common = folder / "common"
     common.mkdir(parents=True)
-    for module in (jit, linking, loading):
+    for module in (cache, jit, linking, loading, notice):
         shutil.copy(module.__file__, common)
     (folder / "__init__.py").touch()
     (common / "__init__.py").touch()

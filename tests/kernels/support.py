@@ -6,7 +6,7 @@ HELPER = "from .common.jit import kernel\n@kernel(inline='always')\ndef add(a, b
 MAIN = "from .helper import add\nfrom .common.jit import kernel\n@kernel\ndef total(a, b):\n    return add(a, b)\n"
 CALL = """
 from package.main import total
-from package.common.jit import cache_folder
+from package.common.cache import cache_folder
 print(total(2, 3), sum(total.stats.cache_hits.values()), sum(total.stats.cache_misses.values()), cache_folder())
 """
 

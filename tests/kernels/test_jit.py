@@ -3,6 +3,7 @@
 `jit.py` and what it needs know their folder alone, so copies beside two small kernels stand in for the real ones.
 """
 
+import os
 import shutil
 from pathlib import Path
 
@@ -94,16 +95,136 @@ def test_a_user_without_a_home_is_no_error(package):
 
 
 def test_a_full_disk_is_no_error(package):
-    code = "import numba.core.caching as c\ndef full(*a): raise OSError(28, 'full')\n"
-    code += "c.FunctionCache.save_overload = c._Cache.save_overload = full\n" + CALL
+    code = "from package.common import cache\nimport contextlib\n@contextlib.contextmanager\ndef full(path):\n"
+    code += "    raise OSError(28, 'full')\n    yield\ncache.replace_whole = full\n" + CALL
     assert call(package, code)[:3] == (5, 0, 1)
 
 
+def kernel_files(package):
+    """The cache's files, warm."""
+    call(package)
+    return sorted(Path(call(package)[3]).glob("*.kernel"))
+
+
 def test_a_damaged_cache_is_compiled_again(package):
-    for file in Path(call(package)[3]).iterdir():
+    for file in kernel_files(package):
         file.write_bytes(b"")
     assert call(package)[:3] == (5, 0, 1)
     assert call(package)[:3] == (5, 1, 0)
+
+
+DAMAGED = """
+import random, sys
+from pathlib import Path
+from package.common import cache
+from package.common.cache import read_checked
+
+rng = random.Random(int(sys.argv[1]))
+(path,) = Path(sys.argv[2]).glob("package.main.total*.kernel")
+whole = path.read_bytes()
+assert read_checked(path) == whole[32:]
+for trial in range(int(sys.argv[3])):
+    spoiled = bytearray(whole)
+    kind = trial % 3
+    if kind == 0:
+        spoiled[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+    elif kind == 1:
+        del spoiled[rng.randrange(len(whole)):]
+    else:
+        start = rng.randrange(len(whole))
+        spoiled[start : start + rng.randrange(1, 64)] = rng.randbytes(rng.randrange(64))
+    if bytes(spoiled) != whole:
+        path.write_bytes(spoiled)
+        assert read_checked(path) is None, trial
+path.write_bytes(whole)
+other = path.with_name("other.kernel")
+other.write_bytes(whole)
+assert read_checked(other) is None  # machine code of another function
+print(0, 0, 0, None)
+"""
+
+
+def test_no_damage_is_ever_run(package):
+    folder = kernel_files(package)[0].parent
+    run(DAMAGED, 0, folder, 2000, path=package.parent)
+    assert call(package)[:3] == (5, 1, 0)
+
+
+# --- whose folder ------------------------------------------------------------------------------------------------
+
+PLANTED = """
+import os, pickle, sys
+from pathlib import Path
+from package.common import cache
+class Planted:
+    def __reduce__(self):
+        return Path(sys.argv[2]).write_text, ("run",)
+for path in Path(sys.argv[1]).glob("*.kernel"):
+    cache.write_checked(path, pickle.dumps(Planted()))
+"""
+posix = pytest.mark.skipif(not hasattr(os, "getuid"), reason="owners and permissions of POSIX")
+
+
+@posix
+@pytest.mark.parametrize("why", ["others may write", "the group may write", "a link", "others may put it there"])
+def test_a_folder_that_others_can_write_to_is_never_read(package, tmp_path, why):
+    """What lies there is run, so a whole file of a stranger's would be."""
+    chosen = tmp_path / "chosen"
+    folder = Path(call(package, NUMBA_CACHE_DIR=str(chosen))[3])
+    run(PLANTED, folder, tmp_path / "evidence", path=package.parent)
+    if why == "a link":
+        folder.rename(tmp_path / "elsewhere")
+        folder.symlink_to(tmp_path / "elsewhere")
+    elif why == "others may put it there":
+        chosen.chmod(0o777)
+    else:
+        folder.chmod(0o757 if why == "others may write" else 0o775)
+    found = call(package, NUMBA_CACHE_DIR=str(chosen))
+    assert found[:3] == (5, 0, 1)
+    assert found[3].startswith(str(package / "__pycache__"))
+    assert not (tmp_path / "evidence").exists()
+
+
+@posix
+@pytest.mark.skipif(hasattr(os, "getuid") and os.getuid() != 0, reason="only root gives files away")
+def test_a_folder_of_another_user_is_never_read(package, tmp_path):
+    chosen = tmp_path / "chosen"
+    folder = Path(call(package, NUMBA_CACHE_DIR=str(chosen))[3])
+    run(PLANTED, folder, tmp_path / "evidence", path=package.parent)
+    os.chown(folder, 65534, -1)
+    assert call(package, NUMBA_CACHE_DIR=str(chosen))[:3] == (5, 0, 1)
+    assert not (tmp_path / "evidence").exists()
+
+
+@posix
+def test_what_is_made_is_the_users_alone(package, tmp_path):
+    folder = Path(call(package, NUMBA_CACHE_DIR=str(tmp_path / "chosen"))[3])
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
+READ_ONLY = """
+from package.common import cache
+cache._is_writable = lambda folder: False
+"""
+
+
+def test_a_warm_folder_that_cannot_be_written_to_is_read(package):
+    call(package)
+    assert call(package, READ_ONLY + CALL)[:3] == (5, 1, 0)
+
+
+def test_older_folders_are_taken_away_but_for_the_newest_and_those_in_use(package):
+    beside = package / "__pycache__"
+    for place in range(6):
+        older = beside / f"nblora-{place:016x}"
+        older.mkdir(parents=True, mode=0o700)
+        os.utime(older, (place, place))
+    (beside / "nblora-of-something-else").mkdir()
+    code = f"import fcntl, os\nheld = os.open({str(beside / ('nblora-' + '0' * 16))!r}, os.O_RDONLY)\n"
+    now = call(package, code + "fcntl.flock(held, fcntl.LOCK_SH)\n" + CALL)[3]
+    left = {path.name for path in beside.glob("nblora-*")}
+    kept = {f"nblora-{place:016x}" for place in (0, 3, 4, 5)}  # the first is in use
+    assert left == kept | {Path(now).name, "nblora-of-something-else"}
 
 
 def test_without_machine_code_the_plain_function_comes_back(package):
