@@ -10,15 +10,18 @@ if TYPE_CHECKING:
     from nblora.adapters import DeltaLoRAAdapter, LoRAAdapter
     from nblora.backends import devices, set_device
     from nblora.formats import load_peft, save_peft
-    from nblora.layers import Dense, FullyConnected, LoRALayer
+    from nblora.layers import Conv1d, Conv2d, Dense, Embedding, FullyConnected, LoRALayer
     from nblora.layers import read_layer as load
     from nblora.models import Sequential
     from nblora.training import fit  # type: ignore[no-redef]  # a module of that name lies there too
     from nblora.weights import combine, inspect, merge, unmerge, verify
 
 __all__ = [
+    "Conv1d",
+    "Conv2d",
     "DeltaLoRAAdapter",
     "Dense",
+    "Embedding",
     "FullyConnected",
     "LoRAAdapter",
     "LoRALayer",
@@ -40,8 +43,11 @@ __all__ = [
 ]
 
 _PLACES = {
+    "Conv1d": "layers",
+    "Conv2d": "layers",
     "DeltaLoRAAdapter": "adapters",
     "Dense": "layers",
+    "Embedding": "layers",
     "FullyConnected": "layers",
     "LoRAAdapter": "adapters",
     "LoRALayer": "layers",

@@ -131,11 +131,65 @@ def as_parameter(name: str, value: Any, shape: tuple[int | None, ...], dtype: np
 
 def as_samples(name: str, value: Any, features: int, dtype: np.dtype) -> np.ndarray:
     """`value` as an array of shape (..., features) and the given dtype, not copied where it is one."""
-    ready = isinstance(value, np.ndarray) or is_device_array(value)
-    array = value if ready and value.dtype == dtype else as_real(name, value)
-    if array.ndim == 0 or array.shape[-1] != features:
-        raise ValueError(f"{name} must have shape (..., {features}), got {_shape(array.shape)}")
+    array = _as_ready(name, value, dtype)
+    check_last_axis(name, array.shape, features)
     return array if array.dtype == dtype else array.astype(dtype)
+
+
+def check_last_axis(name: str, shape: Sequence[int], features: int) -> None:
+    """(..., features)."""
+    if not shape or shape[-1] != features:
+        raise ValueError(f"{name} must have shape (..., {features}), got {_shape(shape)}")
+
+
+def as_images(name: str, value: Any, channels: int, axes: Sequence[str], dtype: np.dtype) -> np.ndarray:
+    """`value` as an array (N, channels, *axes), or of one sample without N, and the given dtype, not copied where it
+    is one; `axes` are what messages call the sizes that are open."""
+    array = _as_ready(name, value, dtype)
+    check_images(name, array.shape, channels, axes)
+    return array if array.dtype == dtype else array.astype(dtype)
+
+
+def check_images(name: str, shape: Sequence[int], channels: int, axes: Sequence[str]) -> None:
+    """(N, channels, *axes) or (channels, *axes)."""
+    if len(shape) not in (len(axes) + 1, len(axes) + 2) or shape[-1 - len(axes)] != channels:
+        wanted = _shape(("N", channels, *axes))
+        raise ValueError(f"{name} must have shape {wanted}, or that of one sample without N, got {_shape(shape)}")
+
+
+def as_indices(name: str, value: Any) -> np.ndarray:
+    """`value` as an array of integers, not copied where it is one; TypeError for other numbers, and for booleans."""
+    array = as_real(name, value)
+    if array.size == 0 and not hasattr(value, "dtype"):  # an empty list
+        array = array.astype(np.int64)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{name} must hold integers, got dtype {array.dtype}: indices are not rounded, cast them")
+    return array
+
+
+def check_range(name: str, indices: np.ndarray, count: int) -> None:
+    """IndexError for the first of the indices that is not in [0, count)."""
+    if indices.size and not 0 <= int(indices.min()) <= int(indices.max()) < count:
+        place = int(np.argmax((indices < 0) | (indices >= count)))
+        where = tuple(map(int, np.unravel_index(place, indices.shape)))
+        raise IndexError(
+            f"{name} must hold indices from 0 to {count - 1}, got {int(indices.reshape(-1)[place])} at {where}"
+        )
+
+
+def check_each(name: str, value: Any, axes: int, low: int) -> tuple[int, ...]:
+    """An integer for every axis, or a tuple with one for each, all of them at least `low`."""
+    if not isinstance(value, tuple | list):
+        return (check_integer(name, value, low),) * axes
+    if len(value) != axes:
+        raise ValueError(f"{name} must be an integer or {axes} of them, got {value!r}")
+    return tuple(check_integer(name, each, low) for each in value)
+
+
+def _as_ready(name: str, value: Any, dtype: np.dtype) -> Any:
+    """An array as it is, on a device too, where it has the dtype; else as real numbers on the host."""
+    ready = isinstance(value, np.ndarray) or is_device_array(value)
+    return value if ready and value.dtype == dtype else as_real(name, value)
 
 
 def is_device_array(value: Any) -> bool:
@@ -145,10 +199,14 @@ def is_device_array(value: Any) -> bool:
 
 def as_rows(array: np.ndarray) -> np.ndarray:
     """View (..., features) as (N, features), C-contiguous and aligned; copies only what is neither."""
-    rows = array if array.ndim == 2 else array.reshape((math.prod(array.shape[:-1]), array.shape[-1]))
-    if rows.flags.c_contiguous and rows.flags.aligned:
-        return rows
-    return np.require(rows, requirements=["C", "A"])
+    return as_contiguous(array if array.ndim == 2 else array.reshape((math.prod(array.shape[:-1]), array.shape[-1])))
+
+
+def as_contiguous(array: np.ndarray) -> np.ndarray:
+    """The array itself where it is C-contiguous and aligned, else a copy that is."""
+    if array.flags.c_contiguous and array.flags.aligned:
+        return array
+    return np.require(array, requirements=["C", "A"])
 
 
 def is_writeable(array: Any) -> bool:

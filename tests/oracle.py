@@ -154,3 +154,85 @@ def merge(state, dot=matmul):
     if state.delta is not None:
         weight = weight + state.delta_scaling * state.delta
     return State(weight=weight, bias=state.bias, activation=state.activation)
+
+
+# --- convolutions and embeddings ---------------------------------------------------------------------------------
+
+
+@dataclass
+class Slide:
+    """A convolution's kernel on images: each a pair for rows and columns."""
+
+    kernel: tuple
+    stride: tuple = (1, 1)
+    padding: tuple = (0, 0)
+    dilation: tuple = (1, 1)
+
+    def places(self, height, width):
+        """Rows and columns of the output."""
+        sizes = zip((height, width), self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        return tuple((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in sizes)
+
+    def sources(self, height, width):
+        """(patch, number in it without its channel, row, column) of all that lies inside an image."""
+        (rows, columns), (kh, kw) = self.places(height, width), self.kernel
+        for h in range(rows):
+            for w in range(columns):
+                for i in range(kh):
+                    for j in range(kw):
+                        y = h * self.stride[0] - self.padding[0] + i * self.dilation[0]
+                        x = w * self.stride[1] - self.padding[1] + j * self.dilation[1]
+                        if 0 <= y < height and 0 <= x < width:
+                            yield h * columns + w, i * kw + j, y, x
+
+
+def patches(images, slide):
+    """Images (N, channels, height, width) as rows (N·H'·W', channels·kh·kw)."""
+    count, channels, height, width = images.shape
+    rows, size = slide.places(height, width), slide.kernel[0] * slide.kernel[1]
+    found = np.zeros((count, rows[0] * rows[1], channels, size))
+    for place, number, y, x in slide.sources(height, width):
+        found[:, place, :, number] = images[:, :, y, x]
+    return found.reshape(count * rows[0] * rows[1], channels * size)
+
+
+def unpatch(rows, shape, slide):
+    """The transpose of `patches`: each number added to where it came from in images of this shape."""
+    count, channels, height, width = shape
+    out, size = slide.places(height, width), slide.kernel[0] * slide.kernel[1]
+    rows = rows.reshape(count, out[0] * out[1], channels, size)
+    images = np.zeros(shape)
+    for place, number, y, x in slide.sources(height, width):
+        images[:, :, y, x] += rows[:, place, :, number]
+    return images
+
+
+def last(images):
+    """(N, channels, ...) as rows of channels."""
+    return np.moveaxis(images, 1, -1).reshape(-1, images.shape[1])
+
+
+def convolve(images, state, slide):
+    """y = act(conv(x, W + s A B + c D) + b), (N, out, H', W')."""
+    images = np.asarray(images, np.float64)
+    rows = forward(patches(images, slide), rows_state(state, images, slide))
+    return np.moveaxis(rows.reshape(len(images), *slide.places(*images.shape[2:]), rows.shape[1]), -1, 1)
+
+
+def rows_state(state, images, slide):
+    """The state with the dropout's mask on images as one on patches."""
+    return state if state.mask is None else replace(state, mask=patches(state.mask, slide))
+
+
+def convolution_gradients(images, grad_output, state, slide):
+    """All gradients by name, and "x" of the images."""
+    images = np.asarray(images, np.float64)
+    found = gradients(patches(images, slide), last(grad_output), rows_state(state, images, slide))
+    return found | {"x": unpatch(found["x"], images.shape, slide)}
+
+
+def one_hot(indices, count):
+    """Rows with a single 1."""
+    rows = np.zeros((np.size(indices), count))
+    rows[np.arange(np.size(indices)), np.reshape(indices, -1)] = 1
+    return rows

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from nblora import checks
-from nblora.backends.protocol import Array, Base, Delta, Operands
+from nblora.backends.protocol import Array, Backend, Base, Delta, Operands, Product
 from nblora.layers.base import Layer, layer_from_state
 from nblora.layers.diagnostics import describe_projection
 from nblora.layers.low_rank import LoRALayer
@@ -79,6 +79,38 @@ class Adapter(Projection, abstract=True):
 
     # --- computing ---------------------------------------------------------------------------------------------
 
+    @property
+    def _takes(self) -> int | None:
+        return self.base_layer._takes
+
+    @property
+    def _gives(self) -> int | None:
+        return self.base_layer._gives
+
+    def _product(self, backend: Backend) -> Product:
+        return self.base_layer._product(backend)
+
+    def _batch(self, x: Array) -> Array:
+        return self.base_layer._batch(x)
+
+    def _grad_batch(self, grad: Array) -> Array:
+        return self.base_layer._grad_batch(grad)
+
+    def _as_input(self, name: str, value: Any) -> Array:
+        return self.base_layer._as_input(name, value)
+
+    def _as_output(self, name: str, value: Any) -> Array:
+        return self.base_layer._as_output(name, value)
+
+    def _output_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return self.base_layer._output_shape(name, shape)
+
+    def _axes(self) -> tuple[int | str, ...]:
+        return self.base_layer._axes()
+
+    def _example(self, samples: int) -> np.ndarray:
+        return self.base_layer._example(samples)
+
     def _delta_operand(self) -> Delta | None:
         """The delta as a backend takes it; None for methods without one."""
         return None
@@ -104,10 +136,10 @@ class Adapter(Projection, abstract=True):
         base = self.base_layer._targets() if self._trains_base() else ()
         return (*base, *self.lora_layer._targets())
 
-    def _dropout_mask(self, rows: Array) -> Array | None:
-        if self.lora_dropout == 0 or not (self._enabled and self._training):
+    def _dropout_mask(self, batch: Array) -> Array | None:
+        if self.lora_dropout == 0 or not (self._enabled and self._training and self.base_layer._droppable):
             return None
-        kept = self._rng.random(rows.shape, self.dtype) >= self.lora_dropout
+        kept = self._rng.random(batch.shape, self.dtype) >= self.lora_dropout
         return self._backend.from_host(kept * self.dtype.type(1 / (1 - self.lora_dropout)))
 
     @contextlib.contextmanager
@@ -130,7 +162,7 @@ class Adapter(Projection, abstract=True):
         Raises
         ------
         RuntimeError
-            For a base that is neither `Dense` nor `FullyConnected`.
+            For a base without a weight of its own, such as a model.
         """
         return self.base_layer.with_weight(self._backend.merge(self._adapted()))
 
@@ -200,6 +232,15 @@ class AroundModel(Adapter, abstract=True):
     def _trains_base(self) -> bool:
         return False  # it goes back by itself
 
+    def _product(self, backend: Backend) -> Product:
+        return backend
+
+    def _batch(self, x: Array) -> Array:
+        return checks.as_rows(x)
+
+    def _grad_batch(self, grad: Array) -> Array:
+        return checks.as_rows(grad)
+
     def _forward(self, x: Array, run: Run) -> Array:
         live, frozen = run.live, run.frozen
         run.frozen = frozen or self.is_base_layer_frozen
@@ -222,7 +263,7 @@ class AroundModel(Adapter, abstract=True):
 
     def merge_to_original_layer(self) -> Layer:
         raise RuntimeError(
-            f"only Dense and FullyConnected layers can take a merged weight, and the base is a "
+            f"only a layer with a weight of its own can take a merged one, and the base is a "
             f"{type(self.base_layer).__name__}: merge that one first and wrap what comes back"
         )
 
@@ -243,6 +284,11 @@ def check_base(base_layer: Any) -> None:
             f"{'None' if base_layer is None else type(base_layer).__name__}"
         )
     base_layer._require_open()
+    if not base_layer.adaptable and len(base_layer._axes()) != 2:
+        raise ValueError(
+            f"base_layer, a {type(base_layer).__name__}, takes no rows of features, which an adapter around a whole "
+            "model multiplies: adapt the layers in it (model.adapt)"
+        )
 
 
 def _saveable(rng: np.random.Generator) -> np.random.Generator:

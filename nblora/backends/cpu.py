@@ -5,11 +5,13 @@ that each kernel has one specialisation a dtype. Scratch is kept between calls, 
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
 
 from nblora.kernels.common.microkernel import tile_functions
+from nblora.kernels.embedding import cpu as row_kernel
 from nblora.kernels.linear.cpu import forward as forward_kernel
 from nblora.kernels.linear.cpu import sweep as sweep_kernel
 from nblora.kernels.linear.cpu.few import FEW
@@ -18,10 +20,12 @@ from nblora.kernels.linear.cpu.few_sweep import few_sweep, packed_few_sweep
 from nblora.kernels.linear.cpu.products import PART, PARTS
 from nblora.kernels.linear.cpu.rowtiles import row_tiles
 from nblora.kernels.losses import cpu as loss_kernel
+from nblora.kernels.patches import cpu as patch_kernel
+from nblora.kernels.patches.window import Window
 from nblora.kernels.update import cpu as update_kernel
 
 from .crew import Crew, thread_count
-from .protocol import Array, Base, Gradients, Operands, Saved, keeps_input
+from .protocol import Array, Base, Delta, Gradients, Operands, Rows, Saved, keeps_input
 from .reference import ReferenceBackend
 
 SERIAL_WORK = 1 << 17
@@ -300,6 +304,64 @@ class CPUBackend(ReferenceBackend):
         out = x.copy()
         self._update(update_kernel.MULTIPLY, out, mask, None, None)
         return out
+
+    def unfold(self, images: Array, window: Window, start: int, stop: int) -> Array:
+        """Patches [start, stop) of images (N, channels, height, width) as rows."""
+        images = _plain(images)
+        rows = _aligned((stop - start) * window.features, images.dtype).reshape(stop - start, window.features)
+        self._patches(patch_kernel.unfold, images, rows, window, start, True)
+        return rows
+
+    def fold(self, rows: Array, window: Window, start: int, images: Array, add: bool) -> None:
+        """The transpose of `unfold`: patches from `start` on added to the images, or written."""
+        self._patches(patch_kernel.fold, images, rows, window, start, add)
+
+    def _patches(self, kernel: Any, images: Array, rows: Array, window: Window, start: int, add: bool) -> None:
+        workers = _workers(8 * rows.size)
+        strips = np.empty((workers, patch_kernel.STRIP * 64 // rows.itemsize), rows.dtype)
+        task = patch_kernel.PatchTask(images, rows, strips, np.zeros(workers, np.int64), window, start, add)
+        self._crew.run(kernel, task, workers)
+
+    def take_rows(
+        self, tables: Sequence[Array], factors: Sequence[float], indices: Array, target: Array, add: bool
+    ) -> None:
+        """target[n] (+)= Σ factor·table[indices[n]], in place."""
+        workers = _workers(2 * target.size)
+        two = len(tables) > 1
+        task = row_kernel.TakeTask(
+            _plain(tables[0]),
+            _plain(tables[-1]),
+            _plain(indices),
+            target,
+            np.zeros(workers, np.int64),
+            float(factors[0]),
+            float(factors[-1]),
+            two,
+            add,
+        )
+        self._crew.run(row_kernel.take, task, workers)
+
+    def sum_rows(self, gradient: Array, rows: Rows, factor: float, target: Array) -> None:
+        """target[i] = factor·Σ gradient[n] over the samples of row i, in place."""
+        self._change_rows(row_kernel.SUM, gradient, rows, target, None, float(factor), 0.0, 0.0)
+
+    def descend_rows(self, gradient: Array, rows: Rows, lr: float, target: Array) -> None:
+        """target[i] -= lr·Σ gradient[n] over the samples of row i, in place."""
+        self._change_rows(row_kernel.DESCEND, gradient, rows, target, None, 1.0, 0.0, float(lr))
+
+    def follow_rows(self, gradient: Array, rows: Rows, delta: Delta, lr: float) -> None:
+        """V = m V + (1 - m) dD, D -= lr V, in place."""
+        rule = float(delta.scaling), float(delta.momentum), float(lr)
+        self._change_rows(row_kernel.FOLLOW, gradient, rows, delta.delta, delta.velocity, *rule)
+
+    def _change_rows(
+        self, code: int, gradient: Array, rows: Rows, target: Array, velocity: Array | None, *rule: float
+    ) -> None:
+        workers = _workers(gradient.size + (0 if code == row_kernel.DESCEND else target.size))
+        sums, counters = np.empty((workers, target.shape[1]), target.dtype), np.zeros(workers, np.int64)
+        moving = target if velocity is None else velocity
+        task = row_kernel.RowsTask(code, _plain(gradient), *rows, sums, moving, target, counters, *rule)
+        self._crew.run(row_kernel.rows, task, workers)
 
     def merge(self, operands: Operands) -> Array:
         """W + s A B + c D as a new stored array."""

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from nblora.kernels.patches.window import Slide, Window
+
 Array = Any  # numpy.ndarray on the CPU, a device array on a GPU
 Number = Any  # float on the CPU; on a GPU what `read` makes floats of, many in one copy
 
@@ -36,6 +38,14 @@ class Delta(NamedTuple):
     velocity: Array
     scaling: float
     momentum: float
+
+
+class Rows(NamedTuple):
+    """Which samples took which row of a table: `order` (N,) the samples sorted by their row, in which those of row i
+    are order[starts[i]] to order[starts[i + 1] - 1]; both int64."""
+
+    order: Array
+    starts: Array
 
 
 class Operands(NamedTuple):
@@ -76,7 +86,34 @@ def keeps_input(operands: Operands) -> bool:
     return operands.train_base or operands.low_rank is not None or operands.delta is not None
 
 
-class Backend(Protocol):
+class Product(Protocol):
+    """The step of one layer: what its input is multiplied with, forward and back. A backend's own is that of rows."""
+
+    def forward(self, x: Array, operands: Operands, mask: Array | None, keep: bool) -> tuple[Array, Any]:
+        """y = act(x (W + c D) + s (mask∘x) A B + b), (N, out), and what backward needs where `keep`: a `Saved` of a
+        backend, of other products what they like."""
+        ...
+
+    def backward(self, grad_output: Array, saved: Any, operands: Operands, input_gradient: bool = True) -> Gradients:
+        """Every gradient, from the values as they are; `delta` and `weight` stored. Without `input_gradient` that of x
+        is neither computed nor held."""
+        ...
+
+    def backward_update(
+        self,
+        grad_output: Array,
+        saved: Any,
+        operands: Operands,
+        lr: float,
+        delta_lr: float,
+        input_gradient: bool = True,
+    ) -> Gradients:
+        """Backward in one sweep that never holds dD or dW: V = m V + (1-m) dD, D -= delta_lr V, and W -= lr dW where
+        the base is trained, in place. The gradients of A, B and the bias are handed back, theirs is the caller's."""
+        ...
+
+
+class Backend(Product, Protocol):
     """Operations on arrays of one device. Nothing here checks its arguments."""
 
     device: str
@@ -106,26 +143,41 @@ class Backend(Protocol):
         """A new array of zeros, same shape and dtype, C-contiguous."""
         ...
 
-    def forward(self, x: Array, operands: Operands, mask: Array | None, keep: bool) -> tuple[Array, Saved | None]:
-        """y = act(x (W + c D) + s (mask∘x) A B + b), (N, out), and what backward needs where `keep`."""
+    def convolution(self, slide: Slide) -> Product:
+        """The product of patches: x (N, channels, height, width), y (N, out, H', W'), and `in` the numbers of a patch.
+        Patches are made in pieces of at most `PIECE` bytes."""
         ...
 
-    def backward(self, grad_output: Array, saved: Saved, operands: Operands, input_gradient: bool = True) -> Gradients:
-        """Every gradient, from the values as they are; `delta` and `weight` stored. Without `input_gradient` that of x
-        is neither computed nor held."""
+    def embedding(self) -> Product:
+        """The product of rows that integers name: x (N,) of them, in [0, in), stands for as many rows with a single 1.
+        It has no gradient, and no mask."""
         ...
 
-    def backward_update(
-        self,
-        grad_output: Array,
-        saved: Saved,
-        operands: Operands,
-        lr: float,
-        delta_lr: float,
-        input_gradient: bool = True,
-    ) -> Gradients:
-        """Backward in one sweep that never holds dD or dW: V = m V + (1-m) dD, D -= delta_lr V, and W -= lr dW where
-        the base is trained, in place. The gradients of A, B and the bias are handed back, theirs is the caller's."""
+    def unfold(self, images: Array, window: Window, start: int, stop: int) -> Array:
+        """Patches [start, stop) of images (N, channels, height, width), counted through all images, as rows."""
+        ...
+
+    def fold(self, rows: Array, window: Window, start: int, images: Array, add: bool) -> None:
+        """The transpose of `unfold`: patches from `start` on added to the images they come from, in place, or written
+        there, where each place is met once."""
+        ...
+
+    def take_rows(
+        self, tables: Sequence[Array], factors: Sequence[float], indices: Array, target: Array, add: bool
+    ) -> None:
+        """target[n] (+)= Σ factor·table[indices[n]] over one or two tables, in place; indices (N,) int64."""
+        ...
+
+    def sum_rows(self, gradient: Array, rows: Rows, factor: float, target: Array) -> None:
+        """target[i] = factor·Σ gradient[n] over the samples of row i, in place; zero for a row without."""
+        ...
+
+    def descend_rows(self, gradient: Array, rows: Rows, lr: float, target: Array) -> None:
+        """target[i] -= lr·Σ gradient[n] over the samples of row i, in place."""
+        ...
+
+    def follow_rows(self, gradient: Array, rows: Rows, delta: Delta, lr: float) -> None:
+        """V = m V + (1 - m) dD, D -= lr V, in place, for all rows; dD[i] = c·Σ gradient[n] over row i's samples."""
         ...
 
     def merge(self, operands: Operands) -> Array:

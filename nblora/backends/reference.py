@@ -11,8 +11,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 from nblora.kernels.common.elementwise import activate, activation_slope
+from nblora.kernels.patches.window import Slide, Window
 
-from .protocol import Array, Base, Gradients, Operands, Saved, keeps_input
+from .convolution import Convolution
+from .embedding import Embedding
+from .protocol import Array, Base, Delta, Gradients, Operands, Product, Rows, Saved, keeps_input
 
 Operation = TypeVar("Operation", bound=Callable[..., Any])
 
@@ -68,6 +71,17 @@ def _gradients(grad_output: Array, saved: Saved, operands: Operands, input_gradi
     if train and base is not None and base.bias is not None:
         db = gz.sum(axis=0)
     return Gradients(gx, dA, dB, dD, dW, db)
+
+
+def _sources(window: Window, start: int, stop: int) -> tuple[np.ndarray, ...]:
+    """Image, row and column that each number of the patches [start, stop) is read from, and which lie inside; all
+    (patches, kh, kw)."""
+    n, h, w = np.unravel_index(np.arange(start, stop), (max(stop, 1), window.out_height, window.out_width))
+    y = (h * window.sh - window.ph)[:, None, None] + (np.arange(window.kh) * window.dh)[:, None]
+    x = (w * window.sw - window.pw)[:, None, None] + np.arange(window.kw) * window.dw
+    inside = (y >= 0) & (y < window.height) & (x >= 0) & (x < window.width)
+    n, y, x = np.broadcast_arrays(n[:, None, None], np.clip(y, 0, window.height - 1), np.clip(x, 0, window.width - 1))
+    return n, y, x, inside
 
 
 class ReferenceBackend:
@@ -142,6 +156,55 @@ class ReferenceBackend:
         return gradients._replace(delta=None, weight=None)
 
     @_quiet
+    def convolution(self, slide: Slide) -> Product:
+        """The product of patches."""
+        return Convolution(self, slide)
+
+    def embedding(self) -> Product:
+        """The product of rows that integers name."""
+        return Embedding(self)
+
+    def unfold(self, images: Array, window: Window, start: int, stop: int) -> Array:
+        """Patches [start, stop) of images as rows."""
+        n, y, x, inside = _sources(window, start, stop)
+        patches = np.where(inside[..., None], images.transpose(0, 2, 3, 1)[n, y, x], images.dtype.type(0))
+        return np.ascontiguousarray(patches.transpose(0, 3, 1, 2).reshape(stop - start, window.features))
+
+    def fold(self, rows: Array, window: Window, start: int, images: Array, add: bool) -> None:
+        """The transpose of `unfold`, in place."""
+        n, y, x, inside = _sources(window, start, start + len(rows))
+        patches = rows.reshape(len(rows), window.channels, window.kh, window.kw).transpose(0, 2, 3, 1)
+        places, target = (n[inside], y[inside], x[inside]), images.transpose(0, 2, 3, 1)
+        if add:
+            np.add.at(target, places, patches[inside])
+        else:
+            target[places] = patches[inside]
+
+    def take_rows(
+        self, tables: Sequence[Array], factors: Sequence[float], indices: Array, target: Array, add: bool
+    ) -> None:
+        """target[n] (+)= Σ factor·table[indices[n]], in place."""
+        rows = sum(target.dtype.type(factor) * table[indices] for table, factor in zip(tables, factors, strict=True))
+        target[...] = target + rows if add else rows
+
+    def sum_rows(self, gradient: Array, rows: Rows, factor: float, target: Array) -> None:
+        """target[i] = factor·Σ gradient[n] over the samples of row i, in place."""
+        target[...] = 0
+        np.add.at(target, np.repeat(np.arange(len(target)), np.diff(rows.starts)), gradient[rows.order])
+        target *= target.dtype.type(factor)
+
+    def descend_rows(self, gradient: Array, rows: Rows, lr: float, target: Array) -> None:
+        """target[i] -= lr·Σ gradient[n] over the samples of row i, in place."""
+        found = np.empty_like(target)
+        self.sum_rows(gradient, rows, lr, found)
+        target -= found
+
+    def follow_rows(self, gradient: Array, rows: Rows, delta: Delta, lr: float) -> None:
+        """V = m V + (1 - m) dD, D -= lr V, with dD[i] = c·Σ gradient[n] over the samples of row i, in place."""
+        found = np.empty_like(delta.delta)
+        self.sum_rows(gradient, rows, delta.scaling, found)
+        self.momentum_update(delta.delta, delta.velocity, found, delta.momentum, lr)
+
     def merge(self, operands: Operands) -> Array:
         """W + s A B + c D as a new stored array."""
         base, low_rank, matrix = operands.base, operands.low_rank, _matrix(operands)

@@ -1,7 +1,9 @@
 """Layers: what adapters wrap, and what they are made of."""
 
 from .base import Layer, read_layer
+from .conv import Conv1d, Conv2d
 from .dense import Dense, FullyConnected
+from .embedding import Embedding
 from .low_rank import LoRALayer
 
-__all__ = ["Dense", "FullyConnected", "Layer", "LoRALayer", "read_layer"]
+__all__ = ["Conv1d", "Conv2d", "Dense", "Embedding", "FullyConnected", "Layer", "LoRALayer", "read_layer"]

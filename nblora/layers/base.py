@@ -2,7 +2,7 @@
 
 import importlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from nblora import checks
 from nblora.backends import resolve
 from nblora.backends.protocol import Array
-from nblora.errors import FormatError
+from nblora.errors import DeviceUnavailableError, FormatError
 from nblora.storage.checkpoint import read_checkpoint, write_checkpoint
 
 from . import tree
@@ -41,6 +41,8 @@ class Layer(NamedParameters):
     adaptable: ClassVar[bool] = False
     """Whether the layer is one product with a weight, which an adapter's change may join and be merged into."""
     _computes: ClassVar[bool] = False
+    _droppable: ClassVar[bool] = True  # whether an adapter drops elements of its input
+    _needs: ClassVar[tuple[str, ...]] = ()  # operations that not every backend has
     _closed = False
     _run: Run | None = None
     _rng: np.random.Generator | None = None  # of what draws numbers in a forward
@@ -93,6 +95,16 @@ class Layer(NamedParameters):
 
     # --- computing ---------------------------------------------------------------------------------------------
 
+    @property
+    def _takes(self) -> int | None:
+        """Features, or channels, of its input, by which neighbours are told to fit; None where any will do."""
+        return self.in_features
+
+    @property
+    def _gives(self) -> int | None:
+        """Features, or channels, of its output; None where they are those of its input."""
+        return self.out_features
+
     def forward(self, x: Any) -> np.ndarray:
         """Compute the layer's output.
 
@@ -114,7 +126,7 @@ class Layer(NamedParameters):
         ValueError
             For another number of features.
         """
-        values, on_device = self._enter("x", x, self.in_features)
+        values, on_device = self._enter("x", x, self._as_input)
         self._run = None  # its memory serves this one
         run = Run(self._backend, self._training)
         y = self._forward(values, run)
@@ -212,7 +224,7 @@ class Layer(NamedParameters):
         if run is None or run.is_stale:
             self._require_open()
             raise RuntimeError(_why_no_forward(self._training))
-        grad, on_device = self._enter("grad_output", grad_output, self.out_features)
+        grad, on_device = self._enter("grad_output", grad_output, self._as_output)
         if grad.shape != run.shape:
             raise ValueError(f"grad_output must have the output's shape {run.shape}, got {grad.shape}")
         return run, grad, on_device
@@ -290,6 +302,8 @@ class Layer(NamedParameters):
     def _move(self, backend: Any) -> None:
         """Take all arrays to `backend`: every one of them, or where one fails, none."""
         nodes = [node for node in tree.walk(self) if node.layer._backend is not backend]
+        for node in nodes:
+            node.layer._check_backend(backend)
         moved = []
         for node in nodes:
             for parameter in node.layer._own_parameters().values():
@@ -302,10 +316,39 @@ class Layer(NamedParameters):
         for node in nodes:
             node.layer._backend, node.layer._run = backend, None
 
-    def _enter(self, name: str, value: Any, features: int) -> tuple[Array, bool]:
-        """`value` checked as (..., features) and brought to the device, and whether it was there."""
+    def _check_backend(self, backend: Any) -> None:
+        """DeviceUnavailableError where the layer needs what `backend` does not offer."""
+        for operation in self._needs:
+            if not hasattr(backend, operation):
+                raise DeviceUnavailableError(
+                    f"{type(self).__name__} has no kernels for device {backend.device!r} yet; use device='cpu'"
+                )
+
+    def _as_input(self, name: str, value: Any) -> Array:
+        """`value` checked as what the layer takes, of the dtype that it takes."""
+        return checks.as_samples(name, value, self.in_features, self.dtype)
+
+    def _as_output(self, name: str, value: Any) -> Array:
+        """`value` checked as a gradient of what the layer gives, of its dtype."""
+        return checks.as_samples(name, value, self.out_features, self.dtype)
+
+    def _output_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The output's shape for an input `name` of this one; ValueError for one that does not fit."""
+        checks.check_last_axis(name, shape, self.in_features)
+        return *shape[:-1], self.out_features
+
+    def _axes(self) -> tuple[int | str, ...]:
+        """Those of a batch of inputs: sizes, and names of what is open."""
+        return "batch", self.in_features
+
+    def _example(self, samples: int) -> np.ndarray:
+        """An input of so many samples, for compiling and tracing."""
+        return np.zeros((samples, self.in_features), self.dtype)
+
+    def _enter(self, name: str, value: Any, check: Callable[[str, Any], Array]) -> tuple[Array, bool]:
+        """`value` checked and brought to the device, and whether it was there."""
         adopted = self._backend.adopt(value)
-        samples = checks.as_samples(name, value if adopted is None else adopted, features, self.dtype)
+        samples = check(name, value if adopted is None else adopted)
         return self._backend.from_host(samples), adopted is not None
 
     def _leave(self, array: Any, on_device: bool) -> Any:
@@ -373,7 +416,7 @@ class Layer(NamedParameters):
         """
         twin = self.clone().train()
         for count in (1, 256):  # few samples and many have kernels of their own
-            samples = np.zeros((count, self.in_features), self.dtype)
+            samples = self._example(count)
             grad = np.zeros_like(twin.forward(samples))
             twin.backward(grad)
             twin.update_parameters(0.0)
@@ -384,7 +427,8 @@ class Layer(NamedParameters):
     def to_onnx(self, path: str | os.PathLike[str]) -> None:
         """Write the forward graph, as it is in evaluation mode, to an ONNX file, atomically (extra `onnx`).
 
-        The graph maps `x` (batch, in_features) to `y` (batch, out_features) in the layer's dtype.
+        The graph maps `x` to `y` in the layer's dtype: (batch, in_features) to (batch, out_features), and images, or
+        integers (batch,), where the layer takes those.
 
         Raises
         ------

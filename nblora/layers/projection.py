@@ -1,7 +1,7 @@
 """`Projection`: y = act(x M + b), the one step that plain layers, low-rank layers and adapters share."""
 
 from nblora import checks
-from nblora.backends.protocol import Array, Gradients, Operands
+from nblora.backends.protocol import Array, Backend, Gradients, Operands, Product
 
 from .base import Layer
 from .parameters import Parameter
@@ -11,9 +11,25 @@ Targets = tuple[tuple[str, Parameter], ...]
 
 
 class Projection(Layer, abstract=True):
-    """A layer whose arithmetic is one call of the backend: any of base, low-rank factors and delta (`Operands`)."""
+    """A layer whose arithmetic is one product of its input: with any of base, low-rank factors and delta (`Operands`).
+
+    What it multiplies is a row of x as a rule. A layer that multiplies patches of images, or rows that integers name,
+    says so by `_product`, and by `_batch` how x becomes what that product takes; around it an adapter does the same.
+    """
 
     _computes = True
+
+    def _product(self, backend: Backend) -> Product:
+        """What computes on `backend`: a backend multiplies rows."""
+        return backend
+
+    def _batch(self, x: Array) -> Array:
+        """An input as the product takes it."""
+        return checks.as_rows(x)
+
+    def _grad_batch(self, grad: Array) -> Array:
+        """A gradient of the output as the product takes it."""
+        return checks.as_rows(grad)
 
     def _operands(self) -> Operands:
         """What the layer computes with, as it is now."""
@@ -33,27 +49,33 @@ class Projection(Layer, abstract=True):
     def _parts(self) -> dict[str, Layer]:
         return {}  # what it holds takes part in its product
 
-    def _dropout_mask(self, rows: Array) -> Array | None:
+    def _dropout_mask(self, batch: Array) -> Array | None:
         """The mask of this forward, None without dropout."""
         return None
 
     def _forward(self, x: Array, run: Run) -> Array:
-        rows = checks.as_rows(x)
+        batch = self._batch(x)
         operands = self._operands()
         if run.frozen and operands.train_base:
             operands = operands._replace(train_base=False)
         trained = self.trainable and not run.frozen and (operands.train_base or operands.low_rank is not None)
         keep = run.training and (run.live or trained)
-        y, saved = run.backend.forward(rows, operands, self._dropout_mask(rows) if run.training else None, keep)
+        product = self._product(run.backend)
+        y, saved = product.forward(batch, operands, self._dropout_mask(batch) if run.training else None, keep)
         if run.training:
-            run.keep(self, Kept(saved, x.shape, operands, run.live, trained) if saved is not None else None)
+            run.keep(self, Kept(saved, x.shape, operands, product, run.live, trained) if saved is not None else None)
             run.live = run.live or trained
         run.passed(self, y)
-        return y if rows is x else y.reshape((*x.shape[:-1], self.out_features))
+        return y if batch is x else y.reshape(self._output_shape("x", x.shape))
 
     def _backward(self, grad: Array, run: Run) -> Array | None:
         kept: Kept | None = run.recall(self)
         if kept is None:
             return None
-        grad_input = run.sink.project(self, checks.as_rows(grad), kept, run)
-        return grad_input if grad_input is None or len(kept.shape) == 2 else grad_input.reshape(kept.shape)
+        grad_input = run.sink.project(self, self._grad_batch(grad), kept, run)
+        return None if grad_input is None else _shaped(grad_input, kept.shape)
+
+
+def _shaped(array: Array, shape: tuple[int, ...]) -> Array:
+    """The array itself where it has the shape: to ask costs less than another view."""
+    return array if array.shape == shape else array.reshape(shape)

@@ -2,16 +2,17 @@
 
 from typing import Any, NamedTuple
 
-from nblora.backends.protocol import Backend, Operands, Saved
+from nblora.backends.protocol import Backend, Operands, Product, Saved
 
 
 class Kept(NamedTuple):
     """What a projection keeps of a forward: what its backend saved, the input's shape, the operands it computed with,
-    whether the input's gradient is wanted (`live`), and whether anything of its own is trained."""
+    and by what, whether the input's gradient is wanted (`live`), and whether anything of its own is trained."""
 
     saved: Saved
     shape: tuple[int, ...]
     operands: Operands
+    product: Product
     live: bool
     trained: bool
 

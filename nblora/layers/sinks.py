@@ -25,16 +25,16 @@ class Sink:
         self.swept: set[Parameter] = set()
 
     def project(self, layer: Any, grad: Array, kept: Kept, run: Run) -> Array | None:
-        """Go back through a projection whose output has the gradient `grad` (N, out); return the input's, if wanted."""
+        """Go back through a projection whose output has the gradient `grad`; return the input's, if wanted."""
         if not kept.trained:
-            return run.backend.backward(grad, kept.saved, kept.operands).x
+            return kept.product.backward(grad, kept.saved, kept.operands).x
         fused = self.fuses(kept.operands) and not run.repeats(layer)
         if fused:
-            gradients = run.backend.backward_update(
+            gradients = kept.product.backward_update(
                 grad, kept.saved, kept.operands, self.lr, self.delta_lr, input_gradient=kept.live
             )
         else:
-            gradients = run.backend.backward(grad, kept.saved, kept.operands, input_gradient=kept.live)
+            gradients = kept.product.backward(grad, kept.saved, kept.operands, input_gradient=kept.live)
         for parameter, gradient in layer._gradients_of(gradients):
             if gradient is not None:
                 self.put(parameter, gradient, run)

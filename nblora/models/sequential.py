@@ -70,6 +70,24 @@ class Sequential(Model):
 
     # --- computing ---------------------------------------------------------------------------------------------
 
+    def _as_input(self, name: str, value: Any) -> Array:
+        return next(iter(self))._as_input(name, value)
+
+    def _as_output(self, name: str, value: Any) -> Array:
+        return list(self)[-1]._as_output(name, value)
+
+    def _output_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        for key, layer in self._layers.items():
+            shape = layer._output_shape(name, shape)
+            name = f"the output of layer {key!r}"
+        return shape
+
+    def _axes(self) -> tuple[int | str, ...]:
+        return next(iter(self))._axes()
+
+    def _example(self, samples: int) -> np.ndarray:
+        return next(iter(self))._example(samples)
+
     def _forward(self, x: Array, run: Run) -> Array:
         for layer in self._layers.values():
             x = layer._forward(x, run)
@@ -132,10 +150,8 @@ def _check_chain(named: Mapping[str, Layer]) -> None:
         raise ValueError("layers must be distinct objects: clone() a layer to use it twice")
     pairs = list(named.items())
     for (name, layer), (next_name, following) in itertools.pairwise(pairs):
-        if layer.out_features != following.in_features:
-            raise ValueError(
-                f"layer {name!r} has {layer.out_features} outputs but layer {next_name!r} takes "
-                f"{following.in_features} inputs"
-            )
+        given, taken = layer._gives, following._takes
+        if given is not None and taken is not None and given != taken:
+            raise ValueError(f"layer {name!r} has {given} outputs but layer {next_name!r} takes {taken} inputs")
         if layer.dtype != following.dtype:
             raise ValueError(f"layer {name!r} is {layer.dtype} but layer {next_name!r} is {following.dtype}")

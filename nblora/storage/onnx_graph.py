@@ -3,6 +3,7 @@
 import importlib
 import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ _CHEBYSHEV_DEGREE = 27  # erfc to 2e-16 on the whole line
 
 
 class OnnxGraph:
-    """A graph from `x` (batch, in_features) to `y` (batch, out_features), in one floating dtype.
+    """A graph from `x` to `y`, samples first, in one floating dtype.
 
     Values are known by name; `node` and `constant` return the names of what they make.
     """
@@ -41,10 +42,16 @@ class OnnxGraph:
         self._constants.append(self._onnx.numpy_helper.from_array(array, unique))
         return unique
 
-    def node(self, operator: str, *inputs: str) -> str:
+    def integers(self, *values: int) -> str:
+        """Add integers, such as a shape."""
+        unique = f"integers_{len(self._constants)}"
+        self._constants.append(self._onnx.numpy_helper.from_array(np.array(values, np.int64), unique))
+        return unique
+
+    def node(self, operator: str, *inputs: str, **attributes: Any) -> str:
         """Add a node with one output."""
         name = f"{operator.lower()}_{len(self._nodes)}"
-        self._nodes.append(self._onnx.helper.make_node(operator, list(inputs), [name], name))
+        self._nodes.append(self._onnx.helper.make_node(operator, list(inputs), [name], name, **attributes))
         return name
 
     def activation(self, z: str, name: str) -> str:
@@ -77,8 +84,17 @@ class OnnxGraph:
         series = self.node("Add", self.node("Sub", self.node("Mul", u, last), later), self.constant(first))
         return self.node("Mul", t, self.node("Exp", self.node("Sub", series, self.node("Mul", size, size))))
 
-    def write(self, path: str | os.PathLike[str], output: str, in_features: int, out_features: int) -> None:
+    def write(
+        self,
+        path: str | os.PathLike[str],
+        output: str,
+        axes: Sequence[int | str],
+        out_axes: Sequence[int | str],
+        integers: bool = False,
+    ) -> None:
         """Check the graph that ends in the value `output`, and write it.
+
+        `axes` and `out_axes` are those of x and y: sizes, and names of what is open. x holds integers, or what y does.
 
         Raises
         ------
@@ -94,8 +110,8 @@ class OnnxGraph:
         graph = helper.make_graph(
             self._nodes,
             "nblora",
-            [helper.make_tensor_value_info("x", kind, ["batch", in_features])],
-            [helper.make_tensor_value_info("y", kind, ["batch", out_features])],
+            [helper.make_tensor_value_info("x", self._onnx.TensorProto.INT64 if integers else kind, list(axes))],
+            [helper.make_tensor_value_info("y", kind, list(out_axes))],
             self._constants,
         )
         opsets = [helper.make_opsetid("", OPSET)]

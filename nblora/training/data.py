@@ -14,7 +14,7 @@ _ROWS = 1 << 20  # elements looked at together, 8 MB at most
 
 
 class Samples(NamedTuple):
-    """Inputs (samples, ..., in_features) and targets as the loss wants them."""
+    """Inputs, samples first, and targets as the loss wants them."""
 
     x: np.ndarray
     y: np.ndarray
@@ -36,15 +36,15 @@ def check_samples(names: tuple[str, str], x: Any, y: Any, model: Layer, loss: Lo
         model's dtype cannot hold.
     """
     inputs = checks.as_real(names[0], x)
-    if inputs.ndim < 2 or inputs.shape[-1] != model.in_features:
-        raise ValueError(
-            f"{names[0]} must have shape (samples, ..., {model.in_features}), got {inputs.shape}: the last axis is the "
-            "model's in_features"
-        )
+    axes = model._axes()
+    if inputs.ndim < len(axes):
+        wanted = ", ".join(map(str, ("samples", *axes[1:])))
+        raise ValueError(f"{names[0]} must have shape ({wanted}), got {inputs.shape}")
+    shape = model._output_shape(names[0], inputs.shape)
     if inputs.size == 0:
         raise ValueError(f"{names[0]} must hold at least one sample, got shape {inputs.shape}")
     check_finite(names[0], inputs, model.dtype)
-    targets = loss.check_target(names[1], y, (*inputs.shape[:-1], model.out_features))
+    targets = loss.check_target(names[1], y, shape)
     check_finite(names[1], targets, model.dtype)
     return Samples(inputs, targets)
 

@@ -14,7 +14,7 @@ from nblora.layers.run import Run
 def first_fault(model: Layer, x: np.ndarray) -> str:
     """Describe the first layer that holds or gives something not finite for the inputs `x`."""
     watch = _Watch(model)
-    model._forward(model._enter("x", x, model.in_features)[0], watch)
+    model._forward(model._enter("x", x, model._as_input)[0], watch)
     return watch.fault or f"the loss itself: the outputs of {_describe(*watch.last)} are finite"
 
 

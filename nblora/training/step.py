@@ -59,7 +59,7 @@ class Step:
         model, backend = self.model, self.model._backend
         run = Run(backend, training=True, live=False)
         # On a GPU the batch is brought there once: output and gradients stay, the host sees the loss.
-        output = model._forward(model._enter("x", x, model.in_features)[0], run)
+        output = model._forward(model._enter("x", x, model._as_input)[0], run)
         value, grad = self.loss.value_and_gradient(output, y, backend)
         self.count += 1
         if self._sink.sweeps or isinstance(value, float):

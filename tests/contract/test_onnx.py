@@ -102,3 +102,30 @@ def test_more_than_one_file_can_hold(rng, path, monkeypatch):
     with pytest.raises(ValueError, match="at most 100 bytes"):
         make_layer(rng).to_onnx(path)
     assert not path.exists()
+
+
+@pytest.mark.parametrize("kind", [None, *ADAPTERS])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_convolutions_and_embeddings(rng, path, kind, dtype):
+    """ONNX Runtime has convolutions in float32 only; in float64 ONNX's own evaluator computes them."""
+    settings = {"stride": 2, "padding": 1, "dtype": dtype, "seed": 0}
+    bases = {
+        "images": (nblora.Conv2d.random(3, 5, (3, 2), activation="gelu", **settings), (2, 3, 7, 6)),
+        "sequences": (nblora.Conv1d.random(3, 5, 3, bias=False, **settings), (2, 3, 9)),
+        "integers": (nblora.Embedding.random(7, 5, dtype=dtype, seed=0), (6,)),
+    }
+    for base, shape in bases.values():
+        layer = base if kind is None else make_adapter(rng, kind, base, lora_dropout=0.5)
+        integers = isinstance(base, nblora.Embedding)
+        x = rng.integers(0, 7, shape) if integers else rng.normal(size=shape).astype(dtype)
+        for exported in (layer, nblora.Sequential(layer)):
+            exported.to_onnx(path)
+            if dtype == "float32" or integers:
+                y = compute(path, x)
+            else:
+                from onnx.reference import ReferenceEvaluator
+
+                onnx.checker.check_model(str(path), full_check=True)
+                y = ReferenceEvaluator(str(path)).run(None, {"x": x})[0]
+            assert y.dtype == dtype
+            assert_close(y, layer.eval().forward(x))

@@ -366,7 +366,7 @@ X, Y = support.data(samples=4)
     [
         ({"model": None}, TypeError, "model must be a layer.*got None"),
         ({"model": len}, TypeError, "builtin_function"),
-        ({"x": X[:, :5]}, ValueError, r"\(samples, ..., 7\), got \(4, 5\)"),
+        ({"x": X[:, :5]}, ValueError, r"\(\.\.\., 7\), got \(4, 5\)"),
         ({"x": X[0]}, ValueError, "x must have shape"),
         ({"x": X[:0], "y": Y[:0]}, ValueError, "at least one sample"),
         ({"x": None}, TypeError, "x must be an array"),
