@@ -17,7 +17,9 @@ from nblora.formats.peft_config import config_from_dict
 from nblora.formats.peft_tensors import PREFIX
 from nblora.formats.peft_writer import only_these, pattern_fields, write_adapter
 from nblora.formats.rounding import narrow
-from nblora.layers import Dense, FullyConnected, tree
+from nblora.layers import Dense, Embedding, Layer, tree
+from nblora.layers.conv import Convolution
+from nblora.layers.weighted import Weighted
 from nblora.linalg import best_product, product_svd
 from nblora.models.model import Model
 from nblora.storage.dtypes import BY_NAME
@@ -50,7 +52,7 @@ class ExportedModule:
 
 
 def save_peft(
-    adapters: Adapter | Model | Mapping[str, Adapter | Dense],
+    adapters: Adapter | Model | Mapping[str, Adapter | Weighted],
     folder: str | os.PathLike[str],
     *,
     name: str = "layer",
@@ -69,7 +71,7 @@ def save_peft(
     ----------
     adapters : Sequential, LoRAAdapter, DeltaLoRAAdapter, or a mapping of module names to layers
         Of a `Sequential` its adapters are written, and the plain layers that are trained (`modules_to_save`), by their
-        names. In a mapping every plain `Dense` or `FullyConnected` is written whole.
+        names. In a mapping every plain layer is written whole.
     folder : path-like
         What nblora wrote there before is replaced, whole or not at all.
     name : str
@@ -113,20 +115,24 @@ def save_peft(
     for module, adapter in named.items():
         A, B, report = _factors(module, adapter, fold_delta)
         kept = stored or BY_NAME[adapter.dtype.name]
-        tensors[f"{PREFIX}{module}.lora_A.weight"] = narrow(A.T, kept)
-        tensors[f"{PREFIX}{module}.lora_B.weight"] = narrow(B.T, kept)
+        for part, factor in _as_peft_has_them(adapter.base_layer, A, B).items():
+            tensors[f"{PREFIX}{module}.{part}"] = narrow(factor, kept)
         root = math.sqrt(report.rank) if adapter.lora_layer.use_rslora else report.rank
         alphas[module] = adapter.alpha if report.rank == adapter.rank else report.scaling * root
         exported.append(report)
     raw = _config(config, {each.name: each.rank for each in exported}, alphas)
     for module, layer in whole.items():
-        as_it_is = raw.get("fan_in_fan_out") and not isinstance(layer, FullyConnected)  # GPT-2's Conv1D is (in, out)
+        # PyTorch's Linear is (out, in); not so its Embedding, and GPT-2's Conv1D.
+        as_it_is = isinstance(layer, Embedding) or (raw.get("fan_in_fan_out") and type(layer) is Dense)
         for part in layer.parameter_names():
             array = layer.get_parameter(part)
-            oriented = array if as_it_is else array.T  # PyTorch's Linear is (out, in)
+            oriented = array if as_it_is else array.T
+            if part == "weight" and isinstance(layer, Convolution):
+                oriented = oriented.reshape(layer.weight.shape)
             kept = stored or BY_NAME[layer.dtype.name]
             tensors[f"{PREFIX}{module}.{part}"] = narrow(oriented.astype(np.float64), kept)
-    if {_leaf(name) for name in raw.get("modules_to_save") or []} != {_leaf(name) for name in whole}:
+    said, saved = ({_leaf(name) for name in names} for names in (raw.get("modules_to_save") or [], whole))
+    if not saved <= said or bool(saved) != bool(said):  # PEFT's own lists name heads that a model need not have
         raw["modules_to_save"] = list(whole) or None
     raw["use_rslora"] = next(iter(named.values())).lora_layer.use_rslora
     if config is None and len(dropouts := {adapter.lora_dropout for adapter in named.values()}) == 1:
@@ -147,18 +153,18 @@ def _modules(given: Any, name: str) -> dict[str, Any]:
     return {slot: layer for slot, layer in layers.items() if isinstance(layer, AnyAdapter) or layer.trainable}
 
 
-def _sorted(given: Mapping[str, Any]) -> tuple[dict[str, Adapter], dict[str, Dense]]:
+def _sorted(given: Mapping[str, Any]) -> tuple[dict[str, Adapter], dict[str, Weighted]]:
     """The adapters, and the layers to write whole."""
     named: dict[str, Adapter] = {}
-    whole: dict[str, Dense] = {}
+    whole: dict[str, Weighted] = {}
     for module, layer in given.items():
-        if isinstance(layer, Dense):
+        if isinstance(layer, Weighted):
             whole[module] = layer
         elif not isinstance(layer, LoRAAdapter | DeltaLoRAAdapter):
             raise TypeError(f"adapters[{module!r}] must be a LoRAAdapter or a DeltaLoRAAdapter, got {layer!r}")
-        elif not isinstance(layer.base_layer, Dense):
+        elif not isinstance(layer.base_layer, Weighted):
             raise ValueError(
-                f"the base of adapters[{module!r}] must be a Dense or FullyConnected, which is what PEFT adapts, got "
+                f"the base of adapters[{module!r}] must be a layer with a weight, which is what PEFT adapts, got "
                 f"{type(layer.base_layer).__name__}: merge that one first"
             )
         else:
@@ -197,6 +203,16 @@ def _low_rank_norm(adapter: Adapter) -> float:
     """‖s A B‖, without forming it."""
     A, B = (adapter.get_parameter(factor).astype(np.float64) for factor in ("lora_A", "lora_B"))
     return float(adapter.scaling * np.linalg.norm(product_svd(A, B)[1]))
+
+
+def _as_peft_has_them(base: Layer, A: np.ndarray, B: np.ndarray) -> dict[str, np.ndarray]:
+    """The factors, (in, rank) and (rank, out), under PEFT's names and in its shapes."""
+    if isinstance(base, Embedding):
+        return {"lora_embedding_A": A.T, "lora_embedding_B": B.T}
+    if not isinstance(base, Convolution):
+        return {"lora_A.weight": A.T, "lora_B.weight": B.T}
+    down = A.T.reshape(-1, base.in_channels, *base.kernel_size)
+    return {"lora_A.weight": down, "lora_B.weight": B.T.reshape(*B.T.shape, *(1 for _ in base.kernel_size))}
 
 
 def _leaf(name: str) -> str:

@@ -1,4 +1,4 @@
-"""PEFT adapters as nblora adapters: linear layers and their factors, ready to compute with or to train on."""
+"""PEFT adapters as nblora adapters: layers and their factors, ready to compute with or to train on."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -12,7 +12,9 @@ from nblora.errors import FormatError
 from nblora.formats.model_files import ModelFiles, open_model
 from nblora.formats.peft import PeftAdapter
 from nblora.formats.peft_tensors import LoraModule
-from nblora.layers import Dense, FullyConnected, Layer, tree
+from nblora.layers import Conv1d, Conv2d, Dense, Embedding, FullyConnected, Layer, tree
+from nblora.layers.conv import Convolution
+from nblora.layers.weighted import Weighted
 from nblora.models.model import Model
 from nblora.storage.safetensors_reader import TensorInfo
 
@@ -23,15 +25,15 @@ Network = TypeVar("Network", bound=Model)
 @overload
 def load_peft(
     adapter: PathLike, base: Network, *, modules: Iterable[str] | None = None, dtype: None = None,
-    activation: None = None,
+    activation: None = None, settings: None = None,
 ) -> Network: ...  # fmt: skip
 
 
 @overload
 def load_peft(
     adapter: PathLike, base: PathLike, *, modules: Iterable[str] | None = None, dtype: str | None = None,
-    activation: str | None = None,
-) -> dict[str, LoRAAdapter | Dense]: ...  # fmt: skip
+    activation: str | None = None, settings: Mapping[str, Mapping[str, Any]] | None = None,
+) -> dict[str, LoRAAdapter | Weighted]: ...  # fmt: skip
 
 
 def load_peft(
@@ -41,6 +43,7 @@ def load_peft(
     modules: Iterable[str] | None = None,
     dtype: str | None = None,
     activation: str | None = None,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Any:
     """Read a PEFT adapter onto a model, or together with the layers of a checkpoint.
 
@@ -58,7 +61,9 @@ def load_peft(
     dtype : {"float32", "float64"}, optional
         Of a checkpoint: what is computed in, by default float32; 16-bit numbers are widened exactly.
     activation : str, optional
-        Of a checkpoint: that of every layer, by default "identity".
+        Of a checkpoint: that of every linear layer and convolution, by default "identity".
+    settings : mapping of module names to mappings, optional
+        Of a checkpoint: what its file does not say of a convolution, `{"conv1": {"stride": 2, "padding": 1}}`.
 
     Returns
     -------
@@ -66,28 +71,30 @@ def load_peft(
         The model, changed in place: its adapted layers, with their activations, are the bases of trainable
         `LoRAAdapter`s; those that the adapter brings whole (`modules_to_save`) have its weights, and are trained; the
         others are frozen.
-    dict of str to LoRAAdapter or Dense
+    dict of str to LoRAAdapter or layer
         Of a checkpoint: a `LoRAAdapter` for every adapted module, on a `FullyConnected` (weight (out, in)) or, where
-        the checkpoint stores (in, out) as GPT-2 does, on a `Dense`; a plain `FullyConnected` for every linear layer
-        that the adapter brings whole.
+        the checkpoint stores (in, out) as GPT-2 does, on a `Dense`, on a `Conv1d`, a `Conv2d` or an `Embedding`; a
+        plain `FullyConnected` or convolution for every layer that the adapter brings whole.
 
     Raises
     ------
     FormatError
-        If a file is broken, names or shapes do not match, or a module is no linear layer (embedding, convolution).
-        A model is as it was then.
+        If a file is broken, names or shapes do not match, or a convolution is grouped or has three axes. A model is as
+        it was then.
     ValueError
-        If `modules` names a module that the adapter does not have, or a layer of the model is adapted already.
+        If `modules` or `settings` names a module that the adapter does not have, or a layer of the model is adapted
+        already.
     OSError
         If a file cannot be read.
     """
     if isinstance(base, Model):
-        if dtype is not None or activation is not None:
-            raise ValueError("dtype and activation are for a checkpoint: a model's layers have their own")
+        if dtype is not None or activation is not None or settings is not None:
+            raise ValueError("dtype, activation and settings are for a checkpoint: a model's layers have their own")
         return _load_into(adapter, base, modules)
     working = checks.check_dtype("float32" if dtype is None else dtype)
     with PeftAdapter(adapter) as opened, open_model(base) as model:
-        source = _Checkpoint(opened, model, working, "identity" if activation is None else activation)
+        chosen = "identity" if activation is None else activation
+        source = _Checkpoint(opened, model, working, chosen, _check_settings(settings, opened))
         return _read_modules(opened, source, modules)
 
 
@@ -96,7 +103,7 @@ def _load_into(path: PathLike, model: Network, modules: Iterable[str] | None) ->
     slots = {name: (owner, key, owner.children()[key]) for name, owner, key in tree.slots(model, Adapter)}
     with PeftAdapter(path) as opened:
         source = _Layers(opened, {name: layer for name, (_, _, layer) in slots.items()})
-        found: dict[str, Dense | LoRAAdapter] = {**_read_modules(opened, source, modules)}
+        found: dict[str, Weighted | LoRAAdapter] = {**_read_modules(opened, source, modules)}
         if modules is None:
             found |= _with_their_biases(opened, source, found)
     for name, (owner, key, layer) in slots.items():
@@ -109,7 +116,7 @@ def _load_into(path: PathLike, model: Network, modules: Iterable[str] | None) ->
     return model
 
 
-def _with_their_biases(adapter: PeftAdapter, source: "_Layers", found: Mapping[str, Any]) -> dict[str, Dense]:
+def _with_their_biases(adapter: PeftAdapter, source: "_Layers", found: Mapping[str, Any]) -> dict[str, Weighted]:
     """Layers of which the adapter brings the bias alone (`bias="all"`), frozen; FormatError for what else is left."""
     layers = {}
     for parameter in adapter.replaced:
@@ -118,7 +125,7 @@ def _with_their_biases(adapter: PeftAdapter, source: "_Layers", found: Mapping[s
             continue
         if part != "bias":
             raise FormatError(
-                f"{adapter.path}: brings {parameter}, which is no linear layer's: choose with modules=[...]"
+                f"{adapter.path}: brings {parameter}, which is no layer's that nblora has: choose with modules=[...]"
             )
         layers[name] = source.with_bias(name)
         layers[name].trainable = False
@@ -127,7 +134,7 @@ def _with_their_biases(adapter: PeftAdapter, source: "_Layers", found: Mapping[s
 
 def _read_modules(
     adapter: PeftAdapter, source: "_Checkpoint | _Layers", modules: Iterable[str] | None
-) -> dict[str, LoRAAdapter | Dense]:
+) -> dict[str, LoRAAdapter | Weighted]:
     whole = [name.removesuffix(".weight") for name, info in adapter.replaced.items() if _is_layer(name, info, adapter)]
     chosen = list(modules) if modules is not None else [*adapter.modules, *whole]
     for name in chosen:
@@ -139,19 +146,32 @@ def _read_modules(
 
 
 def _is_layer(name: str, info: TensorInfo, adapter: PeftAdapter) -> bool:
-    return name.endswith(".weight") and len(info.shape) == 2 and name.removesuffix(".weight") not in adapter.modules
+    return name.endswith(".weight") and len(info.shape) >= 2 and name.removesuffix(".weight") not in adapter.modules
 
 
 class _Checkpoint:
     """The layers of a base that is a file."""
 
-    def __init__(self, adapter: PeftAdapter, model: ModelFiles, dtype: np.dtype, activation: str) -> None:
+    def __init__(
+        self,
+        adapter: PeftAdapter,
+        model: ModelFiles,
+        dtype: np.dtype,
+        activation: str,
+        settings: Mapping[str, Mapping[str, Any]],
+    ) -> None:
         self._adapter, self._model, self.dtype, self._activation = adapter, model, dtype, activation
+        self._settings = settings
 
     def weight(self, name: str, module: LoraModule) -> tuple[np.ndarray, bool]:
         """The weight as (out, in), and whether it is stored the other way round."""
         weight = self._read(f"{name}.weight")
         expected = module.out_features, module.in_features
+        if module.kind != "linear":
+            wanted = (module.out_features, *module.A.shape[1:]) if module.kind == "conv" else expected[::-1]
+            if weight.shape != wanted:
+                raise _misfit(self._adapter, name, weight.shape, wanted)
+            return _matrix(weight, module.kind == "embedding"), False
         if weight.shape not in (expected, expected[::-1]):
             raise _misfit(self._adapter, name, weight.shape, expected)
         square = expected[0] == expected[1]
@@ -163,14 +183,32 @@ class _Checkpoint:
         bias = f"{name}.bias"
         return self._read(bias) if bias in self._model.tensors or bias in self._adapter.replaced else None
 
-    def base(self, name: str, weight: np.ndarray, bias: np.ndarray | None, transposed: bool, changed: bool) -> Dense:
+    def base(
+        self, module: LoraModule, weight: np.ndarray, bias: np.ndarray | None, transposed: bool, changed: bool
+    ) -> Weighted:
         """The layer of a weight (out, in), stored as the checkpoint has it."""
-        return _layer(Dense if transposed else FullyConnected, weight, bias, self._activation, self.dtype)
+        if module.kind == "embedding":
+            return Embedding(_cast(weight.T, self.dtype))
+        if module.kind == "conv":
+            return self._convolution(module.name, weight.reshape(len(weight), *module.A.shape[1:]), bias)
+        stored = weight.T if transposed else weight
+        return (Dense if transposed else FullyConnected)(
+            _cast(stored, self.dtype), _cast(bias, self.dtype), activation=self._activation
+        )
 
-    def whole(self, name: str) -> Dense:
+    def _convolution(self, name: str, weight: np.ndarray, bias: np.ndarray | None) -> Weighted:
+        kind = {3: Conv1d, 4: Conv2d}.get(weight.ndim)
+        if kind is None:
+            raise FormatError(f"{self._adapter.path}: {name} is a convolution along {weight.ndim - 2} axes, not 1 or 2")
+        settings = {"activation": self._activation, **self._settings.get(name, {})}
+        return kind(_cast(weight, self.dtype), _cast(bias, self.dtype), **settings)
+
+    def whole(self, name: str) -> Weighted:
         """A layer that the adapter replaces."""
-        weight = self._read(f"{name}.weight")
-        return _layer(FullyConnected, weight, self.bias(name), self._activation, self.dtype)
+        weight, bias = self._read(f"{name}.weight"), self.bias(name)
+        if weight.ndim > 2:
+            return self._convolution(name, weight, bias)
+        return FullyConnected(_cast(weight, self.dtype), _cast(bias, self.dtype), activation=self._activation)
 
     def _read(self, name: str) -> np.ndarray:
         """A parameter as float64: the adapter's where it brings one, else the base's."""
@@ -188,7 +226,7 @@ class _Layers:
     def __init__(self, adapter: PeftAdapter, layers: Mapping[str, Layer]) -> None:
         self._adapter, self._layers = adapter, layers
 
-    def _layer(self, name: str) -> Dense:
+    def _layer(self, name: str) -> Weighted:
         if name not in self._layers:
             raise FormatError(
                 f"{self._adapter.path}: adapts {name!r}, but the model has the layers "
@@ -200,16 +238,23 @@ class _Layers:
                 f"layer {name!r} has an adapter already, a {type(layer).__name__} of rank {layer.rank}: load into what "
                 "model.merge() returns, or into the model as it was before"
             )
-        if not isinstance(layer, Dense):
+        if not isinstance(layer, Weighted):
             raise FormatError(f"{self._adapter.path}: adapts {name!r}, which is a {type(layer).__name__} in the model")
         return layer
 
     def weight(self, name: str, module: LoraModule) -> tuple[np.ndarray, bool]:
         layer = self._layer(name)
-        expected = module.out_features, module.in_features
-        if (layer.out_features, layer.in_features) != expected:
-            raise _misfit(self._adapter, name, (layer.out_features, layer.in_features), expected)
-        return layer.get_parameter("weight").T.astype(np.float64), not isinstance(layer, FullyConnected)
+        expected: tuple[int, ...] = (module.out_features, module.in_features)
+        if module.kind != _kind(layer):
+            raise FormatError(
+                f"{self._adapter.path}: adapts {name!r} as {_NAMES[module.kind]}, and the model has a "
+                f"{type(layer).__name__} there"
+            )
+        if module.kind == "conv":
+            expected = (module.out_features, *module.A.shape[1:])
+        if _shape(layer) != expected:
+            raise _misfit(self._adapter, name, _shape(layer), expected)
+        return layer.get_parameter("weight").T.astype(np.float64), not layer._transposed
 
     def bias(self, name: str) -> np.ndarray | None:
         layer = self._layer(name)
@@ -217,32 +262,65 @@ class _Layers:
             return self._adapter.file.read_wide(self._adapter.replaced[f"{name}.bias"].name)
         return layer.get_parameter("bias").astype(np.float64) if "bias" in layer.parameter_names() else None
 
-    def base(self, name: str, weight: np.ndarray, bias: np.ndarray | None, transposed: bool, changed: bool) -> Dense:
-        layer = self._layer(name)
-        if not changed and f"{name}.bias" not in self._adapter.replaced:
+    def base(
+        self, module: LoraModule, weight: np.ndarray, bias: np.ndarray | None, transposed: bool, changed: bool
+    ) -> Weighted:
+        layer = self._layer(module.name)
+        if not changed and f"{module.name}.bias" not in self._adapter.replaced:
             return layer
-        return _layer(type(layer), weight, bias, layer.activation, layer.dtype)
+        return _like(layer, weight, bias)
 
-    def with_bias(self, name: str) -> Dense:
+    def with_bias(self, name: str) -> Weighted:
         """The layer with the adapter's bias."""
         layer = self._layer(name)
-        weight = layer.get_parameter("weight").T
-        return _layer(type(layer), weight, self.bias(name), layer.activation, layer.dtype)
+        return _like(layer, layer.get_parameter("weight").T, self.bias(name))
 
-    def whole(self, name: str) -> Dense:
+    def whole(self, name: str) -> Weighted:
         layer = self._layer(name)
         weight = self._adapter.file.read_wide(self._adapter.replaced[f"{name}.weight"].name)
-        if self._adapter.config.fan_in_fan_out and not isinstance(layer, FullyConnected):
+        if self._adapter.config.fan_in_fan_out and type(layer) is Dense:
             weight = weight.T
-        if weight.shape != (layer.out_features, layer.in_features):
-            raise _misfit(self._adapter, name, (layer.out_features, layer.in_features), weight.shape)
-        return _layer(type(layer), weight, self.bias(name), layer.activation, layer.dtype)
+        embedding = _kind(layer) == "embedding"
+        expected = _shape(layer)[::-1] if embedding else _shape(layer)
+        if weight.shape != expected:
+            raise _misfit(self._adapter, name, expected, weight.shape)
+        return _like(layer, _matrix(weight, embedding), self.bias(name))
 
 
-def _layer(kind: type[Dense], weight: np.ndarray, bias: np.ndarray | None, activation: str, dtype: np.dtype) -> Dense:
-    """A layer of a weight given as (out, in)."""
-    stored = weight if issubclass(kind, FullyConnected) else weight.T
-    return kind(_cast(stored, dtype), _cast(bias, dtype), activation=activation)
+_NAMES = {"linear": "a linear layer", "conv": "a convolution", "embedding": "an embedding"}
+
+
+def _kind(layer: Weighted) -> str:
+    """What PEFT calls a layer."""
+    return "conv" if isinstance(layer, Convolution) else "embedding" if isinstance(layer, Embedding) else "linear"
+
+
+def _shape(layer: Weighted) -> tuple[int, ...]:
+    """Of its weight, outputs first."""
+    return tuple(layer.weight.shape) if isinstance(layer, Convolution) else (layer.out_features, layer.in_features)
+
+
+def _matrix(weight: np.ndarray, embedding: bool) -> np.ndarray:
+    """A weight as PyTorch has it, as (out, in)."""
+    return weight.T if embedding else weight.reshape(len(weight), -1)
+
+
+def _like(layer: Weighted, weight: np.ndarray, bias: np.ndarray | None) -> Weighted:
+    """A layer like this one of a weight given as (out, in)."""
+    stored = weight if layer._transposed else weight.T
+    return type(layer)._made(_cast(stored, layer.dtype), _cast(bias, layer.dtype), layer._config())
+
+
+def _check_settings(settings: Any, adapter: PeftAdapter) -> Mapping[str, Mapping[str, Any]]:
+    if settings is None:
+        return {}
+    if not isinstance(settings, Mapping) or not all(isinstance(each, Mapping) for each in settings.values()):
+        raise TypeError(f"settings must map names of modules to mappings, got {settings!r}")
+    known = {*adapter.modules, *(name.removesuffix(".weight") for name in adapter.replaced)}
+    for name in settings:
+        if name not in known:
+            raise ValueError(f"settings: {name!r} is not in {adapter.path}; it holds {', '.join(adapter.modules)}")
+    return settings
 
 
 def _misfit(adapter: PeftAdapter, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> FormatError:
@@ -259,20 +337,20 @@ class _Reader:
     def __init__(self, adapter: PeftAdapter, source: _Checkpoint | _Layers) -> None:
         self._adapter, self._source = adapter, source
 
-    def whole(self, name: str) -> Dense:
+    def whole(self, name: str) -> Weighted:
         """A layer that the adapter replaces."""
         return self._source.whole(name)
 
     def adapted(self, name: str) -> LoRAAdapter:
         """A layer that the adapter changes by factors."""
         module = self._adapter.modules[name]
-        if module.kind != "linear":
+        if module.groups != 1:
             raise FormatError(
-                f"{self._adapter.path}: {name} is an adapted {module.kind}; only linear layers become nblora adapters "
-                "(nblora merge merges the others too). Choose others with modules=[...]"
+                f"{self._adapter.path}: {name} is a convolution in {module.groups} groups, which no layer of nblora is "
+                "(nblora merge merges it). Choose others with modules=[...]"
             )
         W, transposed = self._source.weight(name, module)
-        B, A = (self._adapter.file.read_wide(info.name) for info in (module.B, module.A))
+        B, A = (self._adapter.file.read_wide(info.name).reshape(info.shape[0], -1) for info in (module.B, module.A))
         bias, alpha = self._source.bias(name), module.alpha
         if module.bias:
             if bias is None:
@@ -285,7 +363,7 @@ class _Reader:
         if alpha <= 0:  # no strength of an nblora adapter
             B, alpha = B * module.scaling, -1.0
         changed = module.bias is not None or module.magnitude is not None
-        layer = self._source.base(name, W, bias, transposed, changed)
+        layer = self._source.base(module, W, bias, transposed, changed)
         rslora = self._adapter.config.use_rslora and alpha > 0
         factors = _cast(A.T, layer.dtype), _cast(B.T, layer.dtype)
         return LoRAAdapter.from_factors(layer, *factors, alpha, use_rslora=rslora)

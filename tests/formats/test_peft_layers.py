@@ -11,6 +11,8 @@ from nblora.errors import FormatError
 from nblora.formats import PeftAdapter, load_peft, save_peft
 from tests.weights.support import FIXTURES, linear_factors, read_file, write_adapter, write_file
 
+MODELS = FIXTURES.parent / "models"
+
 LINEAR = [
     "linear_r4",
     "linear_r4_bf16_adapter",
@@ -60,8 +62,6 @@ def test_imported_lora_bias_and_odd_strengths(tmp_path, rng):
 
 def test_modules_are_chosen_by_name_and_others_refused(tmp_path):
     path = FIXTURES / "made_embedding"
-    with pytest.raises(FormatError, match="embed is an adapted embedding"):
-        load_peft(path, path / "base.safetensors")
     assert list(load_peft(path, path / "base.safetensors", modules=["mid"])) == ["mid"]
     with pytest.raises(ValueError, match="'tail' is not in"):
         load_peft(path, path / "base.safetensors", modules=["tail"])
@@ -73,18 +73,130 @@ def test_modules_are_chosen_by_name_and_others_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["linear_r4", "linear_r4_rslora", "mlp_r4", "gpt2_conv1d_r4", "linear_r4_bf16_adapter"]
+    "name",
+    [
+        "linear_r4",
+        "linear_r4_rslora",
+        "mlp_r4",
+        "gpt2_conv1d_r4",
+        "linear_r4_bf16_adapter",
+        "conv1d_r2",
+        "conv2d_r4",
+        "made_embedding",
+        "resnet_conv",
+        "bert_embedding_all",
+    ],
 )
 def test_there_and_back_keeps_bits_and_keys(name, tmp_path):
-    layers = load_peft(FIXTURES / name, FIXTURES / name / "base.safetensors")
-    config = json.loads((FIXTURES / name / "adapter_config.json").read_text())
+    folder, base = FIXTURES / name, FIXTURES / name / "base.safetensors"
+    if not folder.exists():
+        folder, base = MODELS / name / "adapter", MODELS / name / "base"
+    layers = load_peft(folder, base)
+    config = json.loads((folder / "adapter_config.json").read_text())
     dtype = "bfloat16" if "bf16" in name else "float32"
     save_peft(layers, tmp_path / "back", config=config, dtype=dtype)
     assert json.loads((tmp_path / "back" / "adapter_config.json").read_text()) == config
-    before, after = (read_file(folder / "adapter_model.safetensors") for folder in (FIXTURES / name, tmp_path / "back"))
+    before, after = (read_file(path / "adapter_model.safetensors") for path in (folder, tmp_path / "back"))
     assert before.keys() == after.keys()
     for key, array in before.items():
-        assert (after[key].dtype, after[key].tobytes()) == (array.dtype, array.tobytes())
+        assert (after[key].dtype, after[key].shape, after[key].tobytes()) == (array.dtype, array.shape, array.tobytes())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "conv1d_r2",
+        "conv2d_r4",
+        "conv2d_r4_dora",
+        "made_conv1d_dora",
+        "made_convs_lora_bias",
+        "made_embedding",
+        "made_embedding_dora",
+    ],
+)
+def test_convolutions_and_embeddings_merge_as_in_peft(name):
+    """Through nblora's layers: the merged weight of each, in PyTorch's shape, is PEFT's."""
+    layers = load_peft(FIXTURES / name, FIXTURES / name / "base.safetensors", dtype="float64")
+    with np.load(FIXTURES / name / "io.npz") as arrays:
+        merged = {key.removeprefix("merged/"): arrays[key] for key in arrays.files if key.startswith("merged/")}
+    kinds = {type(adapter.base_layer) for adapter in layers.values()}
+    assert kinds & {nblora.Conv1d, nblora.Conv2d, nblora.Embedding}
+    for module, adapter in layers.items():
+        plain = adapter.merge_to_original_layer()
+        np.testing.assert_allclose(plain.weight, merged[f"{module}.weight"], rtol=0, atol=1e-12)
+        if plain.bias is not None and f"{module}.bias" in merged:
+            np.testing.assert_allclose(plain.bias, merged[f"{module}.bias"], rtol=0, atol=1e-12)
+
+
+def test_imported_convolutions_compute_what_peft_does():
+    x, y = outputs("conv1d_r2")
+    path = FIXTURES / "conv1d_r2"
+    settings = {"conv": {"padding": 1}}
+    layers = load_peft(path, path / "base.safetensors", dtype="float64", settings=settings)
+    np.testing.assert_allclose(layers["conv"](x), y, rtol=0, atol=1e-12)
+    x, y = outputs("made_convs_lora_bias")
+    path = FIXTURES / "made_convs_lora_bias"
+    layers, base = load_peft(path, path / "base.safetensors", dtype="float64"), read_file(path / "base.safetensors")
+    means = layers["two"](layers["one"](x)[:, None]).mean((2, 3))
+    np.testing.assert_allclose(means @ base["end.weight"].T.astype(float) + base["end.bias"], y, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["made_embedding", "made_embedding_dora"])
+def test_an_imported_embedding_computes_what_peft_does(name):
+    path = FIXTURES / name
+    with np.load(path / "io.npz") as arrays:
+        x, y = arrays["x"], arrays["y_adapter64"]
+    layers = load_peft(path, path / "base.safetensors", dtype="float64")
+    base = {key: array.astype(float) for key, array in read_file(path / "base.safetensors").items()}
+    hidden = np.tanh(layers["mid"](layers["embed"](x)))
+    normed = (hidden - hidden.mean(-1, keepdims=True)) / np.sqrt(hidden.var(-1, keepdims=True) + 1e-5)
+    normed = normed * base["norm.weight"] + base["norm.bias"]
+    np.testing.assert_allclose(normed @ base["head.weight"].T + base["head.bias"], y, rtol=0, atol=1e-12)
+
+
+def test_settings_and_layers_that_do_not_fit(tmp_path, rng):
+    path = FIXTURES / "conv1d_r2"
+    base = path / "base.safetensors"
+    with pytest.raises(ValueError, match="settings: 'conv9' is not in"):
+        load_peft(path, base, settings={"conv9": {"stride": 2}})
+    with pytest.raises(TypeError, match="settings must map"):
+        load_peft(path, base, settings={"conv": 2})
+    with pytest.raises(FormatError, match="conv is a convolution in 2 groups"):
+        load_peft(FIXTURES / "conv2d_grouped", FIXTURES / "conv2d_grouped" / "base.safetensors")
+    cube = {"c.lora_A.weight": np.ones((2, 3, 1, 1, 1)), "c.lora_B.weight": np.ones((4, 2, 1, 1, 1))}
+    of_three = write_adapter(tmp_path / "cube", cube, r=2)
+    deep = write_file(tmp_path / "cube.safetensors", {"c.weight": np.ones((4, 3, 1, 1, 1))})
+    with pytest.raises(FormatError, match="c is a convolution along 3 axes"):
+        load_peft(of_three, deep)
+    misfit = write_file(tmp_path / "misfit.safetensors", {"conv.weight": np.ones((7, 5, 2))})
+    with pytest.raises(FormatError, match=r"conv\.weight has shape \(7, 5, 2\)"):
+        load_peft(path, misfit)
+    model = nblora.Sequential({"conv": nblora.FullyConnected.random(15, 7, seed=0)})
+    with pytest.raises(FormatError, match="adapts 'conv' as a convolution, and the model has a FullyConnected"):
+        load_peft(path, model)
+
+
+@pytest.mark.parametrize("kind", ["lora", "delta"])
+def test_a_model_of_convolutions_goes_and_comes_back(kind, tmp_path, rng):
+    def network(seed):
+        return nblora.Sequential(
+            {
+                "first": nblora.Conv2d.random(2, 4, 3, padding=1, activation="relu", seed=seed),
+                "second": nblora.Conv2d.random(4, 3, (1, 2), stride=2, seed=seed + 1),
+                "last": nblora.Conv2d.random(3, 2, 1, seed=seed + 2),
+            }
+        )
+
+    model = network(0).adapt(["first", "second"], kind, rank=2, modules_to_save="last", seed=0)
+    for named in list(model._parameters()):
+        if "lora_B" in named.name:
+            model.set_parameter(named.name, rng.normal(size=named.shape))
+    save_peft(model, tmp_path / "out", fold_delta=1 if kind == "delta" else None)
+    read = load_peft(tmp_path / "out", network(0))
+    x = rng.normal(size=(2, 2, 5, 6)).astype("float32")
+    np.testing.assert_allclose(read(x), model(x), rtol=0, atol=1e-6)
+    assert type(read["last"]) is nblora.Conv2d
+    assert read["last"].trainable
 
 
 @pytest.fixture
@@ -271,12 +383,12 @@ def test_models_that_an_adapter_does_not_fit(tmp_path, rng):
         assert list(model) == layers
         assert [layer.trainable for layer in model] == flags
         np.testing.assert_array_equal(model(x.astype(model.dtype)), before)
-    with pytest.raises(ValueError, match="dtype and activation are for a checkpoint"):
+    with pytest.raises(ValueError, match="dtype, activation and settings are for a checkpoint"):
         load_peft(tmp_path / "out", network(rng), dtype="float64")
     with pytest.raises(ValueError, match="no adapter"):
         save_peft(network(rng), tmp_path / "other")
     around = nblora.LoRAAdapter(network(rng), 2)
-    with pytest.raises(ValueError, match=r"base of adapters\['layer'\] must be a Dense or FullyConnected"):
+    with pytest.raises(ValueError, match=r"base of adapters\['layer'\] must be a layer with a weight"):
         save_peft(around, tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
@@ -309,7 +421,7 @@ def test_biases_that_came_along_reach_the_other_layers(tmp_path, rng):
     assert not model["head"].trainable
     assert (model["first"].base_layer.activation, model["head"].activation) == ("tanh", "identity")
     strange = write_adapter(tmp_path / "b", tensors | {"norm.weight": rng.normal(size=6)}, bias="all")
-    with pytest.raises(FormatError, match=r"brings norm\.weight, which is no linear layer's"):
+    with pytest.raises(FormatError, match=r"brings norm\.weight, which is no layer's that nblora has"):
         load_peft(strange, network(rng))
 
 
