@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-ACTIVATIONS = ("identity", "relu", "gelu", "tanh", "sigmoid")
+ACTIVATIONS = ("identity", "relu", "gelu", "tanh", "sigmoid", "silu", "gelu_tanh", "quick_gelu")
 
 
 @dataclass
@@ -59,6 +59,12 @@ def act(z, name):
         return math.tanh(z)
     if name == "sigmoid":
         return 1.0 / (1.0 + math.exp(-z)) if z >= 0 else math.exp(z) / (1.0 + math.exp(z))
+    if name == "silu":
+        return z * act(z, "sigmoid")
+    if name == "quick_gelu":
+        return z * act(1.702 * z, "sigmoid")
+    if name == "gelu_tanh":
+        return 0.5 * z * (1.0 + math.tanh(math.sqrt(2.0 / math.pi) * (z + 0.044715 * z**3)))
     return z
 
 
@@ -72,6 +78,13 @@ def act_derivative(z, name):
         return 1.0 - math.tanh(z) ** 2
     if name == "sigmoid":
         return act(z, name) * act(-z, name)
+    if name == "silu":
+        return act(z, "sigmoid") * (1.0 + z * act(-z, "sigmoid"))
+    if name == "quick_gelu":
+        return act(1.702 * z, "sigmoid") * (1.0 + 1.702 * z * act(-1.702 * z, "sigmoid"))
+    if name == "gelu_tanh":
+        t = math.tanh(math.sqrt(2.0 / math.pi) * (z + 0.044715 * z**3))
+        return 0.5 * (1.0 + t) + 0.5 * z * (1.0 - t * t) * math.sqrt(2.0 / math.pi) * (1.0 + 3 * 0.044715 * z * z)
     return 1.0
 
 

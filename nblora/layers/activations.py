@@ -4,7 +4,7 @@ from typing import Any
 
 from nblora.checks import check_choice
 
-ACTIVATIONS = ("identity", "relu", "gelu", "tanh", "sigmoid")
+ACTIVATIONS = ("identity", "relu", "gelu", "tanh", "sigmoid", "silu", "gelu_tanh", "quick_gelu")
 
 
 def activation_code(activation: Any) -> int:

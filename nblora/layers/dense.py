@@ -20,8 +20,9 @@ class Dense(Weighted):
         become float32.
     bias : array_like, shape (out_features,), optional
         Of the weight's dtype, or cast to it.
-    activation : {"identity", "relu", "gelu", "tanh", "sigmoid"}
-        "gelu" is the exact one, with erf; the derivative of "relu" at 0 is 0.
+    activation : {"identity", "relu", "gelu", "tanh", "sigmoid", "silu", "gelu_tanh", "quick_gelu"}
+        "gelu" is the exact one, with erf; "gelu_tanh" approximates it by tanh, "quick_gelu" is z σ(1.702 z), "silu"
+        z σ(z). The derivative of "relu" at 0 is 0.
 
     Attributes
     ----------

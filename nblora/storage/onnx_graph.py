@@ -61,7 +61,19 @@ class OnnxGraph:
         if name == "gelu":
             half = self.node("Mul", z, self.constant(0.5))
             return self.node("Mul", half, self._one_plus_erf(self.node("Mul", z, self.constant(math.sqrt(0.5)))))
+        if name in ("silu", "gelu_tanh", "quick_gelu"):
+            return self.node("Mul", z, self.node("Sigmoid", self._gate(z, name)))
         return self.node(name.capitalize(), z)
+
+    def _gate(self, z: str, name: str) -> str:
+        """What the three whose form is z σ(w) have as w; 0.5 (1 + tanh(u)) is σ(2u)."""
+        if name == "silu":
+            return z
+        if name == "quick_gelu":
+            return self.node("Mul", z, self.constant(1.702))
+        slope = 2 * math.sqrt(2 / math.pi)
+        cubic = self.node("Mul", self.node("Mul", z, z), self.constant(0.044715 * slope))
+        return self.node("Mul", z, self.node("Add", cubic, self.constant(slope)))
 
     def _one_plus_erf(self, v: str) -> str:
         """1 + erf(v). ONNX Runtime has Erf in float32 only, so float64 takes 1 + erf(v) = erfc(-v) from `Exp`."""

@@ -58,6 +58,9 @@ def kernel(function=None, **options):
     return dispatcher
 
 
+PART_OPTIONS = {"_nrt": False, "error_model": "numpy", "pipeline_class": PartCompiler}
+
+
 def part(function=None, **options):
     """Decorate a function that only kernels call: without entry points, a cache and reference counts of its own.
 
@@ -66,7 +69,7 @@ def part(function=None, **options):
     returned by it to a kernel. Division by zero gives infinity: the check for it would keep loops from being
     vectorised. Called from Python it is the plain function.
     """
-    options = {"_nrt": False, "error_model": "numpy", "pipeline_class": PartCompiler, **options}
+    options = {**PART_OPTIONS, **options}
     if function is None:
         return numba.extending.register_jitable(**options)
     return numba.extending.register_jitable(**options)(function)
