@@ -10,7 +10,16 @@ if TYPE_CHECKING:
     from nblora.adapters import DeltaLoRAAdapter, LoRAAdapter
     from nblora.backends import devices, set_device
     from nblora.formats import load_peft, save_peft
-    from nblora.layers import Conv1d, Conv2d, Dense, Embedding, FullyConnected, LoRALayer
+    from nblora.layers import (
+        Conv1d,
+        Conv2d,
+        Dense,
+        Embedding,
+        FullyConnected,
+        LayerNorm,
+        LoRALayer,
+        RMSNorm,
+    )
     from nblora.layers import read_layer as load
     from nblora.models import Sequential
     from nblora.training import fit  # type: ignore[no-redef]  # a module of that name lies there too
@@ -23,8 +32,10 @@ __all__ = [
     "Dense",
     "Embedding",
     "FullyConnected",
+    "LayerNorm",
     "LoRAAdapter",
     "LoRALayer",
+    "RMSNorm",
     "Sequential",
     "__version__",
     "combine",
@@ -50,7 +61,9 @@ _PLACES = {
     "Embedding": "layers",
     "FullyConnected": "layers",
     "LoRAAdapter": "adapters",
+    "LayerNorm": "layers",
     "LoRALayer": "layers",
+    "RMSNorm": "layers",
     "Sequential": "models",
     "combine": "weights",
     "devices": "backends",

@@ -249,3 +249,100 @@ def one_hot(indices, count):
     rows = np.zeros((np.size(indices), count))
     rows[np.arange(np.size(indices)), np.reshape(indices, -1)] = 1
     return rows
+
+
+# --- beside the linear step: loops again, in float64 ---------------------------------------------------------------
+
+
+def norm(x, weight, bias=None, eps=1e-5, centred=True):
+    """LayerNorm, or RMSNorm where not `centred`, of rows."""
+    y = np.zeros(x.shape)
+    for n, row in enumerate(np.asarray(x, np.float64)):
+        mean = sum(row.tolist()) / len(row) if centred else 0.0
+        variance = sum((value - mean) ** 2 for value in row.tolist()) / len(row)
+        y[n] = (row - mean) / math.sqrt(variance + eps) * weight + (0.0 if bias is None else bias)
+    return y
+
+
+def norm_gradients(x, weight, grad, eps=1e-5, centred=True):
+    """Gradients of input, weight and bias, from the derivative of each output by each input of a row."""
+    x, grad = np.asarray(x, np.float64), np.asarray(grad, np.float64)
+    gx, gw = np.zeros(x.shape), np.zeros(x.shape[1])
+    for n, row in enumerate(x):
+        count = len(row)
+        mean = row.mean() if centred else 0.0
+        spread = math.sqrt(((row - mean) ** 2).mean() + eps)
+        hat = (row - mean) / spread
+        jacobian = (np.eye(count) - (1.0 / count if centred else 0.0) - np.outer(hat, hat) / count) / spread
+        gx[n] = jacobian.T @ (grad[n] * weight)
+        gw += grad[n] * hat
+    return gx, gw, grad.sum(axis=0)
+
+
+def rotated(x, positions, size, theta, dtype=np.float64, back=False):
+    """Rotary positions of one head's rows (N, size): pairs (i, i + size / 2)."""
+    out = np.array(x, np.float64)
+    half = size // 2
+    for n, place in enumerate(positions):
+        for i in range(half):
+            power = np.float32(theta ** float(np.float32(2 * i) / np.float32(size)))
+            angle = dtype(place) * dtype(np.float32(1) / power)
+            c, s = math.cos(angle), math.sin(angle) * (-1 if back else 1)
+            out[n, i] = x[n, i] * c - x[n, i + half] * s
+            out[n, i + half] = x[n, i + half] * c + x[n, i] * s
+    return out
+
+
+def attention(q, k, v, causal, scale):
+    """One head of one sequence: output and weights; the last query sees all keys."""
+    q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
+    o, weights = np.zeros((len(q), v.shape[1])), np.zeros((len(q), len(k)))
+    for i in range(len(q)):
+        seen = [j for j in range(len(k)) if not causal or j <= i + len(k) - len(q)]
+        if not seen:
+            continue
+        scores = [scale * float(q[i] @ k[j]) for j in seen]
+        exponentials = [math.exp(score - max(scores)) for score in scores]
+        for j, value in zip(seen, exponentials, strict=True):
+            weights[i, j] = value / sum(exponentials)
+            o[i] += weights[i, j] * v[j]
+    return o, weights
+
+
+def attention_gradients(q, k, v, grad, causal, scale):
+    """Gradients of q, k and v of one head of one sequence."""
+    weights = attention(q, k, v, causal, scale)[1]
+    gq, gk, gv = np.zeros(q.shape), np.zeros(k.shape), np.zeros(v.shape)
+    for i in range(len(q)):
+        along = [float(grad[i] @ v[j]) for j in range(len(k))]
+        mean = sum(weight * value for weight, value in zip(weights[i], along, strict=True))
+        for j in range(len(k)):
+            slope = scale * weights[i, j] * (along[j] - mean)
+            gq[i] += slope * k[j]
+            gk[j] += slope * q[i]
+            gv[j] += weights[i, j] * grad[i]
+    return gq, gk, gv
+
+
+def pooled(x, maximum, kernel, stride, padding):
+    """Windows of images (N, C, H, W): output, and the gradient function of it."""
+    (kh, kw), (sh, sw), (ph, pw) = kernel, stride, padding
+    images, channels, height, width = x.shape
+    rows, columns = (height + 2 * ph - kh) // sh + 1, (width + 2 * pw - kw) // sw + 1
+    y, jacobian = np.zeros((images, channels, rows, columns)), {}
+    for place in np.ndindex(*y.shape):
+        n, c, h, w = place
+        inside = [
+            (h * sh - ph + i, w * sw - pw + j)
+            for i in range(kh)
+            for j in range(kw)
+            if 0 <= h * sh - ph + i < height and 0 <= w * sw - pw + j < width
+        ]
+        if maximum:
+            best = max(inside, key=lambda at: x[n, c, at[0], at[1]])
+            shares = {best: 1.0}
+        else:
+            shares = dict.fromkeys(inside, 1.0 / (kh * kw))
+        y[place] = sum(share * x[n, c, i, j] for (i, j), share in shares.items())
+        jacobian[place] = shares
+    return y, jacobian

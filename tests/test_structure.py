@@ -9,6 +9,7 @@ import pytest
 
 import nblora
 from nblora.backends import protocol
+from nblora.backends.blocks import ReferenceBlocks
 from nblora.backends.cpu import CPUBackend
 from nblora.backends.reference import ReferenceBackend
 from tests.processes import ROOT, run
@@ -201,7 +202,8 @@ def operations(cls):
 @pytest.mark.parametrize("backend", [CPUBackend, ReferenceBackend])
 def test_the_backend_offers_the_protocol(backend):
     """The same operations, with the same arguments in the same order."""
-    expected = {name: list(inspect.signature(f).parameters) for name, f in operations(protocol.Backend).items()}
+    wanted = operations(protocol.Backend) | operations(ReferenceBlocks)
+    expected = {name: list(inspect.signature(f).parameters) for name, f in wanted.items()}
     offered = {name: list(inspect.signature(f).parameters) for name, f in operations(backend).items()}
     assert offered == expected
     assert backend.device == "cpu"

@@ -24,29 +24,14 @@ from nblora.kernels.patches import cpu as patch_kernel
 from nblora.kernels.patches.window import Window
 from nblora.kernels.update import cpu as update_kernel
 
-from .crew import Crew, thread_count
+from .blocks_cpu import CPUBlocks
+from .crew import Crew
+from .host import plain as _plain
+from .host import workers_for as _workers
 from .protocol import Array, Base, Delta, Gradients, Operands, Rows, Saved, keeps_input
 from .reference import ReferenceBackend
 
-SERIAL_WORK = 1 << 17
-"""Multiply-adds below which a call runs in the calling thread: waking another costs 5 to 10 µs, 2^17 take 3 µs."""
-
-
 _NO_SCALARS = (0.0,) * 6
-
-
-class _Writable:
-    """The memory of a read-only array, for `numpy.asarray`: Numba compiles every kernel anew for read-only types."""
-
-    def __init__(self, array: np.ndarray) -> None:
-        address, _ = array.__array_interface__["data"]
-        self.__array_interface__ = {**array.__array_interface__, "data": (address, False)}
-        self.owner = array
-
-
-def _plain(array: np.ndarray) -> np.ndarray:
-    """The array itself, or a writable view of a read-only one's memory, for kernels that only read it."""
-    return array if array.flags.writeable else np.asarray(_Writable(array))
 
 
 KEPT = 1 << 26
@@ -83,11 +68,6 @@ class _Scratch:
             self._packed.setdefault(dtype, []).append(packed)
 
 
-def _workers(work: int) -> int:
-    """Shares for a call of `work` multiply-adds."""
-    return 1 if work < SERIAL_WORK else thread_count()
-
-
 @functools.lru_cache
 def _packed_size(function: Any, dtype: np.dtype, *arguments: int) -> int:
     """Elements that packing takes, by the kernel's own rule."""
@@ -101,7 +81,7 @@ def _aligned(size: int, dtype: np.dtype) -> np.ndarray:
     return memory[start : start + size]
 
 
-class CPUBackend(ReferenceBackend):
+class CPUBackend(CPUBlocks, ReferenceBackend):
     """The operations of `protocol.Backend` on NumPy arrays, by kernels where there are."""
 
     def __init__(self) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from nblora.kernels.common.elementwise import activate, activation_slope
 from nblora.kernels.patches.window import Slide, Window
 
+from .blocks import ReferenceBlocks
 from .convolution import Convolution
 from .embedding import Embedding
 from .protocol import Array, Base, Delta, Gradients, Operands, Product, Rows, Saved, keeps_input
@@ -84,7 +85,7 @@ def _sources(window: Window, start: int, stop: int) -> tuple[np.ndarray, ...]:
     return n, y, x, inside
 
 
-class ReferenceBackend:
+class ReferenceBackend(ReferenceBlocks):
     """The operations of `protocol.Backend` on NumPy arrays."""
 
     device = "cpu"

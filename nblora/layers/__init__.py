@@ -5,5 +5,17 @@ from .conv import Conv1d, Conv2d
 from .dense import Dense, FullyConnected
 from .embedding import Embedding
 from .low_rank import LoRALayer
+from .norm import LayerNorm, RMSNorm
 
-__all__ = ["Conv1d", "Conv2d", "Dense", "Embedding", "FullyConnected", "Layer", "LoRALayer", "read_layer"]
+__all__ = [
+    "Conv1d",
+    "Conv2d",
+    "Dense",
+    "Embedding",
+    "FullyConnected",
+    "Layer",
+    "LayerNorm",
+    "LoRALayer",
+    "RMSNorm",
+    "read_layer",
+]

@@ -46,6 +46,28 @@ def describe_projection(layer: "Projection", extra: Mapping[str, Any]) -> dict[s
     return result
 
 
+def describe_own(layer: Any, extra: Mapping[str, Any]) -> dict[str, Any]:
+    """A flat dict of one layer that is no product: type, sizes, counts, norms of its parameters and gradients."""
+    result: dict[str, Any] = {
+        "type": type(layer).__name__,
+        "in_features": layer.in_features,
+        "out_features": layer.out_features,
+        "dtype": layer.dtype.name,
+        "device": layer.device,
+        "parameter_count": layer.parameter_count,
+        **extra,
+    }
+    arrays = {name: layer._backend.to_host(parameter.array) for name, parameter in layer._own_parameters().items()}
+    with np.errstate(all="ignore"):
+        for name, parameter in layer._own_parameters().items():
+            result[f"{name}_norm"] = frobenius_norm(arrays[name].reshape(1, -1))
+            if parameter.gradient is not None:
+                held = layer._backend.to_host(parameter.gradient)
+                result[f"gradient_norm.{name}"] = frobenius_norm(held.reshape(1, -1))
+    result["non_finite_count"] = sum(map(count_non_finite, arrays.values()))
+    return result
+
+
 def count_non_finite(array: np.ndarray) -> int:
     """The number of NaN and infinite values."""
     return int(array.size - np.count_nonzero(np.isfinite(array)))

@@ -10,6 +10,7 @@ from nblora.backends.protocol import Backend, Operands, Slide
 from nblora.storage.onnx_graph import OnnxGraph
 
 from .activations import ACTIVATIONS
+from .onnx_blocks import BlockTracer
 from .run import Run
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class Symbol:
         return Symbol(self._graph, name, wanted, self.dtype)
 
 
-class Tracer:
+class Tracer(BlockTracer):
     """A backend that writes down what it is asked to compute."""
 
     def __init__(self, graph: OnnxGraph, backend: Backend) -> None:

@@ -2,6 +2,8 @@
 
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from nblora.backends.protocol import Backend, Operands, Product, Saved
 
 
@@ -15,6 +17,24 @@ class Kept(NamedTuple):
     product: Product
     live: bool
     trained: bool
+
+
+class Sequences(NamedTuple):
+    """Where sequences lie among rows that hold one after the other: queries of sequence s are rows begins[s] to
+    begins[s + 1], its keys rows key_begins[s] to key_begins[s + 1] of theirs, as many, but where keys of earlier
+    forwards are kept; `positions` (N,) is each row's place in its sequence. All int64."""
+
+    begins: np.ndarray
+    key_begins: np.ndarray
+    positions: np.ndarray
+
+    @classmethod
+    def of(cls, lengths: Any) -> "Sequences":
+        """Sequences of these lengths, each of which begins at its first position."""
+        counts = np.asarray(lengths, np.int64)
+        begins = np.concatenate([[0], np.cumsum(counts)])
+        positions = np.arange(begins[-1]) - np.repeat(begins[:-1], counts)
+        return cls(begins, begins, positions)
 
 
 class Run:
@@ -40,7 +60,11 @@ class Run:
         Where the gradients of the present backward go.
     shape : tuple of int
         Of the output.
+    sequences : Sequences or None
+        Where sequences begin, for attention, which alone knows of them.
     """
+
+    sequences: Sequences | None = None
 
     sink: Any = None
     shape: tuple[int, ...] = ()

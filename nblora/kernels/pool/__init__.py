@@ -1,0 +1,1 @@
+"""Pooling of images, and their channels scaled and shifted."""
