@@ -1,13 +1,19 @@
 """Which of nblora's result files a file is, and what is in it: what `nblora plot` and `nblora compare` begin with."""
 
+import contextlib
 import csv
-import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from nblora.errors import FormatError
+from nblora.storage.bounded import parse_json, read_bounded
+
+LARGEST = 1 << 28
+"""Bytes of a result file."""
+MOST_LINES = 500_000
+"""Of a CSV file."""
 
 KINDS = {
     "sweep": "the results of `nblora sweep` (.jsonl)",
@@ -40,8 +46,9 @@ def read_result_file(path: str | os.PathLike[str]) -> ResultFile:
     name = Path(path)
     if name.suffix == ".safetensors":
         return _safetensors(name)
+    data = read_bounded(name, LARGEST, follow_links=True)
     try:
-        text = name.read_text(encoding="utf-8")
+        text = data.decode()
     except UnicodeDecodeError:
         raise _unknown(name) from None
     if name.suffix == ".csv":
@@ -55,8 +62,8 @@ def read_result_file(path: str | os.PathLike[str]) -> ResultFile:
         check_origin(records, os.fspath(name))
         return ResultFile("sweep", records)
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError):
+        content = parse_json(data, infinities=True)
+    except ValueError:
         raise _unknown(name) from None
     kind = _kind_of_json(content)
     if kind is None:
@@ -92,7 +99,13 @@ def _kind_of_json(content: Any) -> str | None:
 
 
 def _csv(name: Path, text: str) -> ResultFile:
-    rows = list(csv.DictReader(text.splitlines()))
+    lines = text.splitlines()
+    if len(lines) > MOST_LINES:
+        raise FormatError(f"{name}: has {len(lines)} lines; a CSV file of results has at most {MOST_LINES}")
+    try:
+        rows = list(csv.DictReader(lines))
+    except csv.Error:
+        raise _unknown(name) from None
     columns = set(rows[0]) if rows else set()
     if {"method", "seed", "epoch"} <= columns:
         return ResultFile("curves", rows)
@@ -108,6 +121,17 @@ def _unknown(name: Path) -> FormatError:
     return FormatError(f"{name}: none of nblora's result files, which are{known}")
 
 
+@contextlib.contextmanager
+def understood(kind: str, place: str = "the file") -> Iterator[None]:
+    """FormatError where content that was taken for this kind turns out to be something else inside the block."""
+    try:
+        yield
+    except FormatError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, StopIteration, TypeError, ValueError) as error:
+        raise FormatError(f"{place}: taken for {KINDS[kind]}, but {error!r} came in reading it") from error
+
+
 def values_by_seed(result: ResultFile, metric: str | None = None) -> tuple[str, dict[str, dict[Any, float]], list[str]]:
     """Return the metric's name, {method: {seed: value}}, and remarks on how the values were chosen.
 
@@ -119,13 +143,18 @@ def values_by_seed(result: ResultFile, metric: str | None = None) -> tuple[str, 
     FormatError
         For a file without values over seeds, or without this metric.
     """
+    with understood(result.kind):
+        return _values_by_seed(result, metric)
+
+
+def _values_by_seed(result: ResultFile, metric: str | None) -> tuple[str, dict[str, dict[Any, float]], list[str]]:
     if result.kind == "sweep":
         return _of_sweep(result.content, metric)
     if result.kind == "demo":
         name = metric or "test_accuracy"
         first = result.content["settings"]["seed"]
         rows = [row for row in result.content["methods"] if isinstance(row.get(name), list)]
-        found = {row["method"]: dict(enumerate(row[name], first)) for row in rows}
+        found = {row["method"]: dict(enumerate(map(float, row[name]), first)) for row in rows}
     elif result.kind == "curves":
         name = metric or ("val_accuracy" if "val_accuracy" in result.content[0] else "loss")
         found = _last_epochs(result.content, name)

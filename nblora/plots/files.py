@@ -8,7 +8,7 @@ import numpy as np
 
 from nblora.errors import FormatError
 from nblora.layers import tree
-from nblora.results import KINDS, ResultFile, read_result_file
+from nblora.results import ResultFile, read_result_file, understood
 
 from .bars import benchmark_bars, difference_intervals
 from .curves import accuracy_against_parameters, learning_curves, singular_values
@@ -53,13 +53,9 @@ def draw_file(path: str | os.PathLike[str], *, metric: str | None = None) -> "Fi
     """
     require_matplotlib()
     result = read_result_file(path)
-    try:
+    with understood(result.kind, os.fspath(path)):
         panels, title = _PANELS[result.kind](result, metric)
-    except (KeyError, TypeError, IndexError) as error:
-        raise FormatError(
-            f"{os.fspath(path)}: taken for {KINDS[result.kind]}, but {error!r} came in reading it"
-        ) from error
-    return _figure(panels, f"{title} ({os.path.basename(os.fspath(path))})")
+        return _figure(panels, f"{title} ({os.path.basename(os.fspath(path))})")
 
 
 def _figure(panels: Sequence[Panel], title: str) -> "Figure":

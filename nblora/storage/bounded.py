@@ -19,7 +19,15 @@ def open_regular(path: str | os.PathLike[str]) -> int:
     OSError
         If it cannot be opened.
     """
-    target = resolve_link(Path(path))
+    return _open(resolve_link(Path(path)), path)
+
+
+def open_named(path: str | os.PathLike[str]) -> int:
+    """Like `open_regular`, for a file that the user named: it may be reached by links."""
+    return _open(Path(os.path.realpath(path, strict=True)), path)
+
+
+def _open(target: Path, path: str | os.PathLike[str]) -> int:
     # O_NONBLOCK: opening a named pipe must not wait for a writer.
     flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     descriptor = os.open(target, flags)
@@ -47,7 +55,7 @@ def resolve_link(path: Path) -> Path:
     raise FormatError(f"{path}: is a symbolic link (to {target}); pass the real file or a folder that holds it")
 
 
-def read_bounded(path: Path, limit: int) -> bytes:
+def read_bounded(path: Path, limit: int, *, follow_links: bool = False) -> bytes:
     """Read a regular file of at most `limit` bytes.
 
     Raises
@@ -57,7 +65,7 @@ def read_bounded(path: Path, limit: int) -> bytes:
     OSError
         If it cannot be read.
     """
-    with os.fdopen(open_regular(path), "rb") as file:
+    with os.fdopen(open_named(path) if follow_links else open_regular(path), "rb") as file:
         data = file.read(limit + 1)
     if len(data) > limit:
         raise FormatError(f"{path}: larger than the {limit} bytes that such a file may have")
@@ -80,13 +88,22 @@ def parse_object(data: bytes, path: Path) -> dict[str, Any]:
     return result
 
 
-def parse_json(data: bytes) -> Any:
+def check_parts(data: bytes) -> None:
+    """ValueError for a text of more than MOST_PARTS commas, colons and brackets."""
+    parts = sum(data.count(sign) for sign in (b",", b":", b"[", b"{"))
+    if parts > MOST_PARTS:
+        raise ValueError(f"{parts} commas, colons and brackets, more than the {MOST_PARTS} that such a file may have")
+
+
+def parse_json(data: bytes, *, infinities: bool = False) -> Any:
     """Parse JSON as strictly as the format's reference implementation does, and without duplicate names.
 
     Parameters
     ----------
     data : bytes
         UTF-8.
+    infinities : bool
+        Take NaN, Infinity and -Infinity, which Python writes, for numbers.
 
     Returns
     -------
@@ -98,15 +115,13 @@ def parse_json(data: bytes) -> Any:
     ValueError
         For anything that is not strict JSON; the message says what.
     """
-    parts = sum(data.count(sign) for sign in (b",", b":", b"[", b"{"))
-    if parts > MOST_PARTS:
-        raise ValueError(f"{parts} commas, colons and brackets, more than the {MOST_PARTS} that such a file may have")
+    check_parts(data)
     try:
         return json.loads(
             data.decode(),
             object_pairs_hook=_unique,
             parse_int=lambda digits: float(digits) if digits == "-0" or len(digits) > 20 else int(digits),
-            parse_constant=_reject_constant,
+            parse_constant=float if infinities else _reject_constant,
         )
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 at byte {error.start}") from None

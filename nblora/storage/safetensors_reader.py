@@ -16,7 +16,7 @@ import numpy as np
 
 from nblora.errors import FormatError
 
-from .bounded import open_regular, parse_json
+from .bounded import open_named, open_regular, parse_json
 from .dtypes import FLOATS, STORED
 
 MAX_HEADER = 100_000_000  # bytes, the reference implementation's own bound
@@ -84,7 +84,7 @@ class SafetensorsFile:
 
     def __init__(self, path: str | os.PathLike[str], *, follow_links: bool = False) -> None:
         self.path = Path(path)
-        self._descriptor = open_regular(os.path.realpath(path) if follow_links else path)
+        self._descriptor = open_named(path) if follow_links else open_regular(path)
         try:
             self.nbytes = os.fstat(self._descriptor).st_size
             self.header = self._read_header()

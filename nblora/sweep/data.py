@@ -11,6 +11,7 @@ import numpy as np
 
 from nblora import checks
 from nblora.errors import FormatError, MissingExtraError
+from nblora.storage.bounded import open_named
 
 from .task import Data
 
@@ -144,8 +145,7 @@ def _read_arrays(path: Path, options: Mapping[str, Any], standardise: bool | Non
         of_tables = sorted({"label", "features"} & given.keys())
         if of_tables:
             raise ValueError(f"{' and '.join(of_tables)} name columns of a table, and an .npz has arrays")
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+        arrays = _arrays(path)
         if set(arrays) == {"x", "y"}:
             return split_data(arrays["x"], arrays["y"], standardise=bool(standardise), **given)
         if given or standardise:
@@ -157,12 +157,24 @@ def _read_arrays(path: Path, options: Mapping[str, Any], standardise: bool | Non
         raise FormatError(f"{path}: must be {FORMS}; this one is not: {error}") from error
 
 
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    """Every array of an .npz file; ValueError for what is none, and for one that is damaged."""
+    with os.fdopen(open_named(path), "rb") as opened:
+        try:
+            with np.load(opened, allow_pickle=False) as file:
+                return {name: file[name] for name in file.files}
+        except MemoryError:
+            raise ValueError("its arrays are larger than the memory") from None
+        except Exception as error:  # of zipfile, zlib, NumPy: a damaged archive raises what it likes
+            raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
 def _read_csv(path: Path) -> dict[str, Column]:
     """Columns of text by name. Commas, semicolons and tabs separate, whichever the first line has most of."""
-    with open(path, newline="", encoding="utf-8-sig") as file:
+    with open(open_named(path), newline="", encoding="utf-8-sig") as file:
         try:
             first = file.readline()
             file.seek(0)
@@ -187,7 +199,7 @@ def _read_parquet(path: Path) -> dict[str, Column]:
         parquet = importlib.import_module("pyarrow.parquet")
     except ImportError as error:
         raise MissingExtraError(f"{path}: Parquet files need pyarrow: pip install pyarrow") from error
-    with open(path, "rb") as file:
+    with os.fdopen(open_named(path), "rb") as file:
         table = parquet.read_table(file)  # pyarrow's errors are ValueErrors
     return {name: table.column(name).to_numpy() for name in table.column_names}
 

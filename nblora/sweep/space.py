@@ -19,6 +19,8 @@ COMMON = ("method", "seed", "lr", "optimizer", "weight_decay", "schedule", "clip
 OF_ADAPTERS = ("rank", "alpha", "use_rslora", "init", "lora_dropout", "lora_plus_ratio")
 OF_DELTAS = ("delta_scaling", "momentum_factor", "delta_lr")
 NAMES = COMMON + OF_ADAPTERS + OF_DELTAS
+MOST_RUNS = 100_000
+"""Runs of one sweep: a grid of ten settings with ten values each would otherwise fill the memory."""
 RANGE_KEYS = {"low", "high", "scale"}
 
 
@@ -42,6 +44,7 @@ def expand_grid(grid: Mapping[str, Any], fixed: Mapping[str, Any] | None = None)
     fixed = dict(fixed or {})
     _check_names("grid", grid, fixed)
     columns = [_values(f"grid[{name!r}]", values) for name, values in grid.items()]
+    _check_count(math.prod(map(len, columns)))
     return _distinct(dict(zip(grid, chosen, strict=True)) | fixed for chosen in itertools.product(*columns))
 
 
@@ -66,6 +69,7 @@ def draw_random(
     runs = checks.check_integer("runs", runs, 1)
     rng = np.random.default_rng(checks.check_integer("draw_seed", seed, 0))
     seeds = _values("random['seed']", space["seed"]) if "seed" in space else None
+    _check_count(runs * len(seeds or [None]))
     drawn = []
     for _ in range(runs):
         chosen = {name: _draw(f"random[{name!r}]", entry, rng) for name, entry in space.items() if name != "seed"}
@@ -98,6 +102,13 @@ def _distinct(combinations: Iterable[Mapping[str, Any]]) -> list[Settings]:
         settings = relevant(combination)
         found[json.dumps(settings, sort_keys=True)] = settings
     return list(found.values())
+
+
+def _check_count(runs: int) -> None:
+    if runs > MOST_RUNS:
+        raise ValueError(
+            f"these are {runs} runs; a sweep has at most {MOST_RUNS}: give fewer values, or draw at random"
+        )
 
 
 def _check_names(source: str, given: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:

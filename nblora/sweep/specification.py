@@ -8,10 +8,14 @@ from typing import Any
 
 from nblora.errors import FormatError
 from nblora.layers import read_layer
+from nblora.storage.bounded import read_bounded
 
 from .data import SPLIT, load_scikit_learn, read_data
 from .space import draw_random, expand_grid
 from .task import DEFAULT_LOSS, Data
+
+LONGEST = 1 << 20
+"""Bytes of a TOML file."""
 
 TABLES = {"data", "base", "grid", "random", "fixed"}
 OPTIONS = {"loss", "metric", "threads"}
@@ -27,14 +31,18 @@ def read_specification(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     name = os.fspath(path)
     try:
-        content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        content = tomllib.loads(read_bounded(Path(path), LONGEST, follow_links=True).decode())
+    except FormatError:
+        raise
+    except RecursionError:
+        raise FormatError(f"{name}: not a TOML file of a sweep: nested too deeply") from None
+    except ValueError as error:  # TOMLDecodeError, UnicodeDecodeError, and of a number with too many digits
         raise FormatError(f"{name}: not a TOML file: {error}") from error
     try:
         return _arguments(content, Path(path).parent)
     except FormatError:
         raise
-    except (TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
         reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
         raise FormatError(f"{name}: {reason}") from error
 

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any, Self
 
 from nblora.errors import FormatError, NbloraError
+from nblora.storage.bounded import check_parts, parse_json, read_bounded
 
 from .space import run_key
 
 FORMAT = "nblora.sweep"
 FORMAT_VERSION = 1
+LARGEST = 1 << 28
+"""Bytes of a results file."""
 REPEATED = "failed"  # the status of runs that a later start tries again
 
 
@@ -96,14 +99,19 @@ def read_results(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     FormatError
         For a file that holds something else, naming the line.
     """
-    lines = Path(path).read_bytes().split(b"\n")
+    content = read_bounded(Path(path), LARGEST, follow_links=True)
+    try:
+        check_parts(content)
+    except ValueError as error:
+        raise FormatError(f"{os.fspath(path)}: {error}") from None
+    lines = content.split(b"\n")
     records = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            record = parse_json(line)
+        except ValueError as error:
             if number == len(lines):  # no line end: the writer was killed here
                 continue
             raise FormatError(f"{os.fspath(path)}: line {number} is not JSON: {error}") from error
@@ -143,6 +151,22 @@ def _check_record(record: Any, place: str) -> None:
     for name, kind in {"key": str, "status": str, "settings": dict}.items():
         if not isinstance(record.get(name), kind):
             raise FormatError(f"{place}: {name!r} must be a {kind.__name__}, got {record.get(name)!r}")
+    for name in ("data", "task", "error"):
+        if not isinstance(record.get(name, ""), str):
+            raise FormatError(f"{place}: {name!r} must be a str, got {record[name]!r}")
+    for name, value in record["settings"].items():
+        if not isinstance(value, str | int | float | None):
+            raise FormatError(f"{place}: the setting {name!r} must be a number or a str, got {value!r}")
+    if record["status"] == "done":
+        _check_metrics(record.get("metrics"), place)
+
+
+def _check_metrics(metrics: Any, place: str) -> None:
+    if not isinstance(metrics, dict) or not metrics:
+        raise FormatError(f"{place}: 'metrics' must be a dict of numbers, got {metrics!r}")
+    for name, value in metrics.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise FormatError(f"{place}: the metric {name!r} must be a number, got {value!r}")
 
 
 def _lock(file: Any, path: Path) -> None:

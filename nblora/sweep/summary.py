@@ -23,7 +23,12 @@ def default_metric(records: Iterable[Record], split: str = "val") -> str:
     if metrics is None:
         raise ValueError("no run of this sweep has ended well, so there is nothing to summarise")
     names = [f"{split}_accuracy", f"{split}_loss", "val_accuracy", "val_loss"]
-    return next(name for name in names if name in metrics)
+    found = next((name for name in names if name in metrics), None)
+    if found is None:
+        raise ValueError(
+            f"the runs of this sweep have no {' or '.join(names)}, but {', '.join(metrics)}: name a metric"
+        )
+    return found
 
 
 def label(settings: Mapping[str, Any], varied: Sequence[str]) -> str:

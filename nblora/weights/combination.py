@@ -162,6 +162,12 @@ def _combined(
     scales = [each.weight * module.scaling for each, module in parts]
     scaling = next((scale for scale in scales if scale), 1.0)  # the first adapter's B keeps its bits
     factors = [read_factors(each.adapter, module) for each, module in parts]
+    for (each, module), (B, A) in zip(parts, factors, strict=True):
+        for info, factor in ((module.B, B), (module.A, A)):
+            if not np.isfinite(factor).all():
+                raise FormatError(
+                    f"{each.adapter.file.path}: {info.name} holds NaN or infinity, which nothing adds up to"
+                )
     B = np.concatenate([B * (scale / scaling) for (B, _), scale in zip(factors, scales, strict=True)], axis=1)
     A = np.concatenate([A for _, A in factors])
     error = 0.0

@@ -126,6 +126,8 @@ def read_record(file: SafetensorsFile) -> dict[str, Any]:
             raise FormatError(f"{file.path}: was written by another version of nblora")
         if not isinstance(record["headers"], dict) or not isinstance(record["index_text"], str):
             raise TypeError
+        if any(record[name] is not None and not isinstance(record[name], str) for name in ("index", "config_text")):
+            raise TypeError
         if record["version"] > 1 and not isinstance(record["digests"], dict):
             raise TypeError
     except (KeyError, TypeError, ValueError) as error:

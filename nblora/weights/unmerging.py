@@ -137,7 +137,7 @@ def _restore(
             places = f"{placed[name]} places in the base's files, not one"
             raise FormatError(f"{kept.path}: the original of {name} has {places}")
     index, config = record["index"], record["config_text"]
-    if index is not None and not (isinstance(index, str) and is_plain_name(index)):
+    if index is not None and not is_plain_name(index):
         raise FormatError(f"{kept.path}: holds no usable record of the base's files")
     writer = CheckpointWriter(
         model,
@@ -145,7 +145,7 @@ def _restore(
         {},
         output,
         index=(index, record["index_text"].encode()) if index else None,
-        texts={"config.json": config.encode()} if isinstance(config, str) else {},
+        texts={} if config is None else {"config.json": config.encode()},
     )
     writer.check([model.path, *model.inputs, kept.path], force)
     report = MergeReport(str(output), [], writer.copied - len(kept.tensors), writer.nbytes, dry_run=dry_run)

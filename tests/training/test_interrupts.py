@@ -170,18 +170,23 @@ def run_in_thread(trial, delay):
     def work():
         with contextlib.suppress(KeyboardInterrupt):  # one that came before or after the run
             result.append(trial.run())
+        with contextlib.suppress(KeyboardInterrupt):  # which must not come while the thread ends
+            sent.wait()
+            for _ in range(1000):
+                pass
 
+    sent = threading.Event()
     thread = threading.Thread(target=work)
     thread.start()
     time.sleep(delay)
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(KeyboardInterrupt))
+    sent.set()
     thread.join()
     return result[0] if result else None
 
 
 @pytest.mark.parametrize("count", [15, pytest.param(1000, marks=pytest.mark.slow)])
-def test_asynchronous_exceptions_at_random_moments(count, monkeypatch):
-    monkeypatch.setattr(threading, "excepthook", lambda arguments: None)  # of one that comes at the thread's very end
+def test_asynchronous_exceptions_at_random_moments(count):
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)  # or the interrupt waits until the run has ended
     try:

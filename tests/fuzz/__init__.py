@@ -1,0 +1,1 @@
+"""Damaged and hostile files for every reader, many at a time: `python -m tests.fuzz --help`."""
