@@ -299,7 +299,8 @@ class CPUBackend(CPUBlocks, ReferenceBackend):
     def _patches(self, kernel: Any, images: Array, rows: Array, window: Window, start: int, add: bool) -> None:
         workers = _workers(8 * rows.size)
         strips = np.empty((workers, patch_kernel.STRIP * 64 // rows.itemsize), rows.dtype)
-        task = patch_kernel.PatchTask(images, rows, strips, np.zeros(workers, np.int64), window, start, add)
+        runs = np.empty((workers, 5 * patch_kernel.STRIP), np.int64)
+        task = patch_kernel.PatchTask(images, rows, strips, runs, np.zeros(workers, np.int64), window, start, add)
         self._crew.run(kernel, task, workers)
 
     def take_rows(

@@ -2,8 +2,9 @@
 
 A row of patches holds runs of `kw` neighbours, too short to copy one by one. So both work on blocks of `STRIP` patches
 by one vector of features: along the patches a feature is a run of neighbours in the image, copied as such into a strip
-that stays in the level-1 cache, and squares of vectors are transposed in registers on their way. With kernels of one
-element they turn channels first into channels last and back.
+that stays in the level-1 cache, and squares of vectors are transposed in registers on their way. Where the runs of a
+block begin is found once for all its features: for each of them anew it took half of the time. With kernels of one
+element both turn channels first into channels last and back.
 """
 
 from typing import NamedTuple
@@ -26,6 +27,7 @@ class PatchTask(NamedTuple):
     images: object  # (N, channels, height, width)
     rows: object  # (M, features)
     strips: object  # (workers, lanes·STRIP)
+    runs: object  # (workers, 5·STRIP) int64
     counters: object  # (workers,) int64 zeros: jobs drawn
     window: object  # a `Window`
     start: int
@@ -33,82 +35,105 @@ class PatchTask(NamedTuple):
 
 
 @part
-def _take_run(strip, at, line, first, step, count):
-    """strip[at + i] = line[first + i·step], zero beyond the line's ends."""
-    width = line.shape[0]
-    i = 0
-    while i < count and first + i * step < 0:
-        strip[at + i] = 0
-        i += 1
-    inside = min(count, (width - first + step - 1) // step) if first < width else i
-    if step == 1:
-        for j in range(i, inside):
-            strip[at + j] = line[first + j]
-    else:
-        for j in range(i, inside):
-            strip[at + j] = line[first + j * step]
-    for j in range(max(i, inside), count):
-        strip[at + j] = 0
-
-
-@part
-def _give_run(strip, at, line, first, step, count, add):
-    """line[first + i·step] (+)= strip[at + i] between the line's ends."""
-    width = line.shape[0]
-    i = 0
-    while i < count and first + i * step < 0:
-        i += 1
-    inside = min(count, (width - first + step - 1) // step) if first < width else i
-    if not add:
-        for j in range(i, inside):
-            line[first + j * step] = strip[at + j]
-    elif step == 1:
-        for j in range(i, inside):
-            line[first + j] += strip[at + j]
-    else:
-        for j in range(i, inside):
-            line[first + j * step] += strip[at + j]
-
-
-@part
-def _along(task, strip, k, p0, p1, gather):
-    """Move the feature k of the patches p0 <= p < p1 between the images and strip[: p1 - p0], run by run."""
+def _find_runs(runs, window, p0, p1):
+    """Runs of neighbours among the patches p0 <= p < p1: where each begins, its image, row and column there, and its
+    length. Return their number."""
     once()
-    window, images = task.window, task.images
-    size = window.kh * window.kw
-    c, i, j = k // size, k % size // window.kw, k % window.kw
     places = window.out_height * window.out_width
     n, h, w = p0 // places, p0 % places // window.out_width, p0 % window.out_width
-    at, total = 0, p1 - p0
+    at, total, number = 0, p1 - p0, 0
     while at < total:
         count = min(total - at, window.out_width - w)
-        y, first = h * window.sh - window.ph + i * window.dh, w * window.sw - window.pw + j * window.dw
-        if 0 <= y < window.height:
-            line = images[n, c, y]
-            if gather:
-                _take_run(strip, at, line, first, window.sw, count)
-            else:
-                _give_run(strip, at, line, first, window.sw, count, task.add)
-        elif gather:
-            for q in range(at, at + count):
-                strip[q] = 0
+        runs[5 * number] = n
+        runs[5 * number + 1] = h * window.sh - window.ph
+        runs[5 * number + 2] = w * window.sw - window.pw
+        runs[5 * number + 3] = at
+        runs[5 * number + 4] = count
+        number += 1
         at += count
         w, h = 0, h + 1
         if h == window.out_height:
             n, h = n + 1, 0
+    return number
 
 
 @part
-def _unfold_block(task, strip, p0, p1):
+def _inside(first, step, count, width):
+    """The elements begin <= i < end of a run whose place first + i·step lies in a line of this width."""
+    if step == 1:  # a division takes as long as a run
+        begin, end = max(0, -first), width - first
+    else:
+        begin, end = (step - 1 - first) // step if first < 0 else 0, (width - first + step - 1) // step
+    begin = min(begin, count)
+    return begin, max(begin, min(end, count))
+
+
+@part
+def _gather(strip, flat, runs, number, channel, size, shape, offset, step):
+    """strip[: total] = one feature of a block's patches: `channel` where its plane begins in an image of `size`
+    elements, `shape` (height, width), `offset` (rows, columns) of the kernel's element."""
+    once()
+    height, width = shape
+    for r in range(number):
+        y, first = runs[5 * r + 1] + offset[0], runs[5 * r + 2] + offset[1]
+        at, count = runs[5 * r + 3], runs[5 * r + 4]
+        begin, end = 0, 0
+        if 0 <= y < height:
+            begin, end = _inside(first, step, count, width)
+        line = runs[5 * r] * size + channel + y * width + first
+        for i in range(begin):
+            strip[at + i] = 0
+        if step == 1:
+            target, source = strip[at + begin : at + end], flat[line + begin : line + end]
+            for i in range(target.shape[0]):
+                target[i] = source[i]
+        else:
+            for i in range(begin, end):
+                strip[at + i] = flat[line + i * step]
+        for i in range(end, count):
+            strip[at + i] = 0
+
+
+@part
+def _spread(strip, flat, runs, number, channel, size, shape, offset, step, add):
+    """The way back of `_gather`: elements of a strip added to an image, or written there."""
+    once()
+    height, width = shape
+    for r in range(number):
+        y, first = runs[5 * r + 1] + offset[0], runs[5 * r + 2] + offset[1]
+        if y < 0 or y >= height:
+            continue
+        at = runs[5 * r + 3]
+        begin, end = _inside(first, step, runs[5 * r + 4], width)
+        line = runs[5 * r] * size + channel + y * width + first
+        if not add:
+            for i in range(begin, end):
+                flat[line + i * step] = strip[at + i]
+        elif step == 1:
+            target, source = flat[line + begin : line + end], strip[at + begin : at + end]
+            for i in range(target.shape[0]):
+                target[i] += source[i]
+        else:
+            for i in range(begin, end):
+                flat[line + i * step] += strip[at + i]
+
+
+@part
+def _unfold_block(task, strip, runs, p0, p1):
     """Rows of the patches p0 <= p < p1, at most `STRIP`."""
     rows = task.rows
-    features, vector = rows.shape[1], lanes(rows)
-    flat, total = rows.reshape(-1), p1 - p0
+    features, vector, window = rows.shape[1], lanes(rows), task.window
+    flat, images, total = rows.reshape(-1), task.images.reshape(-1), p1 - p0
     whole = total // vector * vector
+    taps, plane, shape = window.kh * window.kw, window.height * window.width, (window.height, window.width)
+    number = _find_runs(runs, window, p0, p1)
     for k0 in range(0, features, vector):
         deep = min(vector, features - k0)
         for k in range(deep):
-            _along(task, strip[k * STRIP :], k0 + k, p0, p1, True)
+            c, tap = (k0 + k) // taps, (k0 + k) % taps
+            offset = tap // window.kw * window.dh, tap % window.kw * window.dw
+            line = strip[k * STRIP :]
+            _gather(line, images, runs, number, c * plane, plane * window.channels, shape, offset, window.sw)
         begin = (p0 - task.start) * features + k0
         done = whole if deep == vector else 0
         for p in range(0, done, vector):
@@ -119,12 +144,14 @@ def _unfold_block(task, strip, p0, p1):
 
 
 @part
-def _fold_block(task, strip, p0, p1, k_begin, k_end):
+def _fold_block(task, strip, runs, p0, p1, k_begin, k_end):
     """Bring the features k_begin <= k < k_end of the patches p0 <= p < p1, at most `STRIP`, to the images."""
     rows = task.rows
-    features, vector = rows.shape[1], lanes(rows)
-    flat, total = rows.reshape(-1), p1 - p0
+    features, vector, window = rows.shape[1], lanes(rows), task.window
+    flat, images, total = rows.reshape(-1), task.images.reshape(-1), p1 - p0
     whole = total // vector * vector
+    taps, plane, shape = window.kh * window.kw, window.height * window.width, (window.height, window.width)
+    number = _find_runs(runs, window, p0, p1)
     for k0 in range(k_begin, k_end, vector):
         deep = min(vector, k_end - k0)
         begin = (p0 - task.start) * features + k0
@@ -135,7 +162,10 @@ def _fold_block(task, strip, p0, p1, k_begin, k_end):
             for k in range(deep):
                 strip[k * STRIP + p] = flat[begin + p * features + k]
         for k in range(deep):
-            _along(task, strip[k * STRIP :], k0 + k, p0, p1, False)
+            c, tap = (k0 + k) // taps, (k0 + k) % taps
+            offset = tap // window.kw * window.dh, tap % window.kw * window.dw
+            line = strip[k * STRIP :]
+            _spread(line, images, runs, number, c * plane, plane * window.channels, shape, offset, window.sw, task.add)
 
 
 @part
@@ -148,7 +178,7 @@ def _unfold_worker(task, worker, workers):
             break
         begin = first + job * size
         for p in range(begin, min(begin + size, last), STRIP):
-            _unfold_block(task, task.strips[worker], p, min(p + STRIP, last))
+            _unfold_block(task, task.strips[worker], task.runs[worker], p, min(p + STRIP, last))
 
 
 @part
@@ -166,7 +196,7 @@ def _fold_worker(task, worker, workers):
         c0, c1 = window.channels * group // groups, window.channels * (group + 1) // groups
         begin, end = max(first, n * places), min(last, (n + 1) * places)
         for p in range(begin, end, STRIP):
-            _fold_block(task, task.strips[worker], p, min(p + STRIP, end), c0 * size, c1 * size)
+            _fold_block(task, task.strips[worker], task.runs[worker], p, min(p + STRIP, end), c0 * size, c1 * size)
 
 
 _unfold_entry, _fold_entry = entry(_unfold_worker), entry(_fold_worker)
