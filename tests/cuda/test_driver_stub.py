@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from nblora.backends import cubins
+from nblora.kernels.common.cache import read_checked
 
 ROOT = Path(__file__).parents[2]
 COMPILER = shutil.which("cc")
@@ -162,9 +162,9 @@ def test_a_damaged_file_is_compiled_again(folder, steps):
     for file in files:
         content = file.read_bytes()
         file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-        assert cubins._read(file) is None
+        assert read_checked(file) is None
     assert script(folder, STEP + "say(**counted(step))")["launch"] == steps["first"]["launch"]
-    assert sum(cubins._read(file) is not None for file in files) >= 5
+    assert sum(read_checked(file) is not None for file in files) >= 5
 
 
 def test_a_full_device_is_said_after_its_idle_memory_was_freed(folder):
