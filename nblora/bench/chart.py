@@ -7,8 +7,8 @@ from nblora.errors import MissingExtraError
 
 from .peers import BASELINE
 from .report import Report
-from .runner import CaseResult
 from .suites import Group
+from .summary import CaseResult
 from .tables import SIZES
 
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")

@@ -1,6 +1,6 @@
 """How fast a case could run on this machine: the cost model, and the fraction of it that was reached."""
 
-from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 from .cases import Case
 
@@ -10,8 +10,7 @@ FLOPS = {"step": 6, "forward": 2, "lora-step": 4}
 SWEEPS = {"step": 7, "forward": 2, "lora-step": 2}
 
 
-@dataclass(frozen=True)
-class Machine:
+class Machine(NamedTuple):
     """What was measured of the machine, for one dtype and number of threads.
 
     `flops`: the best rate of a plain matrix product, in flop/s, and who reached it; `bandwidth`: of a parallel copy
@@ -29,21 +28,6 @@ class Machine:
         bandwidth = max((self.bandwidth, self.bandwidth_by), (other.bandwidth, other.bandwidth_by))
         return Machine(flops[0], bandwidth[0], flops[1], bandwidth[1])
 
-    def settings(self) -> dict[str, object]:
-        """As JSON can carry it."""
-        return asdict(self)
-
-
-def compute_seconds(case: Case, flops: float) -> float:
-    """Seconds for the case's products alone, at `flops` flop/s."""
-    elements = case.in_features * case.out_features + case.rank * (case.in_features + case.out_features)
-    return FLOPS[case.kind] * case.n * elements / flops
-
-
-def memory_seconds(case: Case, bandwidth: float) -> float:
-    """Seconds for the case's sweeps over weight-sized arrays alone, at `bandwidth` bytes/s."""
-    return SWEEPS[case.kind] * case.in_features * case.out_features * case.itemsize / bandwidth
-
 
 def limit_seconds(case: Case, machine: Machine) -> float:
     """The least time the case can take where its matrices come from memory: the longer of products and sweeps.
@@ -53,4 +37,7 @@ def limit_seconds(case: Case, machine: Machine) -> float:
     with 2 N and 2 sweeps for a forward, 4 N and 2 sweeps for a step without the delta. Matrices that stay in cache
     can be swept faster than that, so small cases may reach more than 1.
     """
-    return max(compute_seconds(case, machine.flops), memory_seconds(case, machine.bandwidth))
+    elements = case.in_features * case.out_features
+    factors = case.rank * (case.in_features + case.out_features)
+    products = FLOPS[case.kind] * case.n * (elements + factors) / machine.flops
+    return max(products, SWEEPS[case.kind] * elements * case.itemsize / machine.bandwidth)

@@ -1,16 +1,15 @@
-"""Peers' processes: started with as many threads as asked for, driven by one JSON object a line, watched by a clock."""
+"""Peers' processes: started with as many threads as asked for, driven by pickled commands, watched by a clock."""
 
 import contextlib
-import json
 import os
-import queue
+import pickle
 import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from .peers import PeerSpec
 
@@ -43,7 +42,7 @@ TIMEOUT = 600.0  # seconds for one answer: compiling may take minutes on a slow 
 
 
 class PeerError(Exception):
-    """A peer's process failed, ended or kept silent; the message is what to report."""
+    """A peer's process failed, ended or kept silent, or its result is wrong; the message is what to report."""
 
 
 class PeerMissingError(PeerError):
@@ -54,16 +53,18 @@ class DeviceMissingError(PeerMissingError):
     """The library is there, but cannot use the device."""
 
 
+REFUSALS = {"missing": PeerMissingError, "unavailable": DeviceMissingError, "error": PeerError}
+
+
 def environment(spec: PeerSpec, threads: int, extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return the environment of a peer's process: every thread pool as large as `threads`."""
-    folders = [*spec.folders, *([str(NBLORA_ROOT)] if spec.module == ".nblora_peer" else [])]
-    given = os.environ.get("PYTHONPATH")
-    paths = folders + ([given] if given else [])
+    own = [str(NBLORA_ROOT)] if spec.module == ".nblora_peer" else []
+    paths = [*spec.folders, *own, os.environ.get("PYTHONPATH", "")]
     eigen_threads = f"--xla_cpu_multi_thread_eigen={str(threads > 1).lower()}"
     return {
         **os.environ,
         **dict.fromkeys(POOLS, str(threads)),
-        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "PYTHONSAFEPATH": "1",
         "TORCHINDUCTOR_COMPILE_THREADS": "1",  # no pool of compilers beside the process that is timed
         "TOKENIZERS_PARALLELISM": "false",
@@ -72,38 +73,24 @@ def environment(spec: PeerSpec, threads: int, extra: Mapping[str, str] | None = 
     }
 
 
-class Worker:
+class Worker(contextlib.ExitStack):
     """One peer's process. A context manager: its end ends the process."""
 
     def __init__(
-        self,
-        spec: PeerSpec,
-        threads: int,
-        python: str = sys.executable,
-        once: Mapping[str, Any] | None = None,
-        extra: Mapping[str, str] | None = None,
+        self, spec: PeerSpec, threads: int, python: str = sys.executable, extra: Mapping[str, str] | None = None
     ) -> None:
-        arguments = [] if once is None else [json.dumps(once)]
-        self._complaints = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the process runs
-        self._process = subprocess.Popen(
-            [python, "-c", BOOTSTRAP, str(PEERS_FOLDER), spec.module, spec.cls, *arguments],
+        super().__init__()
+        self._complaints = self.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 - the stack ends it
+        self.process = subprocess.Popen(
+            [python, "-c", BOOTSTRAP, str(PEERS_FOLDER), spec.module, spec.cls],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._complaints,
-            text=True,
-            encoding="utf-8",
             env=environment(spec, threads, extra),
         )
-        self._answers: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self.callback(self._end)
 
-    def _read(self) -> None:
-        with contextlib.suppress(ValueError, OSError):  # closed by `stop`
-            for line in self._process.stdout or ():
-                self._answers.put(line)
-        self._answers.put(None)
-
-    def ask(self, do: str, *, timeout: float = TIMEOUT, **arguments: Any) -> dict[str, Any]:
+    def ask(self, do: str, *, timeout: float = TIMEOUT, **arguments: Any) -> Any:
         """Send a command and return its answer.
 
         Raises
@@ -111,63 +98,37 @@ class Worker:
         PeerError
             Where the peer raised, ended or kept silent for `timeout` seconds.
         """
-        stream = self._process.stdin
+        watch = threading.Timer(timeout, self.process.kill)
+        watch.start()
         try:
-            if stream is not None:
-                stream.write(json.dumps({"do": do, **arguments}) + "\n")
-                stream.flush()
-        except (BrokenPipeError, OSError):
-            raise PeerError(self._last_words("ended")) from None
-        return self.answer(timeout)
-
-    def answer(self, timeout: float = TIMEOUT) -> dict[str, Any]:
-        """Wait for the next answer."""
-        try:
-            line = self._answers.get(timeout=timeout)
-        except queue.Empty:
-            self.stop()
-            raise PeerError(f"no answer for {timeout:g} s") from None
-        if line is None:
-            raise PeerError(self._last_words("ended"))
-        answer: dict[str, Any] = json.loads(line)
-        if "missing" in answer:
-            raise PeerMissingError(f"{answer['missing']} is not installed")
-        if "unavailable" in answer:
-            raise DeviceMissingError(answer["unavailable"])
-        if "error" in answer:
-            raise PeerError(answer["error"].strip())
+            pickle.dump((do, arguments), self.process.stdin)  # type: ignore[arg-type]  # a pipe, as asked for above
+            self.process.stdin.flush()  # type: ignore[union-attr]
+            word, answer = pickle.load(self.process.stdout)  # type: ignore[arg-type]
+        except (EOFError, OSError, pickle.UnpicklingError):
+            silent, words = watch.finished.is_set(), self._last_words()
+            raise PeerError(f"no answer for {timeout:g} s" if silent else words) from None
+        finally:
+            watch.cancel()
+        if word != "done":
+            raise REFUSALS[word](answer)
         return answer
 
-    def _last_words(self, what: str) -> str:
+    def _last_words(self) -> str:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(5)
+            self.process.wait(5)
         self._complaints.seek(0)
         words = self._complaints.read().decode(errors="replace").strip()[-2000:]
-        return f"the process {what} with status {self._process.poll()}" + (f":\n{words}" if words else "")
+        return f"the process ended with status {self.process.poll()}" + (f":\n{words}" if words else "")
 
-    def stop(self) -> None:
+    def _end(self) -> None:
         """End the process; harmless when it has ended."""
-        if self._process.stdin is not None:
-            with contextlib.suppress(OSError):
-                self._process.stdin.close()
         try:
-            self._process.wait(5)
+            self.process.communicate(timeout=5)  # the end of its input is the end of its work
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        if self._process.stdout is not None:
-            self._process.stdout.close()
-        self._complaints.close()
+            self.process.kill()
+            self.process.communicate()
 
     @property
     def alive(self) -> bool:
         """Whether the process still runs."""
-        return self._process.poll() is None
-
-    def __enter__(self) -> Self:
-        """Return self."""
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        """End the process."""
-        self.stop()
+        return self.process.poll() is None

@@ -5,10 +5,9 @@ A peer that cannot use the device is rehearsed on the CPU, where it can: its for
 work, and only the device is left to be seen.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-
-import numpy as np
 
 from .cases import Case
 from .process import DeviceMissingError, PeerError, PeerMissingError
@@ -21,7 +20,7 @@ SMALL = (5, 12, 10, 2)  # N, in, out, rank
 
 @dataclass
 class Rehearsed:
-    """What came of one peer: where it ran, how many small cases were right, and what was wrong."""
+    """What came of one peer: where it ran ("" for nowhere), how many small cases were right, and what was wrong."""
 
     device: str = ""
     checked: int = 0
@@ -33,11 +32,8 @@ class Rehearsed:
 def small_cases(groups: Iterable[Group], kinds: tuple[str, ...]) -> list[Case]:
     """One small case for each of the kinds that the groups hold and a peer knows."""
     n, n_in, n_out, rank = SMALL
-    first: dict[str, Case] = {}
-    for case in (case for group in groups for case in group.cases if case.kind in kinds):
-        small = replace(case, n=n, in_features=n_in, out_features=n_out, rank=rank)
-        first.setdefault(case.kind, small)
-    return list(first.values())
+    known = {case.kind: case for group in groups for case in reversed(group.cases) if case.kind in kinds}
+    return [replace(case, n=n, in_features=n_in, out_features=n_out, rank=rank) for case in known.values()]
 
 
 def rehearse(bench: Bench, groups: list[Group]) -> dict[str, Rehearsed]:
@@ -45,10 +41,9 @@ def rehearse(bench: Bench, groups: list[Group]) -> dict[str, Rehearsed]:
     found = {}
     for name, spec in bench.peers.items():
         outcome = found[name] = Rehearsed()
-        places = [bench.device, *(["cpu"] if "cpu" in spec.devices and bench.device != "cpu" else [])]
-        for device in places:
+        for device in dict.fromkeys([bench.device, *({"cpu"} & {*spec.devices})]):
             try:
-                _perform(bench, name, groups, device, outcome)
+                _perform(bench, name, small_cases(groups, spec.kinds), device, outcome)
                 break
             except PeerError as error:
                 outcome.notes.append(f"{device}: {error}")
@@ -58,23 +53,19 @@ def rehearse(bench: Bench, groups: list[Group]) -> dict[str, Rehearsed]:
     return found
 
 
-def _perform(bench: Bench, name: str, groups: list[Group], device: str, outcome: Rehearsed) -> None:
+def _perform(bench: Bench, name: str, cases: list[Case], device: str, outcome: Rehearsed) -> None:
     spec = bench.peers[name]
-    python = bench.python(name)
-    trial = Bench({name: spec}, LITTLE, python, python, lambda line: None, device=device)
+    trial = replace(bench, peers={name: spec}, effort=LITTLE, say=lambda line: None, device=device, skipped={})
     with trial.crew(1) as crew:
         crew.worker(name)
-        bench.versions[name] = trial.versions[name]
-        bench.device_description = trial.device_description or bench.device_description
+        bench.device_description = trial.device_description
         outcome.device = device
-        for case in small_cases(groups, spec.kinds):
-            outcome.checked += 1
+        for case in cases:
             result = crew.run(replace(case, threads=1, device=device))
-            if name in result.seconds:
-                outcome.right += 1
-            else:
-                outcome.failed = True
-                outcome.notes.append(f"{case.kind}: {result.faults[name]}")
+            outcome.checked += 1
+            outcome.right += name in result.seconds
+            outcome.notes += [f"{case.kind}: {fault}" for fault in result.faults.values()]
+    outcome.failed = outcome.right < outcome.checked
 
 
 def bytes_of(case: Case) -> int:
@@ -97,17 +88,21 @@ def dry_run_text(
 ) -> str:
     """What a dry run has to say."""
     ready = [name for name, outcome in found.items() if outcome.device and not outcome.failed]
-    largest = max((case for group in groups for case in group.cases), key=bytes_of)
+    cases = [case for group in groups for case in group.cases]
+    largest = max(cases, key=bytes_of)
     state = f"not available here: {problem}" if problem else bench.device_description or "available"
-    lines = ["Dry run: nothing below was measured.", f"Device {bench.device}: {state}", "Peers:"]
-    lines += [f"  {name}: {_peer_text(bench, name, outcome)}" for name, outcome in found.items()]
-    count = sum(len(group.cases) for group in groups)
-    lines.append(f"Cases: {count}; the largest, {largest.shape}, {largest.dtype}, has {bytes_of(largest) / 1e6:.0f} MB")
-    lines += [f"  {group.name}: {len(group.cases)}" for group in groups]
-    lines.append(f"Parts: {', '.join(sections)}")
-    minutes = least_seconds(bench, groups, ready) / 60
     whose = f"of {', '.join(ready)}" if ready else "of nobody: no peer is here"
-    return "\n".join([*lines, f"Timing the cases {whose}: {int(np.ceil(minutes))} minutes at least", ""])
+    lines = [
+        "Dry run: nothing below was measured.",
+        f"Device {bench.device}: {state}",
+        "Peers:",
+        *(f"  {name}: {_peer_text(bench, name, outcome)}" for name, outcome in found.items()),
+        f"Cases: {len(cases)}; the largest, {largest.shape}, {largest.dtype}, has {bytes_of(largest) / 1e6:.0f} MB",
+        *(f"  {group.name}: {len(group.cases)}" for group in groups),
+        f"Parts: {', '.join(sections)}",
+        f"Timing the cases {whose}: {math.ceil(least_seconds(bench, groups, ready) / 60)} minutes at least",
+    ]
+    return "\n".join(lines)
 
 
 def _peer_text(bench: Bench, name: str, outcome: Rehearsed) -> str:

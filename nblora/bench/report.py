@@ -13,8 +13,8 @@ from nblora.storage.atomic import replace_whole
 
 from .cases import Case
 from .limits import Machine
-from .runner import CaseResult
 from .suites import Group
+from .summary import CaseResult
 
 BUSY_LOAD = 0.5  # average of the last minute
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -71,7 +71,7 @@ class Report:
             "versions": self.versions,
             "skipped": self.skipped,
             "limits": [
-                {"dtype": dtype, "threads": threads, **machine.settings()}
+                {"dtype": dtype, "threads": threads, **machine._asdict()}
                 for (dtype, threads), machine in self.machines.items()
             ],
             "groups": [

@@ -1,155 +1,117 @@
 """What is measured beside the cases: start-up, memory, growth, and the step with a busy neighbour."""
 
 import contextlib
-import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
-
-import numpy as np
 
 from .cases import TIMED_LR, Case, make_arrays
 from .peers import BASELINE
-from .process import PeerError, PeerMissingError, Worker
-from .runner import Bench, CaseResult, run_cases
-from .summary import spread
+from .peers.memory import fresh_peak
+from .process import PeerError, PeerMissingError
+from .runner import Bench, run_cases
+from .summary import CaseResult, spread
 
-# Where compilers keep what they made, by peer: a cold start gets an empty folder in each.
-CACHES = {"nblora": ("NUMBA_CACHE_DIR",), "torch-compile": ("TORCHINDUCTOR_CACHE_DIR",)}
-
-
-def _kind_for(bench: Bench, name: str) -> str:
-    """The step, of whatever kind the peer knows."""
-    return "step" if "step" in bench.peers[name].kinds else "lora-step"
+# Where compilers keep what they made, by peer: a cold start gets an empty folder there.
+CACHES = {"nblora": "NUMBA_CACHE_DIR", "torch-compile": "TORCHINDUCTOR_CACHE_DIR"}
+Row = dict[str, Any]
+Sizes = tuple[int, int, int]
 
 
-# --- start-up ----------------------------------------------------------------------------------------------------
+def _measured(bench: Bench, what: str, sizes: Sizes, rows: Iterable[Row], measure: Callable[[Row], Row]) -> list[Row]:
+    """Complete each peer's row by what `measure` finds; one that fails has its `fault` there, a missing one no row."""
+    found = []
+    for row in rows:
+        name = row["peer"]
+        if bench.late(f"{what} of {name}"):
+            continue
+        row |= {"kind": "step" if "step" in bench.peers[name].kinds else "lora-step", "sizes": list(sizes)}
+        try:
+            row |= measure(row)
+        except PeerMissingError:
+            continue
+        except PeerError as error:
+            row["fault"] = str(error)
+        found.append(row)
+    return found
 
 
-def startup(bench: Bench, threads: int, repeats: int, cold: bool, sizes: tuple[int, int, int]) -> list[dict[str, Any]]:
+def startup(bench: Bench, threads: int, repeats: int, cold: bool, sizes: Sizes) -> list[Row]:
     """Time from the start of a process to the end of its first step, with a warm and an empty compile cache.
 
     Import, first step and a later step are told apart, so that compile time is first minus later.
     """
-    rows = []
-    for name in bench.installed:
-        if bench.late():
-            bench.say("out of time: start-up left out for the remaining peers")
-            break
-        case = Case(_kind_for(bench, name), *sizes, threads=threads, device=bench.device)
-        caches = ("warm", "cold") if cold and name in CACHES else ("warm",)
-        for cache in caches:
-            try:
-                row = _startup_row(bench, name, case, cache, repeats)
-            except PeerError as error:
-                if not isinstance(error, PeerMissingError):
-                    rows.append({"peer": name, "cache": cache, "fault": str(error)})
-                continue
-            rows.append(row)
-            bench.say(f"start-up, {cache} cache: {name} {row['seconds']['median']:.2f} s to the end of the first step")
-    return rows
 
+    def first_step(row: Row, extra: dict[str, str]) -> dict[str, float]:
+        case = Case(row["kind"], *sizes, threads=threads, device=bench.device)
+        arrays = make_arrays(case)
+        begin = time.perf_counter()
+        worker, imported = bench.start(row["peer"], threads, extra)
+        with worker:
+            parts = {
+                "import": imported,
+                "set_up": worker.ask("set_up", case=case.settings(), arrays=arrays),
+                "first": worker.ask("first", lr=TIMED_LR),
+                "seconds": time.perf_counter() - begin,
+            }
+            return parts | {"steady": worker.ask("warm", lr=TIMED_LR, seconds=0.2, least=5)}
 
-def _startup_row(bench: Bench, name: str, case: Case, cache: str, repeats: int) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory(prefix="nblora-bench-") as folder:
-        arrays = Path(folder) / "arrays.npz"
-        np.savez(arrays, **make_arrays(case))  # type: ignore[arg-type]
-        if cache == "warm":
-            _first_step(bench, name, case, arrays, {})  # fills the caches, the disk's included
+    def measure(row: Row) -> Row:
+        if row["cache"] == "warm":
+            first_step(row, {})  # fills the caches, the disk's included
         taken = []
-        for number in range(repeats):
-            empty = {}
-            if cache == "cold":
-                for variable in CACHES[name]:
-                    place = Path(folder) / f"{variable}-{number}"
-                    place.mkdir()
-                    empty[variable] = str(place)
-            taken.append(_first_step(bench, name, case, arrays, empty))
-    row: dict[str, Any] = {"peer": name, "cache": cache, "kind": case.kind, "repeats": repeats}
-    for key in ("seconds", "import", "set_up", "first", "steady"):
-        row[key] = spread([parts[key] for parts in taken]).settings()
-    return row
+        for _ in range(repeats):
+            with tempfile.TemporaryDirectory(prefix="nblora-bench-") as empty:
+                taken.append(first_step(row, {CACHES[row["peer"]]: empty} if row["cache"] == "cold" else {}))
+        found: Row = {part: spread([parts[part] for parts in taken])._asdict() for part in taken[0]}
+        seconds = found["seconds"]["median"]
+        bench.say(f"start-up, {row['cache']} cache: {row['peer']} {seconds:.2f} s to the end of the first step")
+        return found | {"repeats": repeats}
+
+    states = ((name, cache) for name in bench.installed for cache in ("warm", "cold")[: 1 + (cold and name in CACHES)])
+    return _measured(bench, "start-up", sizes, ({"peer": name, "cache": cache} for name, cache in states), measure)
 
 
-def _first_step(bench: Bench, name: str, case: Case, arrays: Path, extra: dict[str, str]) -> dict[str, float]:
-    once = {"case": case.settings(), "arrays": str(arrays), "lr": TIMED_LR}
-    begin = time.perf_counter()
-    with Worker(bench.peers[name], case.threads, bench.python(name), once, extra) as worker:
-        worker.answer()
-        seconds = time.perf_counter() - begin
-        return {"seconds": seconds, **worker.answer()}
-
-
-# --- memory ------------------------------------------------------------------------------------------------------
-
-
-def memory(bench: Bench, threads: int, sizes: tuple[int, int, int]) -> list[dict[str, Any]]:
+def memory(bench: Bench, threads: int, sizes: Sizes) -> list[Row]:
     """Peak memory of three steps beyond the case's own arrays, in a process of each peer.
 
-    Imports, and a step on a tiny layer, come first and do not count: what remains is what the peer allocates for the
+    Imports, and steps on a tiny layer, come first and do not count: what remains is what the peer allocates for the
     case, outputs included.
     """
-    rows: list[dict[str, Any]] = []
-    for name in bench.installed:
-        if bench.late():
-            bench.say("out of time: memory left out for the remaining peers")
-            break
-        kind = _kind_for(bench, name)
-        case, small = Case(kind, *sizes, threads=threads), Case(kind, 8, 16, 16, threads=threads)
-        try:
-            with (
-                tempfile.TemporaryDirectory(prefix="nblora-bench-") as folder,
-                Worker(bench.peers[name], threads, bench.python(name)) as worker,
-            ):
-                paths = [str(Path(folder) / f"{of.n}-{of.in_features}.npz") for of in (case, small)]
-                for path, of in zip(paths, (case, small), strict=True):
-                    np.savez(path, **make_arrays(of))  # type: ignore[arg-type]
-                worker.ask("start", distributions=[])
-                got = worker.ask(
-                    "memory",
-                    case=case.settings(),
-                    small=small.settings(),
-                    arrays=paths[0],
-                    small_arrays=paths[1],
-                    lr=TIMED_LR,
-                )
-        except PeerError as error:
-            if not isinstance(error, PeerMissingError):
-                rows.append({"peer": name, "kind": kind, "fault": str(error)})
-            continue
-        if got["bytes"] is None:
-            bench.say("peak memory is not measured: this system does not let a process reset its peak")
-            return []
-        rows.append({"peer": name, "kind": kind, "sizes": list(sizes), **got})
-        bench.say(f"memory: {name} {got['bytes'] / 2**20:.1f} MiB beyond the arrays")
-    return rows
+    if fresh_peak() is None:
+        bench.say("peak memory is not measured: this system does not let a process reset its peak")
+        return []
 
+    def measure(row: Row) -> Row:
+        case, small = (Case(row["kind"], *of, threads=threads) for of in (sizes, (8, 16, 16)))
+        with bench.start(row["peer"], threads)[0] as worker:
+            worker.ask("set_up", case=small.settings(), arrays=make_arrays(small))
+            worker.ask("warm", lr=TIMED_LR, seconds=0.0, least=2)
+            found: Row = worker.ask("memory", case=case.settings(), arrays=make_arrays(case), lr=TIMED_LR)
+        bench.say(f"memory: {row['peer']} {found['bytes'] / 2**20:.1f} MiB beyond the arrays")
+        return found
 
-# --- growth ------------------------------------------------------------------------------------------------------
+    return _measured(bench, "memory", sizes, ({"peer": name} for name in bench.installed), measure)
 
 
 def growth_curves(threads: int, full: bool, device: str = "cpu") -> dict[str, list[Case]]:
     """Cases in which one size doubles and the others stay; the number of threads, too, on the CPU."""
     top = 4096 if full else 2048
-    step = partial(Case, "step", threads=threads, device=device)
-    doubled = {
-        "N": [step(n, 1024, 1024) for n in _doublings(1, top)],
-        "in": [step(256, n_in, 1024) for n_in in _doublings(256, top)],
-        "out": [step(256, 1024, n_out) for n_out in _doublings(256, top)],
-        "rank": [step(256, 1024, 1024, rank) for rank in _doublings(1, 64)],
+    middle = Case("step", 256, 1024, 1024, threads=threads, device=device)
+    curves = {
+        "N": [replace(middle, n=n) for n in _doublings(1, top)],
+        "in": [replace(middle, in_features=n_in) for n_in in _doublings(256, top)],
+        "out": [replace(middle, out_features=n_out) for n_out in _doublings(256, top)],
+        "rank": [replace(middle, rank=rank) for rank in _doublings(1, 64)],
     }
-    if device != "cpu":
-        return doubled
-    counts = [*_doublings(1, threads)]
-    if counts[-1] != threads:
-        counts.append(threads)
-    doubled["threads"] = [Case("step", 256, 1024, 1024, threads=count) for count in counts]
-    return doubled
+    if device == "cpu":
+        counts = sorted({*_doublings(1, threads), threads})
+        curves["threads"] = [replace(middle, threads=count) for count in counts]
+    return curves
 
 
 def _doublings(low: int, high: int) -> list[int]:
@@ -159,16 +121,10 @@ def _doublings(low: int, high: int) -> list[int]:
 def growth(bench: Bench, threads: int, full: bool) -> dict[str, list[CaseResult]]:
     """nblora's step as one size doubles."""
     curves = growth_curves(threads, full, bench.device)
-    python = bench.python(BASELINE)
-    own = {BASELINE: bench.peers[BASELINE]}
-    alone = Bench(own, bench.effort, python, python, bench.say, bench.deadline, bench.device)
-    alone.machines = bench.machines
+    alone = replace(bench, peers={BASELINE: bench.peers[BASELINE]})
     wanted = list(dict.fromkeys(case for cases in curves.values() for case in cases))
     measured = {result.case: result for result in run_cases(alone, wanted)}
     return {name: [measured[case] for case in cases if case in measured] for name, cases in curves.items()}
-
-
-# --- a busy neighbour --------------------------------------------------------------------------------------------
 
 
 def neighbour(bench: Bench, case: Case) -> dict[str, CaseResult]:
@@ -176,8 +132,7 @@ def neighbour(bench: Bench, case: Case) -> dict[str, CaseResult]:
     found = {}
     with bench.crew(case.threads) as crew:
         for state in ("quiet", "busy"):
-            if bench.late():
-                bench.say("out of time: the busy neighbour left out")
+            if bench.late("the busy neighbour"):
                 return {}
             with busy_core() if state == "busy" else contextlib.nullcontext():
                 found[state] = crew.run(case)
@@ -192,16 +147,10 @@ def busy_core() -> Iterator[None]:
     code = (
         "import os\n"
         "if hasattr(os, 'sched_setaffinity'): os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})\n"
-        "print('busy', flush=True)\n"
         "while True: pass\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=dict(os.environ))
-    try:
-        if process.stdout is not None:
-            process.stdout.readline()
-        yield
-    finally:
-        process.kill()
-        process.wait()
-        if process.stdout is not None:
-            process.stdout.close()
+    with subprocess.Popen([sys.executable, "-c", code]) as process:
+        try:
+            yield
+        finally:
+            process.kill()

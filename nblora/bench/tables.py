@@ -7,9 +7,8 @@ from typing import Any
 from .cases import Case
 from .peers import BASELINE
 from .report import Report
-from .runner import CaseResult
 from .suites import LIMIT, Group
-from .summary import Spread
+from .summary import CaseResult, Spread
 
 NOTHING = "–"
 DOUBLING_GOAL, DOUBLING_FROM = 2.2, 64

@@ -172,7 +172,7 @@ def _device_problem(device: str) -> str | None:
 
 def _dry_run(bench: Bench, groups: list[Group], sections: tuple[str, ...], problem: str | None) -> None:
     found = rehearse(bench, groups)
-    click.echo(dry_run_text(bench, groups, sections, problem, found), nl=False)
+    click.echo(dry_run_text(bench, groups, sections, problem, found))
     if any(outcome.failed for outcome in found.values()):
         click.get_current_context().exit(1)
 
@@ -203,10 +203,8 @@ def _bench(name: str, options: dict[str, Any], effort: Effort, begin: float) -> 
         for peer, spec in known.items()
         if peer == BASELINE or peer in peers or (not peers and peer not in left_out)
     }
-    deadline = begin + QUICK_SECONDS if name == "quick" else None
-    bench = Bench(
-        wanted, effort, options["python"], sys.executable, lambda line: click.echo(line, err=True), deadline, device
-    )
+    deadline = begin + QUICK_SECONDS if name == "quick" else float("inf")
+    bench = Bench(wanted, effort, lambda line: click.echo(line, err=True), options["python"], deadline, device)
     if not peers:
         for peer, why in left_out.items():
             bench.say(f"skipping {peer}: {why}")

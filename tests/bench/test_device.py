@@ -3,7 +3,6 @@
 import json
 import sys
 
-import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -11,8 +10,8 @@ from nblora import devices
 from nblora.bench import rehearsal
 from nblora.bench.cases import CHECKED_LR, DTYPES, KINDS, LAYOUTS, Case, faults, make_arrays, reference
 from nblora.bench.peers import PEERS, PeerSpec, peers_of
-from nblora.bench.peers.clock import EventClock
-from nblora.bench.peers.worker import Driver
+from nblora.bench.peers.clock import event_clock
+from nblora.bench.peers.worker import Driver, Refusal
 from nblora.bench.process import DeviceMissingError, Worker
 from nblora.bench.runner import Bench, Effort, run_cases
 from nblora.bench.sections import growth_curves, startup
@@ -31,7 +30,7 @@ from numpy import asarray, empty_like
 
 rates = sys.modules.get("nblora_peers.rates")
 if rates:  # in a peer's process
-    rates.DEVICE_PRODUCT_SIZES, rates.DEVICE_COPY_BYTES = (32, 64), 2**16
+    rates.SIZES["cuda"] = (32, 64), 2**16
 ticks = [0.0]
 used = []
 asnumpy = np.array
@@ -126,8 +125,8 @@ def test_events_lie_between_the_calls_and_the_host_waits_once():
         def synchronize(self):
             said.append("wait")
 
-    clock = EventClock(Event, lambda begin, end: 1000.0 * (end.at - begin.at) + end.at)
-    assert clock.times(lambda: said.append("call"), 3) == pytest.approx([1.001, 1.002, 1.003])
+    clock = event_clock(Event, lambda begin, end: 1000.0 * (end.at - begin.at) + end.at)
+    assert clock(lambda: said.append("call"), 3) == pytest.approx([1.001, 1.002, 1.003])
     assert said == ["event"] * 4 + ["record"] + ["call", "record"] * 3 + ["wait"]
 
 
@@ -143,33 +142,32 @@ def test_peers_of_a_device():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_cupys_formulas_are_the_reference(cupy_driver, kind, layout, dtype, tmp_path):
+def test_cupys_formulas_are_the_reference(cupy_driver, kind, layout, dtype):
     case = Case(kind, 9, 24, 20, 4, dtype, layout, device="cuda:2")
     arrays = make_arrays(case)
-    np.savez(tmp_path / "arrays.npz", **arrays)
-    assert "versions" in cupy_driver.start([], "cuda:2")
-    cupy_driver.set_up(case.settings(), str(tmp_path / "arrays.npz"))
+    cupy_driver.start("cuda:2")
+    cupy_driver.set_up(case.settings(), dict(arrays))
     assert sys.modules["cupy"].used[-1] == 2
-    cupy_driver.check(CHECKED_LR, str(tmp_path / "results.npz"))
-    with np.load(tmp_path / "results.npz") as file:
-        assert faults(case, arrays, reference(case, arrays), dict(file)) == []
+    assert faults(case, arrays, reference(case, arrays), cupy_driver.check(CHECKED_LR)) == []
 
 
 def test_cupy_says_what_it_lacks(cupy_driver):
-    assert "no CPU" in cupy_driver.start([])["unavailable"]
+    with pytest.raises(Refusal, match="no CPU"):
+        cupy_driver.start()
     for count, words in ((0, "no CUDA device"), (-1, "no driver")):
         sys.modules["cupy"].count = count
-        assert words in cupy_driver.start([], "cuda")["unavailable"]
+        with pytest.raises(Refusal, match=words):
+            cupy_driver.start("cuda")
 
 
 def test_a_peer_without_the_device_is_told_from_one_that_is_not_installed():
     with Worker(PEERS["numpy"], 1) as worker, pytest.raises(DeviceMissingError, match="does not run on cuda"):
-        worker.ask("start", distributions=[], device="cuda")
+        worker.ask("start", device="cuda")
 
 
 @pytest.mark.parametrize("name", ["torch-eager", "torch-manual"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_pytorch_moves_its_tensors_and_takes_events(name, kind, tmp_path, monkeypatch):
+def test_pytorch_moves_its_tensors_and_takes_events(name, kind, monkeypatch):
     """PyTorch's CPU stands for its GPU: the tensors are taken there, and times come from its events."""
     torch = pytest.importorskip("torch")
     moved = []
@@ -194,18 +192,16 @@ def test_pytorch_moves_its_tensors_and_takes_events(name, kind, tmp_path, monkey
     for part, stand_in in (("is_available", lambda: True), ("Event", Event), ("set_device", lambda device: None)):
         monkeypatch.setattr(torch.cuda, part, stand_in)
     driver = Driver(PEERS[name].module, PEERS[name].cls)
-    assert "versions" in driver.start([], "cuda:1")
+    driver.start("cuda:1")
     case = Case(kind, 9, 24, 20, 4, device="cuda:1")
     arrays = make_arrays(case)
-    np.savez(tmp_path / "arrays.npz", **arrays)
-    driver.set_up(case.settings(), str(tmp_path / "arrays.npz"))
+    driver.set_up(case.settings(), dict(arrays))
     assert moved == ["cuda:1"] * len(arrays)
-    driver.check(CHECKED_LR, str(tmp_path / "results.npz"))
-    with np.load(tmp_path / "results.npz") as file:
-        assert faults(case, arrays, reference(case, arrays), dict(file)) == []
-    assert driver.burst(0.0, 3)["seconds"] == driver.warm(0.0, 0.0, 3)["seconds"] == 7e-3
+    assert faults(case, arrays, reference(case, arrays), driver.check(CHECKED_LR)) == []
+    assert driver.burst(0.0, 3) == driver.warm(0.0, 0.0, 3) == driver.first(0.0) == 7e-3
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "no CUDA device" in driver.start([], "cuda")["unavailable"]
+    with pytest.raises(Refusal, match="no CUDA device"):
+        driver.start("cuda")
 
 
 # --- the runner --------------------------------------------------------------------------------------------------
@@ -215,11 +211,12 @@ def test_cases_and_limits_by_the_devices_own_clock(cupy):
     """A made-up device: its clock alone decides the times, the product rate and the bandwidth."""
     spec = PeerSpec("ticking", "Ticking", (), "ticks", folders=(str(cupy),), devices=("cuda",))
     rates = PEERS["cupy"]._replace(folders=(str(cupy),))
-    bench = Bench({"ticking": spec, "cupy": rates}, LITTLE, sys.executable, sys.executable, print, device="cuda")
+    bench = Bench({"ticking": spec, "cupy": rates}, LITTLE, print, device="cuda")
     case = Case("step", 8, 24, 20, 4, device="cuda")
     with bench.crew(1, ["ticking"]) as crew:
         result = crew.run(case)
-        machine = crew.measure_machine("float32")
+        crew.measure_machine("float32")
+    machine = bench.machines["float32", 1]
     assert result.faults == {}
     assert result.seconds == {"ticking": [pytest.approx(2.5e-3)] * LITTLE.rounds}
     assert machine.flops == pytest.approx(2 * 64**3 / 4.5e-3)
@@ -256,7 +253,7 @@ def test_a_dry_run_takes_one_small_case_of_each_kind():
     assert [case.kind for case in small] == ["forward", "lora-step"]
     assert {(case.n, case.in_features, case.out_features, case.rank) for case in small} == {rehearsal.SMALL}
     assert rehearsal.bytes_of(Case("step", 2, 3, 5, 1)) == 4 * (3 * 15 + 2 * 2 * 8)
-    bench_ = Bench(PEERS, Effort(15, 0.1, 0.3), "", "", print)
+    bench_ = Bench(PEERS, Effort(15, 0.1, 0.3), print)
     two = [Group("both", (Case("step", 2, 3, 5, 1), Case("lora-step", 2, 3, 5, 1)))]
     assert rehearsal.least_seconds(bench_, two, ["nblora", "peft"]) == pytest.approx(3 * (15 * 0.15 + 0.3))
 
@@ -278,7 +275,7 @@ def test_a_dry_run_performs_what_it_can(cupy):
         "unable": PEERS["numpy"]._replace(devices=("cuda",)),
         "wrong": PeerSpec("wrong", "Wrong", (), "wrong", folders=(str(cupy),), devices=both),
     }
-    bench_ = Bench(peers, LITTLE, sys.executable, sys.executable, print, device="cuda")
+    bench_ = Bench(peers, LITTLE, print, device="cuda")
     groups = on_device(quick, "cuda")(1)
     found = rehearsal.rehearse(bench_, groups)
     assert {name: outcome.device for name, outcome in found.items()} == {
@@ -375,7 +372,7 @@ def test_from_end_to_end_on_the_simulator(cupy, run, monkeypatch, tmp_path):
 @pytest.mark.slow
 def test_startup_on_the_simulator(monkeypatch):
     monkeypatch.setenv("NUMBA_ENABLE_CUDASIM", "1")
-    bench_ = Bench({"nblora": PEERS["nblora"]}, LITTLE, sys.executable, sys.executable, print, device="cuda")
+    bench_ = Bench({"nblora": PEERS["nblora"]}, LITTLE, print, device="cuda")
     (row,) = startup(bench_, 1, 1, False, (4, 12, 10))
     assert row["seconds"]["median"] > row["first"]["median"] > 0
 
@@ -384,7 +381,7 @@ def test_startup_on_the_simulator(monkeypatch):
 @pytest.mark.skipif("cuda:0" not in devices(), reason="needs an NVIDIA GPU, its driver, and nblora[cuda12]")
 def test_on_a_gpu():
     """Ready for a device; it has not run on one yet."""
-    bench_ = Bench({"nblora": PEERS["nblora"]}, LITTLE, sys.executable, sys.executable, print, device="cuda")
+    bench_ = Bench({"nblora": PEERS["nblora"]}, LITTLE, print, device="cuda")
     cases = [Case(kind, 64, 256, 192, 8, layout=layout, device="cuda") for kind in KINDS for layout in LAYOUTS]
     for result in run_cases(bench_, cases):
         assert result.faults == {}

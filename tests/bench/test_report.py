@@ -11,8 +11,8 @@ from nblora.bench.chart import draw_cases, draw_growth
 from nblora.bench.limits import Machine
 from nblora.bench.machine import describe_machine, usable_cores
 from nblora.bench.report import BEGIN, END, Report, replace_between_markers
-from nblora.bench.runner import CaseResult
 from nblora.bench.suites import LIMIT, Group
+from nblora.bench.summary import CaseResult
 from nblora.bench.tables import (
     comparison_table,
     full_text,

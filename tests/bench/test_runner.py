@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from nblora.bench.cases import KINDS, Case
+from nblora.bench.cases import KINDS, Case, make_arrays
 from nblora.bench.peers import PEERS, PeerSpec
 from nblora.bench.process import POOLS, PeerError, PeerMissingError, Worker, environment
 from nblora.bench.runner import Bench, Effort, run_cases
@@ -36,6 +36,11 @@ class Ending(NumpyPeer):
         print("gave up", file=sys.stderr, flush=True)
         os._exit(3)
 
+class Silent(NumpyPeer):
+    def step(self, lr):
+        import time
+        time.sleep(60)
+
 class Talking(NumpyPeer):
     def step(self, lr):
         print("a library that writes to standard output")
@@ -45,7 +50,7 @@ class Talking(NumpyPeer):
 
 def make_bench(peers, said=None, **settings):
     lines = [] if said is None else said
-    return Bench(peers, LITTLE, sys.executable, sys.executable, lines.append, **settings)
+    return Bench(peers, LITTLE, lines.append, **settings)
 
 
 @pytest.fixture
@@ -102,11 +107,13 @@ def test_a_peer_that_fails_is_reported_and_the_others_go_on(strange, cls, words)
             assert words in result.faults.get("bad", words)
 
 
-def test_a_silent_peer_is_given_up():
-    with Worker(PEERS["numpy"], 1) as worker:
-        worker.ask("start", distributions=[])
+def test_a_silent_peer_is_given_up(strange):
+    case = Case("step", 4, 12, 10, 2)
+    with Worker(strange("Silent"), 1) as worker:
+        worker.ask("start")
+        worker.ask("set_up", case=case.settings(), arrays=make_arrays(case))
         with pytest.raises(PeerError, match=r"no answer for 0\.2 s"):
-            worker.answer(0.2)
+            worker.ask("check", lr=0.0, timeout=0.2)
         assert not worker.alive
 
 
@@ -131,7 +138,7 @@ def test_a_missing_peer_is_skipped_saying_so():
     assert "a_library_that_nobody_has is not installed" in bench.skipped["absent"]
     assert sum("skipping absent" in line for line in said) == 1
     with Worker(missing, 1) as worker, pytest.raises(PeerMissingError):
-        worker.ask("start", distributions=[])
+        worker.ask("start")
 
 
 def test_environment_sets_every_pool():

@@ -3,31 +3,22 @@
 import itertools
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
+
+Call = Callable[[], object]
+Clock = Callable[[Call, int], list[float]]  # makes a call so many times; the seconds that each took
 
 
-class Clock(Protocol):
-    """Takes the time of calls."""
-
-    def times(self, call: Callable[[], object], count: int) -> list[float]:
-        """Call `count` times, and return the seconds that each took."""
-
-
-class HostClock:
+def host_clock(call: Call, count: int) -> list[float]:
     """For what is done when the call returns."""
-
-    def times(self, call: Callable[[], object], count: int) -> list[float]:
-        """Call `count` times, and return the seconds that each took."""
-        clock = time.perf_counter
-        taken = []
-        for _ in range(count):
-            begin = clock()
-            call()
-            taken.append(clock() - begin)
-        return taken
+    marks = [time.perf_counter()]
+    for _ in range(count):
+        call()
+        marks.append(time.perf_counter())
+    return [after - before for before, after in itertools.pairwise(marks)]
 
 
-class EventClock:
+def event_clock(new_event: Callable[[], Any], milliseconds: Callable[[Any, Any], float]) -> Clock:
     """For what only begins when the call returns: an event goes into the device's stream before and after each call.
 
     The host waits once, at the end, so it may run ahead of the device as it does in use.
@@ -40,15 +31,13 @@ class EventClock:
         The time from one event to another.
     """
 
-    def __init__(self, new_event: Callable[[], Any], milliseconds: Callable[[Any, Any], float]) -> None:
-        self._new_event, self._milliseconds = new_event, milliseconds
-
-    def times(self, call: Callable[[], object], count: int) -> list[float]:
-        """Call `count` times, and return the seconds that each took on the device."""
-        events = [self._new_event() for _ in range(count + 1)]
+    def clock(call: Call, count: int) -> list[float]:
+        events = [new_event() for _ in range(count + 1)]
         events[0].record()
         for event in events[1:]:
             call()
             event.record()
         events[-1].synchronize()
-        return [1e-3 * self._milliseconds(before, after) for before, after in itertools.pairwise(events)]
+        return [1e-3 * milliseconds(before, after) for before, after in itertools.pairwise(events)]
+
+    return clock

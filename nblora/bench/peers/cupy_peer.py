@@ -5,18 +5,9 @@ from typing import Any
 import cupy
 import numpy as np
 
-from .clock import Clock, EventClock
+from .clock import Clock, event_clock
 from .numpy_peer import NumpyPeer
-
-
-def select(device: str) -> None:
-    """Make "cuda:N" CuPy's current device; "cuda" is the first."""
-    cupy.cuda.Device(int(device.partition(":")[2] or 0)).use()
-
-
-def event_clock() -> Clock:
-    """The clock of the current device."""
-    return EventClock(cupy.cuda.Event, cupy.cuda.get_elapsed_time)
+from .peer import Tools
 
 
 class CupyPeer(NumpyPeer):
@@ -31,13 +22,20 @@ class CupyPeer(NumpyPeer):
         except cupy.cuda.runtime.CUDARuntimeError as error:
             return f"CuPy finds no CUDA device: {error}"
 
+    @classmethod
+    def clock(cls, device: str) -> Clock:
+        cupy.cuda.Device(int(device.partition(":")[2] or 0)).use()  # "cuda" is the first
+        return event_clock(cupy.cuda.Event, cupy.cuda.get_elapsed_time)
+
+    @classmethod
+    def tools(cls, device: str, threads: int) -> Tools:
+        return Tools(cupy.asarray, cupy.empty_like, cupy.matmul, lambda source, target: cupy.copyto(target, source))
+
     def set_up(self, arrays: dict) -> None:
-        select(self.device)
+        self.clock(self.device)
         super().set_up({name: cupy.asarray(array) for name, array in arrays.items()})
 
-    def clock(self) -> Clock:
-        return event_clock()
-
-    def results(self) -> dict[str, np.ndarray]:
-        found: dict[str, Any] = super().results()
-        return {name: cupy.asnumpy(array) for name, array in found.items()}
+    @staticmethod
+    def to_numpy(array: Any) -> np.ndarray:
+        found: np.ndarray = cupy.asnumpy(array)
+        return found

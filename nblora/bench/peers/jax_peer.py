@@ -4,7 +4,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import numpy as np
 
 from .peer import Peer
 
@@ -18,7 +17,7 @@ class JaxPeer(Peer):
         on_device = {name: jax.device_put(array) for name, array in arrays.items()}
         self.x, self.g = on_device.pop("x"), on_device.pop("g")
         self.frozen = {name: on_device.pop(name) for name in ("W", "b")}
-        self.velocity = on_device.pop("V", None)
+        self.V = on_device.pop("V", None)
         self.trained = on_device
         constants = {"c": self.c, "s": self.s, "transposed": self.transposed}
         self.compiled_forward = jax.jit(partial(_forward, **constants))
@@ -29,16 +28,9 @@ class JaxPeer(Peer):
         self.y = self.compiled_forward(self.trained, self.x, self.frozen).block_until_ready()
 
     def step(self, lr: float) -> None:
-        got = self.compiled_step(self.trained, self.velocity, self.x, self.g, self.frozen, self.dtype(lr))
-        self.trained, self.velocity, self.y, self.grad_input = jax.block_until_ready(got)
-
-    def results(self) -> dict[str, np.ndarray]:
-        got = {"y": self.y}
-        if self.case["kind"] != "forward":
-            got |= {"grad_input": self.grad_input, **self.trained}
-            if self.has_delta:
-                got["V"] = self.velocity
-        return {name: np.asarray(array) for name, array in got.items()}
+        got = self.compiled_step(self.trained, self.V, self.x, self.g, self.frozen, self.dtype(lr))
+        self.trained, self.V, self.y, self.grad_input = jax.block_until_ready(got)
+        self.__dict__.update(self.trained)
 
 
 def _forward(trained: dict, x: Any, frozen: dict, *, c: float, s: float, transposed: bool) -> Any:

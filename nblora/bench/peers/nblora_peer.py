@@ -1,24 +1,16 @@
 """nblora itself, through its public interface."""
 
+from typing import Any
+
 import numpy as np
+from numba.core import config
 
 import nblora
 from nblora.backends import cuda_problem, describe, resolve
+from nblora.backends.protocol import Base, Operands
 
-from .clock import Clock, EventClock, HostClock
-from .peer import Peer
-
-
-def device_clock(device: str) -> Clock:
-    """The host's clock for the CPU and for Numba's simulator, whose events carry no time; CUDA's events for a GPU."""
-    from numba.core import config
-
-    if device == "cpu" or getattr(config, "ENABLE_CUDASIM", False):
-        return HostClock()
-    from numba import cuda
-
-    cuda.select_device(int(device.partition(":")[2] or 0))
-    return EventClock(cuda.event, lambda begin, end: begin.elapsed_time(end))
+from .clock import Clock, event_clock, host_clock
+from .peer import Peer, Tools
 
 
 class NbloraPeer(Peer):
@@ -32,8 +24,26 @@ class NbloraPeer(Peer):
     def describe(cls, device: str) -> str:
         return "" if device == "cpu" else describe(device)
 
-    def clock(self) -> Clock:
-        return device_clock(self.device)
+    @classmethod
+    def clock(cls, device: str) -> Clock:
+        if device == "cpu" or getattr(config, "ENABLE_CUDASIM", False):  # the simulator's events carry no time
+            return host_clock
+        from numba import cuda
+
+        cuda.select_device(int(device.partition(":")[2] or 0))
+        return event_clock(cuda.event, lambda begin, end: begin.elapsed_time(end))
+
+    @classmethod
+    def tools(cls, device: str, threads: int) -> Tools:
+        """What stands where there is no other library: a plain layer's forward, and copies by the driver."""
+        backend = resolve(device)
+
+        def product(a: Any, b: Any, out: Any) -> object:
+            return backend.forward(a, Operands(Base(b, None, False), None, None, 0, False), None, False)
+
+        return Tools(
+            backend.from_host, backend.zeros_like, product, lambda source, target: target.__setitem__(..., source)
+        )
 
     def set_up(self, arrays: dict) -> None:
         self.x, self.g = arrays["x"], arrays["g"]

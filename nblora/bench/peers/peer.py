@@ -1,11 +1,26 @@
 """`Peer`: what a peer's class offers to the worker that drives it."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from .clock import Clock, HostClock
+from .clock import Call, Clock, host_clock
+
+RESULTS = ("y", "grad_input", "A", "B", "D", "V")
+
+
+class Tools(NamedTuple):
+    """How a library multiplies and copies: what the machine's limits are measured by.
+
+    `bring` takes a NumPy array to the device, `like` makes a new array there, `product(a, b, out)` and
+    `copy(source, target)` work on such arrays.
+    """
+
+    bring: Callable[[np.ndarray], Any]
+    like: Callable[[Any], Any]
+    product: Callable[[Any, Any, Any], object]
+    copy: Callable[[Any, Any], object]
 
 
 class Peer:
@@ -20,15 +35,10 @@ class Peer:
         x, g, W, b, A, B and, but for "lora-step", D and V; W, D, V as stored. The peer may take them over.
     """
 
-    # The arrays under their names, for peers that keep them so.
-    x: Any
-    g: Any
-    W: Any
-    b: Any
-    A: Any
-    B: Any
-    D: Any
-    V: Any
+    if TYPE_CHECKING:  # the case's arrays under their names, for peers that keep them so
+
+        def __getattr__(self, name: str) -> Any: ...
+        def __setattr__(self, name: str, value: Any) -> None: ...
 
     def __init__(self, case: dict, arrays: dict) -> None:
         self.case = case
@@ -48,9 +58,15 @@ class Peer:
         """What the device is, where the library tells."""
         return ""
 
-    def clock(self) -> Clock:
-        """What takes the time of the case's calls."""
-        return HostClock()
+    @classmethod
+    def clock(cls, device: str) -> Clock:
+        """What takes the time of calls on the device."""
+        return host_clock
+
+    @classmethod
+    def tools(cls, device: str, threads: int) -> Tools:
+        """The library's own products and copies."""
+        raise NotImplementedError  # of those that the runner asks for the machine's limits
 
     def set_up(self, arrays: dict) -> None:
         """Take the arrays in, in the library's own form."""
@@ -65,11 +81,14 @@ class Peer:
         raise NotImplementedError  # every peer has its own
 
     def results(self) -> dict[str, np.ndarray]:
-        """What the last call left: y, and after a step grad_input, A, B, D, V in their logical or stored shapes."""
-        raise NotImplementedError  # every peer has its own
+        """What the last call left under the names of `RESULTS`, in logical or stored shapes."""
+        return {name: self.to_numpy(getattr(self, name)) for name in RESULTS if hasattr(self, name)}
 
-    def bound(self, lr: float) -> Callable[[], None]:
+    @staticmethod
+    def to_numpy(array: Any) -> np.ndarray:
+        """The library's array as NumPy's."""
+        return np.asarray(array)
+
+    def bound(self, lr: float) -> Call:
         """Return the call that does the case once."""
-        if self.case["kind"] == "forward":
-            return self.forward
-        return lambda: self.step(lr)
+        return self.forward if self.case["kind"] == "forward" else lambda: self.step(lr)

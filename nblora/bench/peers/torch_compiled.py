@@ -17,16 +17,7 @@ class TorchCompiled(TorchEager):
         self.lr = torch.tensor(0.0, dtype=torch.float64)
         super().set_lr(self.lr)
         self.module = torch.compile(self.module, dynamic=False)
-        self.compiled_update = torch.compile(self.optimizer.step)
+        self.update = torch.compile(self.update)
 
     def set_lr(self, lr: float) -> None:
         self.lr.fill_(lr)
-
-    def step(self, lr: float) -> None:
-        self.set_lr(lr)
-        self.optimizer.zero_grad()
-        self.x.grad = None
-        y = self.module(self.x)
-        y.backward(self.g)
-        self.compiled_update()
-        self.y = y.detach()

@@ -1,13 +1,10 @@
 """A PyTorch module, autograd and `torch.optim.SGD`: what most users write."""
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 
-from . import torch_device
-from .clock import Clock
-from .peer import Peer
+from .torch_peer import TorchPeer
 
 
 class DeltaLoRALinear(nn.Module):
@@ -32,29 +29,24 @@ class DeltaLoRALinear(nn.Module):
         return y
 
 
-class TorchEager(Peer):
+class TorchEager(TorchPeer):
     """`SGD(momentum=m, dampening=m)` with a momentum buffer that holds V is the velocity's rule."""
 
-    @classmethod
-    def unavailable(cls, device: str) -> str | None:
-        return torch_device.unavailable(device)
-
-    def clock(self) -> Clock:
-        return torch_device.clock(self.device)
-
     def set_up(self, arrays: dict) -> None:
-        torch.set_num_threads(self.case["threads"])
-        tensors = torch_device.tensors(arrays, self.device)
+        tensors = self.tensors(arrays)
         self.x, self.g = tensors["x"], tensors["g"]
-        self.module = DeltaLoRALinear(tensors, self.s, self.c, self.transposed)
-        groups = [{"params": [self.module.lora_A, self.module.lora_B]}]
+        self.module = module = DeltaLoRALinear(tensors, self.s, self.c, self.transposed)
+        self.A, self.B = module.lora_A, module.lora_B
+        groups = [{"params": [self.A, self.B]}]
         if self.has_delta:
-            groups.append({"params": [self.module.delta], "momentum": self.m, "dampening": self.m})
+            self.D, self.V = module.delta, tensors["V"]
+            groups.append({"params": [self.D], "momentum": self.m, "dampening": self.m})
         self.optimizer = torch.optim.SGD(groups, lr=0.0)
+        self.update = self.optimizer.step
         if self.has_delta:
-            self.optimizer.state[self.module.delta]["momentum_buffer"] = tensors["V"]
+            self.optimizer.state[self.D]["momentum_buffer"] = self.V
         if self.case["kind"] == "forward":
-            self.module.eval()
+            module.eval()
         else:
             self.x.requires_grad_()
 
@@ -73,14 +65,5 @@ class TorchEager(Peer):
         self.x.grad = None
         y = self.module(self.x)
         y.backward(self.g)
-        self.optimizer.step()
-        self.y = y.detach()
-
-    def results(self) -> dict[str, np.ndarray]:
-        got = {"y": self.y}
-        if self.case["kind"] != "forward":
-            got |= {"grad_input": self.x.grad, "A": self.module.lora_A, "B": self.module.lora_B}
-            if self.has_delta:
-                got["D"] = self.module.delta
-                got["V"] = self.optimizer.state[self.module.delta]["momentum_buffer"]
-        return torch_device.to_numpy(got)
+        self.update()
+        self.y, self.grad_input = y.detach(), self.x.grad

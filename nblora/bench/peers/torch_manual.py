@@ -1,30 +1,19 @@
 """PyTorch without autograd, as a skilful user writes it for speed."""
 
-import numpy as np
 import torch
 
-from . import torch_device
-from .clock import Clock
-from .peer import Peer
+from .torch_peer import TorchPeer
 
 
-class TorchManual(Peer):
+class TorchManual(TorchPeer):
     """Merged weight M = W + c D kept from forward to backward, gradients by hand, every result into its own buffer.
 
     Three large products: the delta's gradient goes into the velocity within its product (`addmm_` with beta = m).
     The lone forward merges or makes two products instead, whichever the set-up found faster.
     """
 
-    @classmethod
-    def unavailable(cls, device: str) -> str | None:
-        return torch_device.unavailable(device)
-
-    def clock(self) -> Clock:
-        return torch_device.clock(self.device)
-
     def set_up(self, arrays: dict) -> None:
-        torch.set_num_threads(self.case["threads"])
-        self.__dict__.update(torch_device.tensors(arrays, self.device))
+        self.__dict__.update(self.tensors(arrays))
         self.y, self.grad_input = torch.empty_like(self.g), torch.empty_like(self.x)
         rank = self.case["rank"]
         self.low, self.low_gradient = (self.x.new_empty(len(self.x), rank) for _ in range(2))
@@ -40,7 +29,7 @@ class TorchManual(Peer):
         for merges in (True, False):
             self.merges = merges
             self.forward()
-            taken[merges] = min(self.clock().times(self.forward, 5))
+            taken[merges] = min(self.clock(self.device)(self.forward, 5))
         return taken[True] <= taken[False]
 
     def _logical(self, stored: torch.Tensor) -> torch.Tensor:
@@ -75,9 +64,3 @@ class TorchManual(Peer):
             self.D.add_(self.V, alpha=-lr)
         self.A.addmm_(x.t(), t, alpha=-lr * self.s)
         self.B.addmm_(self.low.t(), g, alpha=-lr * self.s)
-
-    def results(self) -> dict[str, np.ndarray]:
-        names = ["y"]
-        if self.case["kind"] != "forward":
-            names += ["grad_input", "A", "B"] + (["D", "V"] if self.has_delta else [])
-        return torch_device.to_numpy({name: getattr(self, name) for name in names})
