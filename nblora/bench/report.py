@@ -4,20 +4,25 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from nblora.storage.atomic import replace_whole
 
-from .cases import Case
 from .limits import Machine
-from .suites import Group
+from .machine import busy_with
+from .peers import BASELINE
+from .suites import LIMIT, Group
 from .summary import CaseResult
 
-BUSY_LOAD = 0.5  # average of the last minute
+# A table of each processor stands between markers of its own; one without a name waits for its first table.
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+BLOCK = re.compile(
+    r"<!-- bench:begin(?: (?P<processor>[^\n]+))? -->\n(?:(?!<!-- bench:).)*<!-- bench:end -->", re.DOTALL
+)
 
 
 @dataclass
@@ -25,7 +30,7 @@ class Report:
     """Everything that a run found; parts that were not measured are empty."""
 
     suite: str
-    machine: dict[str, object]
+    machine: dict[str, Any]
     settings: dict[str, object]
     peers: dict[str, str]
     groups: list[Group]
@@ -40,15 +45,25 @@ class Report:
 
     @property
     def busy(self) -> str:
-        """What to say of a machine that had other work when the run began; empty where it had none."""
-        load = self.machine.get("load_before")
-        if not isinstance(load, float) or load <= BUSY_LOAD:
-            return ""
-        return f"the machine was busy with other work (load {load}): these figures do not hold for a quiet one"
+        """What to say of a machine that had other work; empty where it had none."""
+        return busy_with(self.machine)
 
-    def limit(self, case: Case) -> Machine | None:
-        """The machine's limits for the case's dtype and threads, where they were measured."""
-        return self.machines.get((case.dtype, case.threads))
+    def fraction(self, result: CaseResult, peer: str = BASELINE) -> float | None:
+        """Fraction of the machine's limit that a peer reached, where the limit of the case's kind was measured."""
+        return result.fraction(self._limit(result), peer)
+
+    def _limit(self, result: CaseResult) -> Machine | None:
+        return self.machines.get((result.case.dtype, result.case.threads))
+
+    def reached(self, result: CaseResult, against: str) -> float | None:
+        """What a goal is about: nblora's fraction of the limit, or the median of a peer's ratio."""
+        ratio = result.ratio(against)
+        return self.fraction(result) if against == LIMIT else ratio and ratio.median
+
+    def peers_in(self, results: Iterable[CaseResult]) -> list[str]:
+        """The peers that were timed, or failed, beside nblora."""
+        seen = {name for result in results for name in (*result.seconds, *result.faults)}
+        return [name for name in self.peers if name in seen and name != BASELINE]
 
     def measured_groups(self) -> Iterator[tuple[Group, list[CaseResult]]]:
         """Each group with the results there are for it."""
@@ -58,12 +73,12 @@ class Report:
             if found:
                 yield group, found
 
-    def settings_of(self, results: list[CaseResult]) -> list[dict[str, Any]]:
-        """Results as JSON can carry them."""
-        return [result.settings(self.limit(result.case)) for result in results]
-
     def to_json(self) -> str:
         """Return everything, raw rounds included."""
+
+        def settings(results: Iterable[CaseResult]) -> list[dict[str, Any]]:
+            return [result.settings(self._limit(result)) for result in results]
+
         content = {
             "suite": self.suite,
             "machine": self.machine,
@@ -75,39 +90,40 @@ class Report:
                 for (dtype, threads), machine in self.machines.items()
             ],
             "groups": [
-                {"name": group.name, "goals": group.goals, "results": self.settings_of(results)}
+                {"name": group.name, "goals": group.goals, "results": settings(results)}
                 for group, results in self.measured_groups()
             ],
             "startup": self.startup,
             "memory": self.memory,
-            "growth": {name: self.settings_of(results) for name, results in self.growth.items()},
-            "neighbour": {state: self.settings_of([result])[0] for state, result in self.neighbour.items()},
+            "growth": {name: settings(results) for name, results in self.growth.items()},
+            "neighbour": {state: settings([result])[0] for state, result in self.neighbour.items()},
         }
         return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
     def to_csv(self) -> str:
         """Return one row for each case and peer: median and quartiles of seconds and ratio, fraction of the limit."""
+        rows = [
+            {"group": group.name, **asdict(result.case), "peer": peer, **self._figures(result, peer)}
+            for group, results in self.measured_groups()
+            for result in results
+            for peer in [*result.seconds, *result.faults]
+        ]
         stream = io.StringIO()
-        sizes = list(asdict(self.results[0].case)) if self.results else []
-        figures = ["seconds", "seconds_q1", "seconds_q3", "ratio", "ratio_q1", "ratio_q3", "fraction_of_limit", "fault"]
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(["group", *sizes, "peer", *figures])
-        for group, results in self.measured_groups():
-            for result in results:
-                for peer in [*result.seconds, *result.faults]:
-                    row = _figures(result, peer, self.limit(result.case))
-                    writer.writerow([group.name, *asdict(result.case).values(), peer, *row])
+        writer = csv.DictWriter(stream, list(rows[0]) if rows else ["group", "peer"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
         return stream.getvalue()
 
-
-def _figures(result: CaseResult, peer: str, machine: Machine | None) -> list[object]:
-    if peer in result.faults:
-        return [*[""] * 7, result.faults[peer]]
-    numbers: list[object] = []
-    for spread in (result.time(peer), result.ratio(peer)):
-        numbers += ["", "", ""] if spread is None else [f"{v:.6g}" for v in (spread.median, spread.q1, spread.q3)]
-    fraction = result.fraction(machine, peer)
-    return [*numbers, "" if fraction is None else f"{fraction:.4f}", ""]
+    def _figures(self, result: CaseResult, peer: str) -> dict[str, str]:
+        spreads = {"seconds": result.time(peer), "ratio": result.ratio(peer)}
+        figures = {
+            f"{name}{part}": "" if spread is None else f"{value:.6g}"
+            for name, spread in spreads.items()
+            for part, value in zip(("", "_q1", "_q3"), spread or ("", "", ""), strict=True)
+        }
+        fraction = self.fraction(result, peer)
+        shown = "" if fraction is None else f"{fraction:.4f}"
+        return figures | {"fraction_of_limit": shown, "fault": result.faults.get(peer, "")}
 
 
 def write_text(path: Path, text: str) -> None:
@@ -116,23 +132,27 @@ def write_text(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
-def check_markers(path: str | os.PathLike[str]) -> None:
-    """ValueError where the file has not each marker once, the beginning first."""
+def check_markers(path: str | os.PathLike[str]) -> list[re.Match[str]]:
+    """Find the tables between markers; ValueError where there is none, or a marker without its fellow."""
     text = Path(path).read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{os.fspath(path)} must hold {BEGIN} and after it {END}, once each: the table goes between")
+    found = list(BLOCK.finditer(text))
+    if not found or text.count("<!-- bench:") != 2 * len(found):
+        raise ValueError(f"{os.fspath(path)} must hold {BEGIN} and after it {END}: the table goes between")
+    return found
 
 
-def replace_between_markers(path: str | os.PathLike[str], content: str) -> None:
-    """Put `content` between the markers of a Markdown file, in place of what is there.
+def replace_between_markers(path: str | os.PathLike[str], processor: str, content: str) -> None:
+    """Put `content` in the place of this processor's table in a Markdown file, or after those of others.
 
     Raises
     ------
     ValueError
         Where the markers are missing; the file is left as it is.
     """
-    check_markers(path)
-    text = Path(path).read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    write_text(Path(path), f"{before}{BEGIN}\n{content.strip()}\n{END}{after}")
+    blocks = check_markers(path)
+    text = blocks[0].string
+    own = next((block for block in blocks if block["processor"] in (processor, None)), None)
+    begin, end = own.span() if own else (blocks[-1].end(),) * 2
+    gap = "" if own else "\n\n"
+    block = f"{BEGIN.replace(' -->', f' {processor} -->')}\n{content.strip()}\n{END}"
+    write_text(Path(path), text[:begin] + gap + block + text[end:])

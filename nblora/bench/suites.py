@@ -1,7 +1,7 @@
 """Which cases are measured: the quick look, the published tables, and everything; with the goals of each group."""
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from .cases import DTYPES, KINDS, LAYOUTS, Case
@@ -118,72 +118,55 @@ def full(threads: int) -> list[Group]:
     groups = default(threads)
     known = {case for group in groups for case in group.cases}
     for kind, dtype, layout, count in itertools.product(KINDS, DTYPES, LAYOUTS, sorted({threads, 1}, reverse=True)):
-        cases = (
-            Case(kind, n, *shape, rank, dtype, layout, count)
-            for shape, n, rank in itertools.product(SHAPES, SAMPLES, RANKS)
-        )
+        sizes = itertools.product(SHAPES, SAMPLES, RANKS)
+        cases = (Case(kind, n, *shape, rank, dtype, layout, count) for shape, n, rank in sizes)
         name = f"{kind}, {dtype}, {layout}, {count} thread{'s' if count > 1 else ''}"
         groups.append(Group(name, tuple(case for case in cases if case not in known)))
     return groups
 
 
-def on_device(suite: Callable[[int], list[Group]], device: str) -> Callable[[int], list[Group]]:
-    """The suite's cases on a GPU: without goals, which are the CPU's, and without those for fewer host threads; with
-    layers large enough to fill one."""
-
-    def moved(threads: int) -> list[Group]:
-        groups = suite(threads)
-        if suite is not quick:
-            large = [*_each((1, 16, 128, 512, 2048), (4096, 4096)), (2048, 4096, 11008)]
-            known = {case for group in groups for case in group.cases}
-            cases = tuple(case for case in _cases("step", large, threads) if case not in known)
-            groups.append(Group("step, large layers", cases))
-        found = []
-        for group in groups:
-            cases = tuple(replace(case, device=device) for case in group.cases if case.threads == threads)
-            if cases:
-                found.append(Group(group.name, cases))
-        return found
-
-    return moved
+def on_device(groups: Sequence[Group], device: str, threads: int, large: bool) -> list[Group]:
+    """The groups' cases on a GPU: without goals, which are the CPU's, and without those for fewer host threads; with
+    layers large enough to fill one where `large`."""
+    found = [Group(group.name, tuple(case for case in group.cases if case.threads == threads)) for group in groups]
+    if large:
+        sizes = [*_each((1, 16, 128, 512, 2048), (4096, 4096)), (2048, 4096, 11008)]
+        known = {case for group in found for case in group.cases}
+        wide = tuple(case for case in _cases("step", sizes, threads) if case not in known)
+        found.append(Group("step, large layers", wide))
+    return _changed(found, lambda case: [replace(case, device=device)])
 
 
 def chosen(
     cases: Sequence[tuple[int, int, int, int]],
-    kinds: Sequence[str],
-    dtypes: Sequence[str],
-    layouts: Sequence[str],
+    *,
+    kind: Sequence[str] = (),
+    dtype: Sequence[str] = (),
+    layout: Sequence[str] = (),
     threads: Sequence[int],
     device: str = "cpu",
 ) -> list[Group]:
     """Return the given cases, (n, in, out, rank) each, in every combination; what is left out has its first value."""
-    combinations = itertools.product(kinds or KINDS[:1], dtypes or DTYPES[:1], layouts or LAYOUTS[:1], threads, cases)
-    made = (
-        Case(kind, n, n_in, n_out, rank, dtype, layout, count, device)
-        for kind, dtype, layout, count, (n, n_in, n_out, rank) in combinations
-    )
+    settings = itertools.product(kind or KINDS[:1], dtype or DTYPES[:1], layout or LAYOUTS[:1], threads, cases)
+    made = (Case(of, *sizes, number, stored, count, device) for of, number, stored, count, sizes in settings)
     return [Group("chosen cases", tuple(dict.fromkeys(made)))]
 
 
-def narrowed(
-    suite: Callable[[int], list[Group]],
-    kinds: Sequence[str],
-    dtypes: Sequence[str],
-    layouts: Sequence[str],
-    threads: Sequence[int],
-    all_threads: int,
-) -> list[Group]:
-    """Return the suite's cases of the given kinds, dtypes and layouts; with `threads`, each at these numbers."""
+def narrowed(groups: Sequence[Group], settings: Mapping[str, Sequence[str]], threads: Sequence[int]) -> list[Group]:
+    """Return the cases that have one of the given values of each setting; with `threads`, each at these numbers."""
 
-    def wanted(case: Case) -> bool:
-        pairs = ((kinds, case.kind), (dtypes, case.dtype), (layouts, case.layout))
-        return all(value in given for given, value in pairs if given)
+    def change(case: Case) -> list[Case]:
+        if any(values and getattr(case, name) not in values for name, values in settings.items()):
+            return []
+        return [replace(case, threads=count) for count in threads] or [case]
 
-    groups = []
-    for group in suite(all_threads):
-        cases = [case for case in group.cases if wanted(case)]
-        if threads:
-            cases = list(dict.fromkeys(replace(case, threads=count) for count in threads for case in cases))
-        if cases:
-            groups.append(replace(group, cases=tuple(cases)))
-    return groups
+    return _changed(groups, change)
+
+
+def _changed(groups: Iterable[Group], change: Callable[[Case], list[Case]]) -> list[Group]:
+    """Groups of what becomes of their cases, none twice; groups that have none left are left out."""
+    found = (
+        replace(group, cases=tuple(dict.fromkeys(new for case in group.cases for new in change(case))))
+        for group in groups
+    )
+    return [group for group in found if group.cases]

@@ -1,8 +1,10 @@
 """`nblora bench`: nblora beside its peers on this machine."""
 
+import math
 import re
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +12,14 @@ import click
 
 from nblora.bench.cases import DEVICES, DTYPES, KINDS, LAYOUTS, Case, parse_case
 from nblora.bench.chart import draw_cases, draw_growth
-from nblora.bench.machine import describe_machine, usable_cores
+from nblora.bench.machine import Watch, describe_machine, usable_cores
 from nblora.bench.peers import BASELINE, PEERS, peers_of
 from nblora.bench.rehearsal import dry_run_text, rehearse
 from nblora.bench.report import Report, check_markers, replace_between_markers, write_text
 from nblora.bench.runner import Bench, Effort, run_cases
 from nblora.bench.sections import growth, memory, neighbour, startup
 from nblora.bench.suites import Group, chosen, default, full, narrowed, on_device, quick
-from nblora.bench.tables import full_text, readme_text
+from nblora.bench.tables import docs_text, full_text, readme_text
 from nblora.errors import DeviceUnavailableError, MissingExtraError
 
 SECTIONS = ("cases", "startup", "memory", "growth", "neighbour")
@@ -92,8 +94,13 @@ MARKED = click.Path(exists=True, dir_okay=False, writable=True)
     help="Interpreter of the other peers, where they are installed elsewhere.",
 )
 @click.option("--dry-run", is_flag=True, help="Say what would be measured, with peers started and checked; no times.")
-@click.option("--update-readme", type=MARKED, callback=_marked, help="File whose short table is replaced.")
-@click.option("--update-docs", type=MARKED, callback=_marked, help="File whose long tables are replaced.")
+@click.option(
+    "--update-readme",
+    type=MARKED,
+    callback=_marked,
+    help="File whose short table is replaced, this processor's.",
+)
+@click.option("--update-docs", type=MARKED, callback=_marked, help="The same of the long tables.")
 def command(suite: str | None, **options: Any) -> None:
     """Compare nblora with what you would use instead, on this machine.
 
@@ -111,11 +118,9 @@ def command(suite: str | None, **options: Any) -> None:
     """
     begin = time.monotonic()
     name = suite or "default"
-    groups = _groups(name, options)
-    sections = _sections(name, options)
-    effort = EFFORTS[name]
-    if options["rounds"]:
-        effort = Effort(options["rounds"], effort.burst, effort.warm, effort.rates)
+    kept = [option for option in ("update_docs", "update_readme") if options[option]]
+    groups, sections = _groups(name, options), _sections(name, options)
+    effort = replace(EFFORTS[name], rounds=options["rounds"] or EFFORTS[name].rounds)
     problem = _device_problem(options["device"])
     if problem and not options["dry_run"]:
         raise DeviceUnavailableError(
@@ -123,38 +128,52 @@ def command(suite: str | None, **options: Any) -> None:
         )
     bench = _bench(name, options, effort, begin)
     if options["dry_run"]:
-        _dry_run(bench, groups, sections, problem)
-        return
-    output: Path = options["output"]
-    output.mkdir(parents=True, exist_ok=True)
+        found = rehearse(bench, groups)
+        click.echo(dry_run_text(bench, groups, sections, problem, found))
+        raise SystemExit(any(outcome.failed for outcome in found.values()))
     report = Report(
         suite="chosen cases" if options["cases"] else name,
         machine=describe_machine(),
-        settings={
-            "rounds": effort.rounds,
-            "burst": effort.burst,
-            "warm": effort.warm,
-            "sections": list(sections),
-        },
+        settings={"rounds": effort.rounds, "burst": effort.burst, "warm": effort.warm, "sections": list(sections)},
         peers={peer: spec.about for peer, spec in bench.peers.items()},
         groups=groups,
     )
-    if report.busy:
+    if kept:
+        _refuse_busy(report)
+    elif report.busy:
         bench.say(f"WARNING: {report.busy}")
+    output: Path = options["output"]
+    output.mkdir(parents=True, exist_ok=True)
+    watch = Watch()
     _measure(report, bench, name, sections, options["threads"])
-    _write(report, output, options)
+    report.machine |= watch.shares()
+    _write(report, output)
     click.echo(f"{time.monotonic() - begin:.0f} s; written to {output}")
+    if kept:
+        _refuse_busy(report)
+    for option, text in (("update_readme", readme_text), ("update_docs", docs_text)):
+        if option in kept:
+            replace_between_markers(options[option], report.machine["processor"], text(report))
+
+
+def _refuse_busy(report: Report) -> None:
+    """End where the machine has other work: a table that is kept must hold for a quiet one."""
+    if report.busy:
+        raise click.ClickException(
+            f"{report.busy}: no table was replaced. Wait until it is quiet (its load is the last minute's average), "
+            "or run without --update-docs and --update-readme"
+        )
 
 
 def _sections(name: str, options: dict[str, Any]) -> tuple[str, ...]:
-    known = SECTIONS if options["device"] == "cpu" else DEVICE_SECTIONS
+    known: tuple[str, ...] = SECTIONS if options["device"] == "cpu" else DEVICE_SECTIONS
     if not set(options["sections"]) <= set(known):
         raise click.UsageError(f"on {options['device']} the sections are {', '.join(known)}")
-    if options["sections"]:
-        return options["sections"]
     if options["cases"]:
-        return ("cases",)
-    return tuple(part for part in known if name != "quick" or part in ("cases", "startup"))
+        known = ("cases",)
+    elif name == "quick":
+        known = ("cases", "startup")
+    return options["sections"] or known
 
 
 def _device_problem(device: str) -> str | None:
@@ -170,20 +189,15 @@ def _device_problem(device: str) -> str | None:
     return problem
 
 
-def _dry_run(bench: Bench, groups: list[Group], sections: tuple[str, ...], problem: str | None) -> None:
-    found = rehearse(bench, groups)
-    click.echo(dry_run_text(bench, groups, sections, problem, found))
-    if any(outcome.failed for outcome in found.values()):
-        click.get_current_context().exit(1)
-
-
 def _groups(name: str, options: dict[str, Any]) -> list[Group]:
-    filters = options["kinds"], options["dtypes"], options["layouts"]
+    settings = {"kind": options["kinds"], "dtype": options["dtypes"], "layout": options["layouts"]}
     threads, device = options["threads"], options["device"]
     if options["cases"]:
-        return chosen(options["cases"], *filters, threads or [usable_cores()], device)
-    suite = SUITES[name] if device == "cpu" else on_device(SUITES[name], device)
-    groups = narrowed(suite, *filters, threads, usable_cores())
+        return chosen(options["cases"], **settings, threads=threads or [usable_cores()], device=device)
+    groups = SUITES[name](usable_cores())
+    if device != "cpu":
+        groups = on_device(groups, device, usable_cores(), large=name != "quick")
+    groups = narrowed(groups, settings, threads)
     if not groups:
         raise click.UsageError(
             f"no case of the {name} suite is left by --kind, --dtype and --layout; try --full or --case"
@@ -197,29 +211,31 @@ def _bench(name: str, options: dict[str, Any], effort: Effort, begin: float) -> 
     unfit = [peer for peer in peers if peer not in known]
     if unfit:
         raise click.UsageError(f"{', '.join(unfit)}: not on {device}; there are {', '.join(known)}")
-    left_out = QUICK_LEAVES_OUT if name == "quick" else {}
-    wanted = {
-        peer: spec
-        for peer, spec in known.items()
-        if peer == BASELINE or peer in peers or (not peers and peer not in left_out)
-    }
-    deadline = begin + QUICK_SECONDS if name == "quick" else float("inf")
-    bench = Bench(wanted, effort, lambda line: click.echo(line, err=True), options["python"], deadline, device)
-    if not peers:
-        for peer, why in left_out.items():
-            bench.say(f"skipping {peer}: {why}")
-            bench.skipped[peer] = why
+    left_out = QUICK_LEAVES_OUT if name == "quick" and not peers else {}
+    wanted = {BASELINE, *(peers or known.keys() - left_out.keys())}
+    bench = Bench(
+        {peer: spec for peer, spec in known.items() if peer in wanted},
+        effort,
+        lambda line: click.echo(line, err=True),
+        options["python"],
+        begin + QUICK_SECONDS if name == "quick" else math.inf,
+        device,
+    )
+    for peer, why in left_out.items():
+        bench.say(f"skipping {peer}: {why}")
+        bench.skipped[peer] = why
     return bench
 
 
 def _measure(report: Report, bench: Bench, name: str, sections: tuple[str, ...], threads: list[int]) -> None:
     most = max(threads, default=usable_cores())
+    quick = name == "quick"
     if "cases" in sections:
         report.results = run_cases(bench, [case for group in report.groups for case in group.cases])
     if "startup" in sections:
-        report.startup = startup(bench, most, *((1, False) if name == "quick" else (5, True)), (8, 768, 768))
+        report.startup = startup(bench, most, 1 if quick else 5, not quick, (8, 768, 768))
     if "memory" in sections:
-        report.memory = memory(bench, most, (64, 1024, 1024) if name == "quick" else (64, 4096, 4096))
+        report.memory = memory(bench, most, (64, 1024, 1024) if quick else (64, 4096, 4096))
     if "growth" in sections:
         report.growth = growth(bench, most, name == "full")
     if "neighbour" in sections:
@@ -228,18 +244,13 @@ def _measure(report: Report, bench: Bench, name: str, sections: tuple[str, ...],
     report.versions, report.skipped, report.machines = bench.versions, bench.skipped, bench.machines
 
 
-def _write(report: Report, output: Path, options: dict[str, Any]) -> None:
-    text = full_text(report)
+def _write(report: Report, output: Path) -> None:
     click.echo(full_text(report, quartiles=False))
     write_text(output / "results.json", report.to_json())
     write_text(output / "results.csv", report.to_csv())
-    write_text(output / "report.md", text)
+    write_text(output / "report.md", full_text(report))
     try:
         draw_cases(report, output / "cases.png")
         draw_growth(report, output / "growth.png")
     except MissingExtraError as error:
         click.echo(f"no charts: {error}", err=True)
-    if options["update_readme"]:
-        replace_between_markers(options["update_readme"], readme_text(report))
-    if options["update_docs"]:
-        replace_between_markers(options["update_docs"], full_text(report, heading="###"))

@@ -6,6 +6,7 @@ import sys
 import pytest
 from click.testing import CliRunner
 
+from nblora.bench import machine
 from nblora.bench.report import BEGIN, END
 from nblora.bench.runner import Effort
 from nblora.cli import bench, main
@@ -17,6 +18,8 @@ LITTLE = Effort(rounds=3, burst=0.002, warm=0.005, rates=0.005)
 @pytest.fixture
 def run(monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "EFFORTS", dict.fromkeys(("quick", "default", "full"), LITTLE))
+    monkeypatch.setattr(machine, "BUSY_LOAD", 1e9)
+    monkeypatch.setattr(machine, "BUSY_SHARE", 1e9)
     monkeypatch.chdir(tmp_path)
     return lambda *arguments: CliRunner().invoke(main, list(arguments))
 
@@ -37,8 +40,29 @@ def test_a_small_comparison_from_end_to_end(run, tmp_path):
     assert all(len(found["peers"]["numpy"]["rounds"]) == 2 for found in cases)
     assert len((folder / "results.csv").read_text().splitlines()) == 1 + 2 * 2
     assert "numpy takes" in (tmp_path / "README.md").read_text()
-    assert (folder / "report.md").read_text().split("chosen")[0] in (tmp_path / "docs.md").read_text()
+    assert (folder / "report.md").read_text().split("## ")[0].strip() in (tmp_path / "docs.md").read_text()
     assert (folder / "cases.png").exists()
+
+
+COMPARED = ("bench", "--case", "4,12,10,2", "--peer", "numpy", "--threads", "1", "--rounds", "1")
+
+
+def test_a_busy_machine_keeps_no_table(run, monkeypatch, tmp_path):
+    """Busy before: nothing is measured. Busy meanwhile: the report is written, the kept table left as it was."""
+    (tmp_path / "docs.md").write_text(f"{BEGIN}\n{END}\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(machine, "BUSY_LOAD", -1.0)
+        refused = run(*COMPARED, "--update-docs", "docs.md")
+        assert refused.exit_code == 1
+        assert "busy with other work (load" in refused.output
+        assert not (tmp_path / "nblora-bench").exists()
+    monkeypatch.setattr(machine.Watch, "shares", lambda self: {"foreign_share": 2e9})
+    refused = run(*COMPARED, "--update-docs", "docs.md")
+    assert refused.exit_code == 1
+    assert "no table was replaced" in refused.output
+    assert "foreign_share" in (tmp_path / "nblora-bench" / "results.json").read_text()
+    assert (tmp_path / "docs.md").read_text() == f"{BEGIN}\n{END}\n"
+    assert run(*COMPARED).exit_code == 0
 
 
 def test_only_the_sections_asked_for(run, tmp_path):
@@ -68,7 +92,7 @@ def test_quick_says_that_it_leaves_out_the_compiler(run, monkeypatch):
         (["--dtype", "float16"], "float16"),
         (["--dtype", "float64", "--kind", "forward"], "no case"),
         (["--python", "nowhere"], "nowhere"),
-        (["--update-readme", "plain.md"], "once each"),
+        (["--update-readme", "plain.md"], "must hold"),
         (["--nonsense"], "nonsense"),
     ],
 )

@@ -226,7 +226,7 @@ def test_cases_and_limits_by_the_devices_own_clock(cupy):
 
 def test_suites_on_a_device():
     for suite in (quick, default, full):
-        groups = on_device(suite, "cuda:1")(2)
+        groups = on_device(suite(2), "cuda:1", 2, large=suite is not quick)
         cases = [case for group in groups for case in group.cases]
         assert len(cases) == len(set(cases))
         assert {case.device for case in cases} == {"cuda:1"}
@@ -234,8 +234,10 @@ def test_suites_on_a_device():
         assert not any(group.goals for group in groups)
         moved = {case for group in suite(2) for case in group.cases if case.threads == 2}
         assert len(cases) >= len(moved)
-    assert any(case.out_features == 11008 for group in on_device(default, "cuda")(2) for case in group.cases)
-    (group,) = chosen([(8, 16, 24, 4)], [], [], [], [2], "cuda")
+    assert any(
+        case.out_features == 11008 for group in on_device(default(2), "cuda", 2, large=True) for case in group.cases
+    )
+    (group,) = chosen([(8, 16, 24, 4)], threads=[2], device="cuda")
     assert group.cases[0].device == "cuda"
     curves = growth_curves(2, False, "cuda")
     assert set(curves) == {"N", "in", "out", "rank"}
@@ -248,7 +250,7 @@ def test_suites_on_a_device():
 
 
 def test_a_dry_run_takes_one_small_case_of_each_kind():
-    groups = on_device(default, "cuda")(2)
+    groups = on_device(default(2), "cuda", 2, large=True)
     small = rehearsal.small_cases(groups, ("forward", "lora-step"))
     assert [case.kind for case in small] == ["forward", "lora-step"]
     assert {(case.n, case.in_features, case.out_features, case.rank) for case in small} == {rehearsal.SMALL}
@@ -276,7 +278,7 @@ def test_a_dry_run_performs_what_it_can(cupy):
         "wrong": PeerSpec("wrong", "Wrong", (), "wrong", folders=(str(cupy),), devices=both),
     }
     bench_ = Bench(peers, LITTLE, print, device="cuda")
-    groups = on_device(quick, "cuda")(1)
+    groups = on_device(quick(1), "cuda", 1, large=False)
     found = rehearsal.rehearse(bench_, groups)
     assert {name: outcome.device for name, outcome in found.items()} == {
         "ready": "cuda", "elsewhere": "cpu", "absent": "", "unable": "", "wrong": "cpu",

@@ -3,16 +3,18 @@
 import csv
 import io
 import json
+import os
 
 import pytest
 
+from nblora.bench import machine
 from nblora.bench.cases import Case
 from nblora.bench.chart import draw_cases, draw_growth
 from nblora.bench.limits import Machine
 from nblora.bench.machine import describe_machine, usable_cores
 from nblora.bench.report import BEGIN, END, Report, replace_between_markers
 from nblora.bench.suites import LIMIT, Group
-from nblora.bench.summary import CaseResult
+from nblora.bench.summary import CaseResult, spread
 from nblora.bench.tables import (
     comparison_table,
     full_text,
@@ -54,7 +56,7 @@ def report():
         ],
         memory=[
             {"peer": "nblora", "kind": "step", "sizes": [64, 128, 128], "bytes": 3 * 2**20, "arrays": 2**20},
-            {"peer": "jax", "kind": "step", "fault": "no"},
+            {"peer": "jax", "kind": "step", "sizes": [64, 128, 128], "fault": "no"},
         ],
         growth={"N": [loss, win]},
         neighbour={"quiet": win, "busy": loss},
@@ -66,10 +68,11 @@ def test_table_is_markdown():
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0.1234, "123"), (0.01234, "12.3"), (0.001234, "1.23"), (1.234e-4, "0.123"), (None, "–")]
+    ("seconds", "text"),
+    [(0.1234, "123"), (0.01234, "12.3"), (0.001234, "1.23"), (0.0096, "9.60"), (1.234e-4, "0.123"), (None, "–")],
 )
 def test_milliseconds_have_three_digits(seconds, text):
-    assert milliseconds(seconds) == text
+    assert milliseconds(seconds and spread([seconds])) == text
 
 
 def test_full_text_shows_wins_losses_wrong_and_missing_peers(report):
@@ -146,16 +149,29 @@ def test_markers_are_kept_and_what_stood_between_goes(tmp_path):
     path = tmp_path / "README.md"
     path.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     for content in ("new", "newer\n\n"):
-        replace_between_markers(path, content)
-        assert path.read_text() == f"before\n{BEGIN}\n{content.strip()}\n{END}\nafter\n"
+        replace_between_markers(path, "Some (model 1)", content)
+        begin = "<!-- bench:begin Some (model 1) -->"
+        assert path.read_text() == f"before\n{begin}\n{content.strip()}\n{END}\nafter\n"
 
 
-@pytest.mark.parametrize("text", ["nothing", f"{BEGIN}", f"{END}\n{BEGIN}", f"{BEGIN}{BEGIN}{END}"])
-def test_a_file_without_markers_is_left_alone(tmp_path, text):
+def test_a_run_replaces_the_table_of_its_own_processor_alone(tmp_path):
+    path = tmp_path / "performance.md"
+    path.write_text(f"before\n{BEGIN}\n{END}\nafter\n")
+    for processor, content in (("Intel 6", "one"), ("AMD 25", "two"), ("Intel 6", "three"), ("AMD 25", "four")):
+        replace_between_markers(path, processor, content)
+    tables = [
+        f"<!-- bench:begin {name} -->\n{text}\n{END}" for name, text in (("Intel 6", "three"), ("AMD 25", "four"))
+    ]
+    assert path.read_text() == "before\n" + "\n\n".join(tables) + "\nafter\n"
+
+
+@pytest.mark.parametrize("lines", [["nothing"], [BEGIN], [END, BEGIN], [BEGIN, BEGIN, END], [BEGIN, END, BEGIN]])
+def test_a_file_without_markers_is_left_alone(tmp_path, lines):
     path = tmp_path / "README.md"
+    text = "\n".join(lines)
     path.write_text(text)
-    with pytest.raises(ValueError, match="once each"):
-        replace_between_markers(path, "new")
+    with pytest.raises(ValueError, match="must hold"):
+        replace_between_markers(path, "any", "new")
     assert path.read_text() == text
 
 
@@ -174,7 +190,42 @@ def test_a_busy_machine_is_said_so(report):
     report.machine["load_before"] = 0.1
     assert report.busy == ""
     report.machine["load_before"] = 3.0
-    assert "**The machine was busy" in full_text(report)
+    assert "**The machine was busy with other work (load 3.0 before" in full_text(report)
+    report.machine |= {"load_before": 0.1, "foreign_share": 0.08, "stolen_share": 0.01}
+    assert "8.0% of the processor time taken by other processes" in report.busy
+    assert "host" not in report.busy
+    report.machine |= {"foreign_share": 0.0, "stolen_share": 0.5}
+    assert "50.0% of the processor time taken by the machine's host" in report.busy
+
+
+def ticks(user, idle, stolen):
+    return f"cpu  {user} 0 0 {idle} 0 0 0 {stolen} 0 0\ncpu0 1 2 3\n"
+
+
+def test_a_watch_tells_own_work_from_others_and_from_what_the_host_took(monkeypatch):
+    """100 ticks: 30 at work, of which this process and its children did 20; 10 stolen."""
+    hertz = os.sysconf("SC_CLK_TCK")
+    moments = iter(
+        [(ticks(1000, 0, 5), (1.0, 0.0, 2.0, 0.0)), (ticks(1030, 60, 15), (1.0 + 15 / hertz, 0.0, 2.0, 5 / hertz))]
+    )
+
+    def read(path):
+        text, taken[:] = next(moments)
+        return text
+
+    taken = []
+    monkeypatch.setattr(machine.Path, "read_text", read)
+    monkeypatch.setattr(machine.os, "times", lambda: (*taken, 0.0))
+    watch = machine.Watch()
+    assert watch.shares() == {"foreign_share": pytest.approx(0.1), "stolen_share": pytest.approx(0.1)}
+
+
+def test_a_watch_says_nothing_where_the_system_does_not_tell(monkeypatch):
+    def refuse(path):
+        raise OSError("no such file")
+
+    monkeypatch.setattr(machine.Path, "read_text", refuse)
+    assert machine.Watch().shares() == {}
 
 
 def test_labels_tell_the_cases_of_a_group_apart():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from nblora.bench.cases import KINDS
+from nblora.bench.cases import DTYPES, KINDS
 from nblora.bench.peers import PEERS
 from nblora.bench.suites import LIMIT, chosen, default, full, narrowed, quick
 
@@ -30,21 +30,23 @@ def test_full_holds_the_default_suite():
 
 
 def test_narrowed_keeps_what_matches():
-    groups = narrowed(default, ["forward"], ["float32"], [], [], 2)
+    groups = narrowed(default(2), {"kind": ["forward"], "dtype": ["float32"], "layout": []}, [])
     assert groups
     assert {case.kind for group in groups for case in group.cases} == {"forward"}
-    assert narrowed(default, ["forward"], ["float64"], [], [], 2) == []
+    assert narrowed(default(2), {"kind": ["forward"], "dtype": ["float64"]}, []) == []
 
 
 def test_narrowed_takes_every_case_at_the_given_threads():
-    cases = [case for group in narrowed(quick, ["step"], [], [], [1, 2], 2) for case in group.cases]
+    cases = [case for group in narrowed(quick(2), {"kind": ["step"]}, [1, 2]) for case in group.cases]
     assert {case.threads for case in cases} == {1, 2}
     assert len(cases) == 2 * len([c for group in quick(2) for c in group.cases if c.kind == "step"])
 
 
 def test_chosen_combines_everything():
-    (group,) = chosen([(8, 16, 24, 4)], ["step", "forward"], ["float32", "float64"], ["fullyconnected"], [1, 2])
+    (group,) = chosen(
+        [(8, 16, 24, 4)], kind=["step", "forward"], dtype=DTYPES, layout=["fullyconnected"], threads=[1, 2]
+    )
     assert len(group.cases) == 8
     assert {(c.n, c.in_features, c.out_features, c.rank) for c in group.cases} == {(8, 16, 24, 4)}
-    (single,) = chosen([(8, 16, 24, 4)], [], [], [], [2])
+    (single,) = chosen([(8, 16, 24, 4)], threads=[2])
     assert [(c.kind, c.dtype, c.layout) for c in single.cases] == [("step", "float32", "dense")]
