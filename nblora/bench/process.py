@@ -1,17 +1,17 @@
-"""Peers' processes: started with as many threads as asked for, driven by pickled commands, watched by a clock."""
+"""Peers' processes: started with as many threads as asked for, driven by messages over pipes, watched by a clock."""
 
 import contextlib
 import os
-import pickle
 import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from .peers import PeerSpec
+from .peers.messages import receive, send
 
 # Loads the peers' folder under a name of its own, so that nothing of nblora is imported on the way.
 BOOTSTRAP = """
@@ -88,6 +88,7 @@ class Worker(contextlib.ExitStack):
             stderr=self._complaints,
             env=environment(spec, threads, extra),
         )
+        self._commands, self._answers = cast(BinaryIO, self.process.stdin), cast(BinaryIO, self.process.stdout)
         self.callback(self._end)
 
     def ask(self, do: str, *, timeout: float = TIMEOUT, **arguments: Any) -> Any:
@@ -101,15 +102,14 @@ class Worker(contextlib.ExitStack):
         watch = threading.Timer(timeout, self.process.kill)
         watch.start()
         try:
-            pickle.dump((do, arguments), self.process.stdin)  # type: ignore[arg-type]  # a pipe, as asked for above
-            self.process.stdin.flush()  # type: ignore[union-attr]
-            word, answer = pickle.load(self.process.stdout)  # type: ignore[arg-type]
-        except (EOFError, OSError, pickle.UnpicklingError):
+            send(self._commands, {"do": do, **arguments})
+            ((word, answer),) = receive(self._answers).items()
+        except (EOFError, OSError):
             silent, words = watch.finished.is_set(), self._last_words()
             raise PeerError(f"no answer for {timeout:g} s" if silent else words) from None
         finally:
             watch.cancel()
-        if word != "done":
+        if word in REFUSALS:
             raise REFUSALS[word](answer)
         return answer
 

@@ -1,7 +1,6 @@
 """The peers and their driver in this process: each gives what the reference gives, for every kind, layout and dtype."""
 
 import io
-import pickle
 
 import numpy as np
 import pytest
@@ -9,6 +8,7 @@ import pytest
 from nblora.bench.cases import CHECKED_LR, DTYPES, KINDS, LAYOUTS, TIMED_LR, Case, faults, make_arrays, reference
 from nblora.bench.peers import PEERS, rates
 from nblora.bench.peers import memory as process_memory
+from nblora.bench.peers.messages import receive, send
 from nblora.bench.peers.worker import Driver, Refusal, serve, taken_over
 
 
@@ -90,14 +90,31 @@ def test_a_copy_covers_the_whole_array():
 def test_serve_answers_one_by_one_and_survives_errors():
     commands = [("start", {}), ("versions", {"distributions": ["numpy", "no-such-thing"]})]
     commands += [("burst", {"lr": 0.0, "count": 1}), ("no_such_command", {}), ("drop", {})]
-    asked, answers = io.BytesIO(b"".join(map(pickle.dumps, commands))), io.BytesIO()
+    asked, answers = io.BytesIO(), io.BytesIO()
+    for do, arguments in commands:
+        send(asked, {"do": do, **arguments})
+    asked.seek(0)
     serve(asked, answers, Driver(PEERS["numpy"].module, PEERS["numpy"].cls))
     answers.seek(0)
-    started, versions, failed, unknown, dropped = (pickle.load(answers) for _ in commands)
-    assert started[0] == "done"
-    assert versions[1]["numpy"] == np.__version__
-    assert "no-such-thing" not in versions[1]
-    assert failed[0] == unknown[0] == "error"
-    assert "AttributeError" in failed[1]
-    assert "no_such_command" in unknown[1]
-    assert dropped == ("done", None)
+    started, versions, failed, unknown, dropped = (receive(answers) for _ in commands)
+    assert "done" in started
+    assert versions["done"]["numpy"] == np.__version__
+    assert "no-such-thing" not in versions["done"]
+    assert "AttributeError" in failed["error"]
+    assert "no_such_command" in unknown["error"]
+    assert dropped == {"done": None}
+
+
+def test_a_message_brings_its_arrays_as_they_were_and_half_a_message_is_the_end():
+    stream = io.BytesIO()
+    arrays = {"x": np.arange(6, dtype=np.float32).reshape(2, 3), "empty": np.zeros((0, 2))}
+    send(stream, {"do": "check", "lr": 0.1, "arrays": arrays})
+    whole = stream.getvalue()
+    got = receive(io.BytesIO(whole))
+    assert (got["do"], got["lr"]) == ("check", 0.1)
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(got["arrays"][name], array)
+        assert got["arrays"][name].dtype == array.dtype
+    for cut in (0, 5, len(whole) - 1):
+        with pytest.raises(EOFError):
+            receive(io.BytesIO(whole[:cut]))

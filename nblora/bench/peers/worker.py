@@ -1,8 +1,8 @@
-"""The process of one peer: reads commands and writes answers, pickled, until its input ends.
+"""The process of one peer: reads commands and writes answers until its input ends.
 
-Started by `process.Worker` with the peer's module and class. A command is the name of a method of `Driver` with its
-arguments. An answer is "done" with what the method returned; "missing" where a module is not installed, "unavailable"
-where the library cannot use the device, "error" where the peer raised, each with words.
+Started by `process.Worker` with the peer's module and class. A command is the name of a method of `Driver`, under
+`do`, with its arguments. An answer is "done" with what the method returned, or its arrays; "missing" where a module is
+not installed, "unavailable" where the library cannot use the device, "error" where the peer raised, each with words.
 """
 
 import contextlib
@@ -10,7 +10,6 @@ import gc
 import importlib
 import importlib.metadata
 import os
-import pickle
 import sys
 import time
 import traceback
@@ -21,6 +20,7 @@ import numpy as np
 
 from . import rates
 from .memory import fresh_peak, peak_bytes
+from .messages import receive, send
 
 
 class Refusal(Exception):
@@ -117,8 +117,8 @@ class Driver:
 
 
 def taken_over(arrays: dict) -> dict:
-    """The arrays in memory as NumPy asks the system for it, not as a message brings it; `arrays` is left empty."""
-    own = {name: array.copy() for name, array in arrays.items()}
+    """The arrays; the message's own dict is left empty, so that what a peer has copied into its own form is freed."""
+    own = dict(arrays)
     arrays.clear()
     return own
 
@@ -127,18 +127,17 @@ def serve(commands: BinaryIO, answers: BinaryIO, driver: Driver) -> None:
     """Answer commands until the input ends."""
     while True:
         try:
-            do, arguments = pickle.load(commands)
+            message = receive(commands)
         except EOFError:
             return
-        answer: tuple[str, Any]
+        do = message.pop("do")
         try:
-            answer = "done", getattr(driver, do)(**arguments)
+            answer = {"arrays" if do == "check" else "done": getattr(driver, do)(**message)}
         except Refusal as error:
-            answer = error.args
+            answer = dict([error.args])
         except Exception:  # whatever a peer raises is reported, and it goes on
-            answer = "error", traceback.format_exc(limit=-6).strip()
-        pickle.dump(answer, answers)
-        answers.flush()
+            answer = {"error": traceback.format_exc(limit=-6).strip()}
+        send(answers, answer)
 
 
 def main(module: str, cls: str) -> None:
