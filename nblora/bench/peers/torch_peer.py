@@ -22,7 +22,7 @@ class TorchPeer(Peer):
     def clock(cls, device: str) -> Clock:
         if device == "cpu":
             return host_clock
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(torch.device(device).index or 0)  # "cuda" alone is no device to it
         return event_clock(lambda: torch.cuda.Event(enable_timing=True), lambda begin, end: begin.elapsed_time(end))
 
     @classmethod
