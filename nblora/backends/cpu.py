@@ -417,7 +417,13 @@ class CPUBackend(CPUBlocks, ReferenceBackend):
 
     def softmax_cross_entropy(self, logits: Array, labels: Array) -> tuple[float, Array]:
         """Softmax cross-entropy with integer labels and its gradient."""
-        return self._loss(loss_kernel.softmax_cross_entropy, logits, labels)
+        gradient, losses = np.empty(logits.shape, logits.dtype), np.empty(len(logits))
+        scale = 1 / max(1, int(np.count_nonzero(labels >= 0)))
+        workers = _workers(8 * logits.size)
+        counters = np.zeros(workers, np.int64)
+        task = loss_kernel.CrossEntropyTask(_plain(logits), _plain(labels), gradient, losses, scale, counters)
+        self._crew.run(loss_kernel.softmax_cross_entropy, task, workers)
+        return float(losses.sum()) * scale, gradient
 
     def binary_cross_entropy(self, logits: Array, target: Array) -> tuple[float, Array]:
         """Binary cross-entropy with logits and its gradient."""

@@ -662,6 +662,8 @@ class CUDABackend:
 
     def softmax_cross_entropy(self, logits: Array, labels: Array) -> tuple[Number, Array]:
         """Softmax cross-entropy with integer labels and its gradient."""
+        if isinstance(labels, np.ndarray) and (labels < 0).any():
+            raise DeviceUnavailableError("labels of -100, where nothing is learnt, have no kernel on a GPU yet")
         return self._loss("softmax_cross_entropy", logits, labels)
 
     def _loss(self, name: str, output: Array, target: Array) -> tuple[Number, Array]:

@@ -232,7 +232,8 @@ class Backend(Product, Protocol):
         ...
 
     def softmax_cross_entropy(self, logits: Array, labels: Array) -> tuple[Number, Array]:
-        """Mean over N of log Σ exp(z) - z[label] and its gradient; logits (N, out), labels (N,) int64 below out."""
+        """Mean over the learnt samples of log Σ exp(z) - z[label] and its gradient; logits (N, out), labels (N,) int64
+        below out, negative where nothing is learnt: no loss, no gradient, not counted. 0 where no label is learnt."""
         ...
 
     def binary_cross_entropy(self, logits: Array, target: Array) -> tuple[Number, Array]:

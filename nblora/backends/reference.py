@@ -277,7 +277,14 @@ class ReferenceBackend(ReferenceBlocks):
 
     @_quiet
     def softmax_cross_entropy(self, logits: Array, labels: Array) -> tuple[float, Array]:
-        """Mean of log Σ exp(z) - z[label]; its gradient is (softmax(z) - onehot(label)) / N."""
+        """Mean of log Σ exp(z) - z[label]; its gradient is (softmax(z) - onehot(label)) / N; over labels from 0 on."""
+        learnt = labels >= 0
+        if not learnt.all():
+            gradient = np.zeros_like(logits)
+            if not learnt.any():
+                return 0.0, gradient
+            value, gradient[learnt] = self.softmax_cross_entropy(logits[learnt], labels[learnt])
+            return value, gradient
         shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
         weights, rows = np.exp(shifted), np.arange(len(labels))
         total = weights.sum(axis=1, keepdims=True)

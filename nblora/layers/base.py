@@ -67,6 +67,10 @@ class Layer(NamedParameters):
         self._require_open()
         return {name: value for name, value in vars(self).items() if isinstance(value, Layer)}
 
+    def _turns(self, parameter: Parameter) -> bool:
+        """Whether a shared parameter is for this layer the transpose of what its logical shape says."""
+        return False
+
     def _own_parameters(self) -> dict[str, Parameter]:
         """The parameters that are not its children's, by name."""
         return {}
@@ -304,10 +308,14 @@ class Layer(NamedParameters):
         nodes = [node for node in tree.walk(self) if node.layer._backend is not backend]
         for node in nodes:
             node.layer._check_backend(backend)
-        moved = []
+        moved, seen = [], set()
         for node in nodes:
             for parameter in node.layer._own_parameters().values():
-                take = backend.base_from_host if parameter.dense and not node.trains else backend.from_host
+                if parameter in seen:
+                    continue
+                seen.add(parameter)
+                frozen = parameter.dense and not parameter.shared and not node.trains
+                take = backend.base_from_host if frozen else backend.from_host
                 fetch = node.layer._backend.to_host
                 held = parameter.gradient
                 moved.append((parameter, take(fetch(parameter.array)), held if held is None else take(fetch(held))))
@@ -371,7 +379,9 @@ class Layer(NamedParameters):
 
     def _tensors(self) -> dict[str, np.ndarray]:
         """Copies of all parameters by name, in logical shapes."""
-        return {name: self._logical_copy(parameter) for name, parameter, _ in self._parameters()}
+        turned = tree.turned(self)
+        copies = {name: self._logical_copy(parameter) for name, parameter, _ in self._parameters()}
+        return {name: np.ascontiguousarray(copy.T) if name in turned else copy for name, copy in copies.items()}
 
     def close(self) -> None:
         """Free what the object holds; every later call but this one raises RuntimeError."""

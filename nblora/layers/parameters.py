@@ -29,6 +29,8 @@ class Parameter:
         Whether the faster learning rate of LoRA+ is meant for it.
     state : bool
         Never trained, kept for the training of another; a file may lack it.
+    shared : bool
+        Held by more than one layer (tied), so that its gradient is known only when all of them have gone back.
     velocity, momentum : Parameter and float, optional
         A parameter with a velocity V follows it, whatever the optimiser: V = m V + (1 - m) g, p -= lr V.
 
@@ -38,7 +40,7 @@ class Parameter:
         The one held since the last backward, stored like `array`.
     """
 
-    __slots__ = ("array", "dense", "gradient", "momentum", "plus", "state", "transposed", "velocity")
+    __slots__ = ("array", "dense", "gradient", "momentum", "plus", "shared", "state", "transposed", "velocity")
 
     def __init__(
         self,
@@ -53,6 +55,7 @@ class Parameter:
     ) -> None:
         self.array, self.transposed, self.dense = array, transposed, dense
         self.plus, self.state, self.velocity, self.momentum = plus, state, velocity, momentum
+        self.shared = False
         self.gradient: Array | None = None
 
     @property

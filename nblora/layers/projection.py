@@ -46,6 +46,11 @@ class Projection(Layer, abstract=True):
         """Each parameter with its gradient, None where it has none; of parameters that no operand is, computed here."""
         return [(parameter, getattr(gradients, part)) for part, parameter in self._targets()]
 
+    @property
+    def shares(self) -> bool:
+        """Whether one of its parameters is another layer's too."""
+        return any(parameter.shared for _, parameter in self._targets())
+
     def _parts(self) -> dict[str, Layer]:
         return {}  # what it holds takes part in its product
 

@@ -28,7 +28,7 @@ class Sink:
         """Go back through a projection whose output has the gradient `grad`; return the input's, if wanted."""
         if not kept.trained:
             return kept.product.backward(grad, kept.saved, kept.operands).x
-        fused = self.fuses(kept.operands) and not run.repeats(layer)
+        fused = self.fuses(kept.operands) and not run.repeats(layer) and not (kept.operands.train_base and layer.shares)
         if fused:
             gradients = kept.product.backward_update(
                 grad, kept.saved, kept.operands, self.lr, self.delta_lr, input_gradient=kept.live

@@ -3,7 +3,7 @@
 Names are dotted; a child called "" adds nothing to them, so that an adapter's factors are named as its own.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -39,10 +39,25 @@ def walk(layer: "Layer", name: str = "", frozen: bool = False) -> Iterator[Node]
         yield from walk(child, join(name, key), frozen or layer._freezes(key))
 
 
-def parameters(layer: "Layer", name: str = "", frozen: bool = False) -> Iterator[Named]:
-    """Every parameter of the tree, those of children first."""
+def parameters(layer: "Layer") -> Iterator[Named]:
+    """Every parameter of the tree, those of children first; one that several layers hold by the first of its names,
+    trained where any of them trains it."""
+    found = list(held(layer))
+    trained_somewhere = {named.parameter for named in found if named.parameter.shared and named.trainable}
+    seen = set()
+    for named in found:
+        parameter = named.parameter
+        if not parameter.shared:
+            yield named
+        elif parameter not in seen:
+            seen.add(parameter)
+            yield named._replace(trainable=parameter in trained_somewhere)
+
+
+def held(layer: "Layer", name: str = "", frozen: bool = False) -> Iterator[Named]:
+    """Every parameter by every layer that holds it, those of children first."""
     for key, child in layer.children().items():
-        yield from parameters(child, join(name, key), frozen or layer._freezes(key))
+        yield from held(child, join(name, key), frozen or layer._freezes(key))
     trained = layer.trainable and not frozen
     for key, parameter in layer._own_parameters().items():
         yield Named(join(name, key), parameter, trained and not parameter.state)
@@ -60,9 +75,43 @@ def trained(layer: "Layer", found: list[Parameter]) -> list[Parameter]:
             trained(child, found)
     if layer.trainable:
         for parameter in layer._own_parameters().values():
-            if not parameter.state:
+            if not parameter.state and not (parameter.shared and parameter in found):
                 found.append(parameter)
     return found
+
+
+def ties(layer: "Layer") -> dict[str, str]:
+    """Further names of shared parameters, each with the first one."""
+    first: dict[Parameter, str] = {}
+    result = {}
+    for name, parameter, _ in held(layer):
+        if parameter.shared and first.setdefault(parameter, name) != name:
+            result[name] = first[parameter]
+    return result
+
+
+def turned(layer: "Layer") -> set[str]:
+    """Names of shared parameters that their layer takes for the transpose of what their logical shape says."""
+    return {
+        join(node.name, key)
+        for node in walk(layer)
+        for key, parameter in node.layer._own_parameters().items()
+        if parameter.shared and node.layer._turns(parameter)
+    }
+
+
+def tie_again(layer: "Layer", names: Mapping[str, str]) -> None:
+    """Make one parameter of those that `ties` named, where the layers that hold them are still there."""
+    layers: dict[str, Any] = {node.name: node.layer for node in walk(layer)}
+    for name, first in names.items():
+        owner, source = layers.get(owner_of(name)), layers.get(owner_of(first))
+        if owner is not None and source is not None:
+            owner._tie(source)
+
+
+def owner_of(name: str) -> str:
+    """The name of the layer that holds a parameter of this one."""
+    return name.rpartition(".")[0]
 
 
 def changing(layer: "Layer") -> Iterator[Named]:

@@ -37,6 +37,24 @@ class Weighted(Projection, abstract=True):
         self._activation = activation_code(activation)
         self._open(default_backend())
 
+    def _tie(self, other: "Weighted") -> None:
+        """Take another layer's weight for its own, stored alike: one parameter from here on, of the other's name.
+
+        A head that reads a table (count, features) as its weight is a `FullyConnected`.
+        """
+        parameter, own = other._weight, self._weight
+        if parameter.array.shape != own.array.shape or parameter.array.dtype != own.array.dtype:
+            raise ValueError(
+                f"{self!r} cannot share the weight of {other!r}: stored, one is {own.array.shape} of "
+                f"{own.array.dtype}, the other {parameter.array.shape} of {parameter.array.dtype}"
+            )
+        parameter.shared = True
+        self._weight = parameter
+        self._forget_forward()
+
+    def _turns(self, parameter: Parameter) -> bool:
+        return parameter is self._weight and parameter.transposed != self._transposed
+
     @property
     def weight(self) -> Array:
         """The stored weight."""

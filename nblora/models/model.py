@@ -81,7 +81,9 @@ class Model(Layer, abstract=True):
 
     def merge(self) -> Self:
         """Return a plain model, with every adapter merged into a new layer; it shares no memory with this one."""
-        return cast(Self, tree.rebuilt(self, Adapter, lambda adapter: adapter.merge_to_original_layer()))
+        merged = tree.rebuilt(self, Adapter, lambda adapter: adapter.merge_to_original_layer())
+        tree.tie_again(merged, tree.ties(self))
+        return cast(Self, merged)
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[Self]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from nblora import checks
 from nblora.backends.protocol import Array
-from nblora.layers import Layer
+from nblora.layers import Layer, tree
 from nblora.layers.base import layer_from_state
 from nblora.layers.run import Run
 
@@ -108,17 +108,23 @@ class Sequential(Model):
             {"name": name, "kind": type(layer).__name__, "config": layer._config()}
             for name, layer in self.named_layers()
         ]
-        return {"layers": layers, "training": self.training}
+        turned = tree.turned(self)
+        tied = {name: [first, (name in turned) != (first in turned)] for name, first in tree.ties(self).items()}
+        return {"layers": layers, "training": self.training, **({"tied": tied} if tied else {})}
 
     @classmethod
     def _from_state(cls, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Self:
-        layers = {}
+        layers, tied = {}, config.get("tied", {})
+        tensors = dict(tensors) | {
+            n: tensors[first].T if turned else tensors[first] for n, (first, turned) in tied.items()
+        }
         for entry in config["layers"]:
             prefix = f"{entry['name']}."
             own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
             layers[entry["name"]] = layer_from_state(entry["kind"], entry["config"], own)
         model = cls(layers)
         model._training = checks.check_flag("training", config["training"])
+        tree.tie_again(model, {name: first for name, (first, _) in tied.items()})
         return model
 
     def __repr__(self) -> str:

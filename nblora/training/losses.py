@@ -81,10 +81,15 @@ class MeanSquaredError(Loss):
         return _by_rows((backend or default_backend()).mean_squared_error, output, target.astype(output.dtype))
 
 
+IGNORED = -100
+"""The label of a sample, or token, that nothing is learnt from, as in PyTorch."""
+
+
 class CrossEntropy(Loss):
     """Softmax cross-entropy with integer labels: the mean over samples of log Σ exp(z) - z[label].
 
-    The model gives logits, one for each class. Targets are integers in [0, classes), without a class axis. As
+    The model gives logits, one for each class. Targets are integers in [0, classes), without a class axis, or -100
+    where nothing is to be learnt: the mean is over the others, 0 where there are none. As
     `torch.nn.CrossEntropyLoss`, and Keras's sparse one with `from_logits=True`. Its name in `fit`: "cross_entropy".
     """
 
@@ -110,17 +115,18 @@ class CrossEntropy(Loss):
         if array.shape != shape[:-1]:
             remedy = ": one-hot rows become labels by y.argmax(axis=-1)" if array.shape == shape else ""
             raise ValueError(f"{name} must have shape {shape[:-1]}, one label a sample, got {array.shape}{remedy}")
-        wrong = (array < 0) | (array >= shape[-1])
+        wrong = ((array < 0) & (array != IGNORED)) | (array >= shape[-1])
         if wrong.any():
             place = np.unravel_index(int(np.argmax(wrong)), array.shape)
             raise ValueError(
-                f"{name} must hold labels from 0 to {shape[-1] - 1}, as many as the model has outputs, "
-                f"got {array[place]} at sample {place[0]}"
+                f"{name} must hold labels from 0 to {shape[-1] - 1}, as many as the model has outputs, or {IGNORED} "
+                f"where nothing is to be learnt, got {array[place]} at sample {place[0]}"
             )
         return array
 
     def measure(self, output: np.ndarray, target: np.ndarray) -> dict[str, float]:
-        return {"accuracy": accuracy(output, target)}
+        learnt = target != IGNORED
+        return {"accuracy": accuracy(output[learnt], target[learnt]) if learnt.any() else 0.0}
 
 
 class BinaryCrossEntropy(Loss):

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from .losses import CrossEntropy, Loss, MeanSquaredError, as_loss
+from .losses import IGNORED, CrossEntropy, Loss, MeanSquaredError, as_loss
 
 
 class Weighted(Loss):
@@ -48,6 +48,8 @@ class Weighted(Loss):
             raise ValueError(f"{name} must be what Weighted.pack returns, for outputs of shape (samples, outputs)")
         values, _ = self._unpack(target)
         self.loss.check_target(name, values, shape)
+        if isinstance(self.loss, CrossEntropy) and (values == IGNORED).any():
+            raise ValueError(f"{name} must not hold {IGNORED} where samples have weights: give those the weight 0")
         return np.asarray(target)
 
     def _unpack(self, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

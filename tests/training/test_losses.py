@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 import nblora
+from nblora.backends import resolve
+from nblora.backends.reference import ReferenceBackend
 from nblora.training import BinaryCrossEntropy, CrossEntropy, MeanSquaredError
 from nblora.training.losses import as_loss
 
@@ -133,3 +135,32 @@ def test_names_and_objects():
     with pytest.raises(TypeError, match="Loss object"):
         as_loss(len)
     assert nblora.training.CrossEntropy is CrossEntropy
+
+
+@pytest.mark.parametrize("backend", [resolve("cpu"), ReferenceBackend()], ids=["cpu", "reference"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("shape", [(5, 3), (70, 33), (2, 1030)])
+def test_an_ignored_label_takes_no_part(shape, dtype, backend):
+    rng = np.random.default_rng(5)
+    z, labels = rng.normal(size=shape).astype(dtype), rng.integers(0, shape[1], shape[0])
+    labels[::2] = -100
+    learnt = labels >= 0
+    value, gradient = CrossEntropy().value_and_gradient(z, labels, backend)
+    exact = z[learnt].astype(np.float64)
+    assert abs(value - support.softmax_cross_entropy(exact, labels[learnt])) <= 1e-6 * value
+    shifted = np.exp(exact - exact.max(axis=1, keepdims=True))
+    expected = shifted / shifted.sum(axis=1, keepdims=True)
+    expected[np.arange(learnt.sum()), labels[learnt]] -= 1
+    assert support.relative_error(gradient[learnt], expected / learnt.sum()) < (1e-12 if dtype == "float64" else 2e-5)
+    assert not gradient[~learnt].any()
+
+
+def test_where_nothing_is_learnt():
+    loss = CrossEntropy()
+    value, gradient = loss.value_and_gradient(np.ones((2, 3)), np.array([-100, -100]))
+    assert value == 0
+    assert not gradient.any()
+    assert loss.measure(np.ones((2, 3)), np.array([-100, -100])) == {"accuracy": 0.0}
+    assert loss.measure(np.eye(3), np.array([0, -100, 1])) == {"accuracy": 0.5}
+    with pytest.raises(ValueError, match="or -100 where nothing is to be learnt, got -1 at sample 1"):
+        loss.check_target("y", [0, -1], (2, 3))

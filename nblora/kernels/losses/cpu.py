@@ -1,8 +1,18 @@
-"""Losses and their gradients by the model's output, in one pass; sums are taken in float64, row after row."""
+"""Losses and their gradients by the model's output; sums of rows are taken in float64, one after the other."""
 
 import math
+from typing import NamedTuple
 
-from ..common.jit import kernel
+import numpy as np
+
+from ..common.atomics import draw
+from ..common.functions import exponential
+from ..common.jit import kernel, part
+from ..common.microkernel import once
+from ..common.threads import entry, launch
+
+JOB = 1 << 13
+"""Logits of a job of the cross-entropy."""
 
 
 @kernel
@@ -19,29 +29,81 @@ def mean_squared_error(output, target, gradient, total):
     total[0] = value * scale
 
 
-@kernel
-def softmax_cross_entropy(logits, labels, gradient, total):
-    """total[0] = Σ_n (log Σ_o exp z_no - z_n,label) / N; gradient = (softmax(z) - onehot(label)) / N.
+class CrossEntropyTask(NamedTuple):
+    """losses[n] = log Σ_o exp z_no - z_n,label; gradient = scale (softmax(z) - onehot(label)). Zero where label < 0."""
 
-    logits and gradient (N, out), labels (N,) int64. The largest logit of a row is taken out before exp.
-    """
-    samples, outputs = logits.shape
-    scale = 1.0 / samples
-    value = 0.0
-    for n in range(samples):
-        row, label = logits[n], labels[n]
-        largest = float(row[0])
-        for o in range(1, outputs):
-            if row[o] > largest:
-                largest = float(row[o])
-        normaliser = 0.0
-        for o in range(outputs):
-            normaliser += math.exp(float(row[o]) - largest)
-        value += math.log(normaliser) + largest - float(row[label])
-        for o in range(outputs):
-            probability = math.exp(float(row[o]) - largest) / normaliser
-            gradient[n, o] = scale * (probability - (1.0 if o == label else 0.0))
-    total[0] = value * scale
+    logits: object  # (N, out)
+    labels: object  # (N,) int64
+    gradient: object  # (N, out), written
+    losses: object  # (N,) float64, written
+    scale: float
+    counters: object  # (workers,) int64 zeros
+
+
+@part(fastmath={"nnan", "nsz", "reassoc"})
+def _largest(row):
+    """The largest element; with NaN among them any, since the sum is NaN then. Or it would not be vectorised."""
+    once()
+    most = row[0]
+    for o in range(row.shape[0]):
+        most = row[o] if row[o] > most else most
+    return most
+
+
+@part(fastmath={"contract", "reassoc"})
+def _exponentials(target, row, largest):
+    """target = exp(row - largest); return the sum, in float64: of a sample well learnt little is left beside 1."""
+    once()
+    total = 0.0
+    for o in range(row.shape[0]):
+        target[o] = exponential(row[o] - largest, row)
+        total += np.float64(target[o])
+    return total
+
+
+@part
+def _multiply(row, factor):
+    once()
+    for o in range(row.shape[0]):
+        row[o] *= factor
+
+
+@part
+def _cross_entropy_row(task, n):
+    row, gradient, label, kind = task.logits[n], task.gradient[n], task.labels[n], task.logits.dtype.type
+    if label < 0:
+        for o in range(row.shape[0]):
+            gradient[o] = 0
+        task.losses[n] = 0.0
+        return
+    largest = _largest(row)
+    total = _exponentials(gradient, row, largest)
+    task.losses[n] = math.log(total) + (np.float64(largest) - np.float64(row[label]))
+    others = total - np.float64(gradient[label])
+    _multiply(gradient, kind(task.scale / total))
+    gradient[label] = -task.scale / total * others
+
+
+@part
+def _cross_entropy_worker(task, worker, workers):
+    samples, outputs = task.logits.shape
+    rows = max(1, JOB // outputs)
+    while True:
+        job = draw(task.counters, 0, (samples + rows - 1) // rows, worker, workers)
+        if job < 0:
+            break
+        for n in range(job * rows, min(samples, job * rows + rows)):
+            _cross_entropy_row(task, n)
+
+
+_cross_entropy_entry = entry(_cross_entropy_worker)
+
+
+@kernel
+def softmax_cross_entropy(task, workers, board, helpers):
+    """Work off a `CrossEntropyTask` in so many shares, with helpers that stand by at the board."""
+    function, address = _cross_entropy_entry(task)
+    launch(function, address, workers, board, helpers)
 
 
 @kernel
