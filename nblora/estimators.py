@@ -12,6 +12,7 @@ from nblora.errors import MissingExtraError
 from nblora.layers import Layer, tree
 from nblora.models.targets import match_names
 from nblora.training import SGD, AdamW, Constant, EarlyStopping, Loss, Optimizer, fit
+from nblora.training.calibration import AUTO, check_delta_lr
 from nblora.training.data import check_samples
 from nblora.training.fit import Run, check_model
 from nblora.training.losses import as_loss
@@ -58,7 +59,7 @@ class _LoRAEstimator(BaseEstimator):
         hidden_layer_sizes: tuple[int, ...] = (32,),
         optimizer: str = "adamw",
         learning_rate: float = 0.003,
-        delta_learning_rate: float | None = None,
+        delta_learning_rate: float | str | None = AUTO,
         weight_decay: float = 0.01,
         max_iter: int = 100,
         batch_size: int = 32,
@@ -118,6 +119,7 @@ class _LoRAEstimator(BaseEstimator):
         if not again:
             self._build(X, random)
         self._slots: dict[str, list[np.ndarray]] = {}
+        self._delta_rates: dict[str, float] = {}
         self.t_ = 0
         X, targets, validation = self._split(X, targets, random)
         monitor = "loss" if validation is None else "val_loss"
@@ -158,7 +160,7 @@ class _LoRAEstimator(BaseEstimator):
         if first:
             self._shuffles = check_random_state(self.random_state)
             self._build(X, self._shuffles)
-            self._slots, self.t_, self.n_iter_, self.loss_curve_ = {}, 0, 0, []
+            self._slots, self._delta_rates, self.t_, self.n_iter_, self.loss_curve_ = {}, {}, 0, 0, []
         elif not hasattr(self, "_shuffles"):
             self._shuffles = check_random_state(self.random_state)
         step = self._step(loss)
@@ -169,6 +171,7 @@ class _LoRAEstimator(BaseEstimator):
         history = run.start(None, bool(self.verbose))
         to_host = self.model_._backend.to_host
         self._slots = {trained.name: [np.array(to_host(slot)) for slot in trained.slots] for trained in step.trained}
+        self._delta_rates = step.delta_rates
         self.t_ = step.count
         self.n_iter_ += 1
         self.loss_curve_ = [*self.loss_curve_, *history["loss"]]
@@ -177,8 +180,9 @@ class _LoRAEstimator(BaseEstimator):
     def _step(self, loss: Loss) -> Step:
         """A step that goes on with the optimiser's kept state."""
         optimizer = self._optimizer()
-        rate = self.delta_learning_rate
-        step = Step(self.model_, loss, optimizer, None if rate is None else float(rate), None)
+        rate = check_delta_lr("delta_learning_rate", self.delta_learning_rate)
+        step = Step(self.model_, loss, optimizer, rate, None)
+        step.take_delta_rates(self._delta_rates)
         for trained in step.trained:
             for slot, kept in zip(trained.slots, self._slots.get(trained.name, ()), strict=False):
                 slot[...] = self.model_._backend.from_host(kept)
@@ -323,8 +327,8 @@ class LoRAClassifier(ClassifierMixin, _LoRAEstimator):
         Of all trained parameters but the delta.
     learning_rate, weight_decay : float
         The optimiser's.
-    delta_learning_rate : float, optional
-        The delta's; by default `learning_rate`. See `delta_lr` in `nblora.fit` for why it is often larger.
+    delta_learning_rate : "auto", float or None
+        The delta's, as `delta_lr` in `nblora.fit`: found on the first batches, given, or `learning_rate`.
     max_iter : int
         Epochs, at most.
     batch_size : int

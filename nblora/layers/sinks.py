@@ -31,7 +31,7 @@ class Sink:
         fused = self.fuses(kept.operands) and not run.repeats(layer) and not (kept.operands.train_base and layer.shares)
         if fused:
             gradients = kept.product.backward_update(
-                grad, kept.saved, kept.operands, self.lr, self.delta_lr, input_gradient=kept.live
+                grad, kept.saved, kept.operands, self.lr, self.rate_of_delta(layer), input_gradient=kept.live
             )
         else:
             gradients = kept.product.backward(grad, kept.saved, kept.operands, input_gradient=kept.live)
@@ -45,6 +45,10 @@ class Sink:
     def fuses(self, operands: Operands) -> bool:
         """Whether the sweep may update the dense parameters of these operands."""
         return False
+
+    def rate_of_delta(self, layer: Any) -> float:
+        """The learning rate of the delta that the sweep over this layer updates, if it has one."""
+        return self.delta_lr
 
     def put(self, parameter: Parameter, gradient: Array, run: Run) -> None:
         """Take one gradient, added to what a parameter that was used twice has already."""

@@ -1,5 +1,6 @@
 """The state of a run as a file: what was trained, a digest of what was not, and how the run goes on."""
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ _SLOT, _CALLBACK = "fit.:slot.", "fit.:callback."
 class RunState(NamedTuple):
     """What a checkpoint holds beside what was trained: all that decides how the run goes on.
 
-    `frozen` has a digest of each parameter that is not trained.
+    `frozen` has a digest of each parameter that is not trained; `first_loss` is that of the run's first batch.
     """
 
     epoch: int
@@ -31,6 +32,7 @@ class RunState(NamedTuple):
     shuffle: dict[str, Any] | None
     rows: list[Row]
     frozen: dict[str, str]
+    first_loss: float
 
 
 def write_run(
@@ -55,6 +57,8 @@ def write_run(
         "shuffle": state.shuffle,
         "random_states": {name: g.bit_generator.state for name, g in tree.generators(model).items()},
         "callbacks": kept,
+        "first_loss": state.first_loss if math.isfinite(state.first_loss) else None,
+        "delta_lr": step.delta_rates if step.calibrates else {},
         "rows": state.rows,
     }
     write_checkpoint(path, type(model).__name__, {**model._config(), "fit": run, FROZEN: state.frozen}, tensors)
@@ -83,10 +87,16 @@ def read_run(path: str | os.PathLike[str], model: Layer, step: Step, callbacks: 
             None if run["shuffle"] is None else _checked_state(run["shuffle"]),
             [_checked_row(row) for row in run["rows"]],
             frozen,
+            math.inf if run.get("first_loss") is None else checks.check_not_negative("first_loss", run["first_loss"]),
         )
+        rates = {
+            name: checks.check_not_negative(f"delta_lr[{name!r}]", rate)
+            for name, rate in run.get("delta_lr", {}).items()  # files of before have none
+        }
         _load_callbacks(callbacks, run["callbacks"], tensors)
 
         def apply() -> None:
+            step.take_delta_rates(rates)
             for action in actions:
                 action()
 

@@ -9,6 +9,7 @@ import numpy as np
 from nblora import checks
 from nblora.layers import Layer, tree
 
+from .calibration import AUTO, check_delta_lr
 from .callbacks import check_callbacks
 from .data import Samples, check_samples
 from .history import History
@@ -33,7 +34,7 @@ def fit(
     callbacks: Any = (),
     schedule: Any = None,
     clip_norm: float | None = None,
-    delta_lr: float | None = None,
+    delta_lr: float | str | None = AUTO,
     shuffle: bool = True,
     seed: int | np.random.Generator | None = None,
     progress: bool | None = None,
@@ -70,12 +71,13 @@ def fit(
     clip_norm : float, optional
         Scale the gradient of each step, the delta's included, so that its global norm is at most this. A norm must be
         known before the update, so this takes the unfused path, which holds dense gradients.
-    delta_lr : float, optional
-        Learning rate of deltas; default: the optimiser's. A delta keeps its own momentum rule, whatever the optimiser:
-        V = m V + (1 - m) dD, D -= delta_lr V. Its gradient carries the factor c (`delta_scaling`) and so does its
-        effect on the layer, so a step moves the layer's weight by c² delta_lr times the gradient: with c = 0.1 by a
-        hundredth of what plain descent would, while AdamW's steps do not depend on the gradient's size at all. The
-        learning rate that suits AdamW therefore rarely suits the delta; 1/c² times that of plain descent is a start.
+    delta_lr : "auto", float or None
+        Learning rate of deltas, which keep their own momentum rule whatever the optimiser: V = m V + (1 - m) dD,
+        D -= delta_lr V. "auto" finds one for each layer on the first batches, without training on them: such that the
+        steps move the layer's weight by a hundredth of its norm, whatever m, c, the width and the loss's scale are.
+        `History.delta_lr` has what was found, a number near it is where to begin by hand, and None takes the
+        optimiser's, which rarely suits. Where a run does not stay finite, "auto" halves these rates and trains the
+        epoch again; a warning tells of it.
     shuffle : bool
         Draw a new order of the samples for each epoch.
     seed : int or Generator, optional
@@ -134,7 +136,7 @@ def fit(
             model,
             objective,
             rates,
-            None if delta_lr is None else checks.check_not_negative("delta_lr", delta_lr),
+            check_delta_lr("delta_lr", delta_lr),
             None if clip_norm is None else checks.check_positive("clip_norm", clip_norm),
         ),
         as_schedule(schedule),

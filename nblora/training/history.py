@@ -19,11 +19,21 @@ class History:
     `val_accuracy` with validation data, `lr` (of the epoch's last step), `grad_norm` (with clipping: the mean norm
     before it), `seconds` (training alone) and `samples_per_second`.
 
+    Attributes
+    ----------
+    rows : list of dict
+    delta_lr : dict of str to float
+        The learning rate of each trained delta at the end, by the delta's name, before a schedule's factor: the one
+        given, or the one that `fit` found.
+
+    Notes
+    -----
     `history["loss"]` is a column as a list, `history[-1]` a row; iteration goes over rows.
     """
 
-    def __init__(self, rows: list[Row] | None = None) -> None:
+    def __init__(self, rows: list[Row] | None = None, delta_lr: dict[str, float] | None = None) -> None:
         self.rows: list[Row] = [] if rows is None else rows
+        self.delta_lr: dict[str, float] = {} if delta_lr is None else delta_lr
 
     @property
     def columns(self) -> list[str]:

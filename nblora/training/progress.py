@@ -17,7 +17,7 @@ class Progress:
         if shown:
             from tqdm import tqdm
 
-            self._epochs = epochs
+            self._epochs, self._samples = epochs, samples
             self._bar = tqdm(
                 total=epochs * samples, initial=done * samples, unit=" samples", unit_scale=True, dynamic_ncols=True
             )
@@ -28,6 +28,11 @@ class Progress:
             self._bar.set_description(f"epoch {epoch}/{self._epochs}", refresh=False)
             self._bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
             self._bar.update(samples)
+
+    def restart(self, done: int) -> None:
+        """Go back to where `done` epochs have ended."""
+        if self._bar is not None:
+            self._bar.n = done * self._samples
 
     def close(self) -> None:
         """Leave the bar as it stands."""

@@ -1,7 +1,10 @@
 """`Run`: the loop of epochs behind `fit`."""
 
 import contextlib
+import itertools
+import math
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,7 @@ from nblora.errors import NonFiniteError
 from nblora.layers import Layer, tree
 from nblora.layers.saving import digests
 
+from .calibration import BATCHES
 from .callbacks import Callback
 from .checkpoint import RunState, read_run, write_run
 from .data import Samples
@@ -22,6 +26,8 @@ from .schedules import Schedule
 from .snapshot import AtEnd, Snapshot
 from .step import Step
 
+HALVINGS = 12  # of the deltas' rates, to a four-thousandth: a fault that is still there has another cause
+GROWN = 100  # times its first loss is a run whose weights run away, and cannot be brought back from where they soon are
 EVALUATION_BATCH = 256  # without a backward to feed, larger batches only save calls
 
 
@@ -48,6 +54,8 @@ class Run:
         self.history = History()
         self.epoch = 0
         self._frozen: dict[str, str] | None = None
+        self._first_loss = math.nan
+        self._moved = self._warned = False
 
     def columns(self) -> list[str]:
         """The history's columns, as they will be."""
@@ -63,7 +71,9 @@ class Run:
         for callback in self.callbacks:
             callback.model, callback.stop = self.model, False
             callback.on_train_begin()
-        modes, safe = tree.modes(self.model), Snapshot(self.model)
+        # What the optimiser remembers is needed where an epoch may start again; elsewhere a fault ends the run.
+        slots = [slot for trained in self.step.trained for slot in trained.slots] if self.step.calibrates else []
+        modes, safe = tree.modes(self.model), Snapshot(self.model, slots)
         back = AtEnd(safe.restore, failed=True)
         tidy = AtEnd(self.model._forget_forward, lambda: restore_modes(modes))
         with tidy, tidy, back, back:  # twice each: see AtEnd
@@ -91,26 +101,77 @@ class Run:
     def _resume(self, path: Path) -> None:
         state = read_run(path, self.model, self.step, self.callbacks)
         self.epoch = state.epoch
-        self.history = History(state.rows)
+        self._first_loss = state.first_loss
+        self.history = History(state.rows, self.step.delta_rates)
         if self.rng is not None and state.shuffle is not None:
             self.rng.bit_generator.state = state.shuffle
 
     def _train(self, safe: Snapshot, bar: Progress) -> None:
         while self.epoch < self.epochs and not any(callback.stop for callback in self.callbacks):
-            row = self._epoch(bar)
+            row = self._whole_epoch(safe, bar)
             safe.take()
             self.epoch += 1
             self.history.rows.append(row)
+            self.history.delta_lr = self.step.delta_rates
             for callback in self.callbacks:
                 callback.on_epoch_end(self.epoch, row)
             if self.checkpoint is not None:
                 self._write(self.checkpoint)
 
-    def _epoch(self, bar: Progress) -> Row:
+    def _whole_epoch(self, safe: Snapshot, bar: Progress) -> Row:
+        """An epoch; one that runs away starts again with half of the deltas' rates, where they were found."""
+        begun, halvings, fault = self.step.count, 0, ""
+        order = None if self.rng is None else self.rng.permutation(len(self.samples.x))
+        if self.step.calibrates:
+            self.step.calibrate(itertools.islice(self.samples.batches(self.batch_size, order), BATCHES))
+        while True:
+            try:
+                row = self._epoch(order, bar)
+            except NonFiniteError as error:
+                # What comes before the epoch's first update is no fault of the rates, and would come again.
+                if not self._moved or halvings == HALVINGS or not self.step.halve_delta_rates():
+                    raise
+                fault = str(error)
+            else:
+                self._tell(fault, halvings)
+                return row
+            halvings += 1
+            if halvings == HALVINGS:
+                self._first_loss = math.inf  # a loss that grows for another reason may do so, as in any run
+            safe.restore()
+            self.step.count = begun
+            self.model.train()
+            bar.restart(self.epoch)
+
+    def _check_growth(self, mean: float, last: Samples) -> None:
+        """NonFiniteError where the rates that were found let the run go: soon no epoch would bring it back.
+
+        The last batch is looked at again, since nobody has yet seen what the last update did.
+        """
+        self.model.eval()
+        after = mean_figures(self.model, last, self.step.loss, self.batch_size)["loss"]
+        self.model.train()
+        if not math.isfinite(after) or max(mean, after) > GROWN * self._first_loss:
+            raise NonFiniteError(
+                f"the loss has grown from {self._first_loss:.3g} to {max(mean, after):.3g} after step {self.step.count}"
+            )
+
+    def _tell(self, fault: str, halvings: int) -> None:
+        if halvings and not self._warned:
+            rates = ", ".join(f"{name} {rate:.3g}" for name, rate in self.step.delta_rates.items())
+            warnings.warn(
+                f"{fault} (epoch {self.epoch + 1}); the epoch was trained again with the deltas' learning rates divided "
+                f"by {2**halvings}: {rates}. Later faults are met so without a warning; delta_lr sets a rate by hand",
+                RuntimeWarning,
+                stacklevel=6,
+            )
+            self._warned = True
+
+    def _epoch(self, order: np.ndarray | None, bar: Progress) -> Row:
         """Train one pass over the samples, validate, and return the epoch's row."""
         count = len(self.samples.x)
-        order = None if self.rng is None else self.rng.permutation(count)
         per_epoch = -(-count // self.batch_size)
+        self._moved = False
         total = {"loss": 0.0, **dict.fromkeys(self.step.loss.metrics, 0.0)}
         norms, factor = 0.0, 1.0
         started = time.perf_counter()
@@ -118,6 +179,9 @@ class Run:
             factor = self.schedule.factor(self.step.count, self.epochs * per_epoch)
             checks.check_not_negative("the schedule's factor", factor)
             result = self.step(x, y, factor)
+            self._moved = True
+            if math.isnan(self._first_loss):
+                self._first_loss = result.loss if result.loss > 0 else math.inf
             figures = {"loss": result.loss, **self.step.loss.measure(result.output, y)}
             for name, value in figures.items():
                 total[name] += value * len(x)
@@ -127,6 +191,8 @@ class Run:
             bar.advance(self.epoch + 1, len(x), result.loss)
         seconds = time.perf_counter() - started
         check_parameters(self.model, self.step.count)
+        if self.step.calibrates:
+            self._check_growth(total["loss"] / count, Samples(x, y))
         row: Row = {"epoch": self.epoch + 1, "step": self.step.count}
         row.update({name: value / count for name, value in total.items()})
         row.update(self._validate())
@@ -160,7 +226,7 @@ class Run:
         shuffle = None if self.rng is None else dict(self.rng.bit_generator.state)
         if self._frozen is None:
             self._frozen = digests(self.model)
-        state = RunState(self.epoch, self.step.count, shuffle, self.history.rows, self._frozen)
+        state = RunState(self.epoch, self.step.count, shuffle, self.history.rows, self._frozen, self._first_loss)
         write_run(path, self.model, self.step, self.callbacks, state)
 
     def _explain(self, error: NonFiniteError) -> str:

@@ -1,6 +1,8 @@
 """`Training`: the sink of `fit`, which updates a model by one batch's gradients, all at once or on the way back."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from nblora.backends.protocol import Array, Backend, Number, Operands
 from nblora.layers import Layer, tree
@@ -26,15 +28,29 @@ class Training(Sweep):
 
     The sweep over a layer's weights updates them on its way, so that no dense gradient is ever held, unless the
     gradients' norm must be known first, or the optimiser wants to see the gradient of a weight.
+
+    Attributes
+    ----------
+    rates : dict of Parameter to float
+        The learning rate of each delta, before a schedule's factor. One that is to be calibrated rests until then.
+    calibrated : list of Parameter
+        The deltas whose rate is found and not given.
     """
 
-    def __init__(self, model: Layer, optimizer: Optimizer, delta_lr: float | None, clip_norm: float | None) -> None:
-        super().__init__(optimizer.lr, optimizer.lr if delta_lr is None else delta_lr)
+    def __init__(
+        self, model: Layer, optimizer: Optimizer, delta_lr: float | str | None, clip_norm: float | None
+    ) -> None:
+        super().__init__(optimizer.lr, 0.0)
         self.optimizer, self.clip_norm = optimizer, clip_norm
-        self._rates = self.lr, self.delta_lr
+        self._factor = 1.0
         self._model, self._backend = model, model._backend
         self._seen: list[Parameter] = []
         self._names = {parameter: name for name, parameter, _ in tree.trainable(model)}
+        deltas = [parameter for parameter in self._names if parameter.velocity is not None]
+        self.calibrated = deltas if isinstance(delta_lr, str) else []
+        self.rates: dict[Parameter, float] = {}
+        if not isinstance(delta_lr, str):
+            self.rates = dict.fromkeys(deltas, optimizer.lr if delta_lr is None else delta_lr)
         self.trained = [
             Trained(name, parameter, optimizer, model._backend)
             for parameter, name in self._names.items()
@@ -48,9 +64,24 @@ class Training(Sweep):
         if parameter in self._names:  # not of factors whose own layer is not to be trained
             super().put(parameter, gradient, run)
 
+    @property
+    def named_rates(self) -> dict[str, float]:
+        """`rates` by the deltas' names."""
+        return {self._names[delta]: rate for delta, rate in self.rates.items()}
+
+    def take_rates(self, rates: Mapping[str, float]) -> None:
+        """Go on with rates that were found before, by the deltas' names."""
+        self.rates.update((delta, rates[name]) for delta in self.calibrated if (name := self._names[delta]) in rates)
+
+    def rate_of_delta(self, layer: Any) -> float:
+        return next((self._rate(parameter) for _, parameter in layer._targets() if parameter.velocity is not None), 0.0)
+
+    def _rate(self, delta: Parameter) -> float:
+        return self._factor * self.rates.get(delta, 0.0)
+
     def begin(self, factor: float) -> None:
         """Before a backward: every learning rate times `factor`."""
-        self.lr, self.delta_lr = (factor * rate for rate in self._rates)
+        self._factor, self.lr = factor, factor * self.optimizer.lr
         self.pending.clear()
 
     @property
@@ -86,7 +117,7 @@ class Training(Sweep):
                 self.optimizer.update(self._backend, array, gradient, trained.slots, rate, step)
         for parameter, gradient in self.pending.items():
             if parameter.velocity is not None:
-                descend(self._backend, parameter, gradient, self.lr, self.delta_lr)
+                descend(self._backend, parameter, gradient, self.lr, self._rate(parameter))
         return norm
 
     def _clip(self, norm: float, most: float) -> float:

@@ -1,10 +1,11 @@
 """`Snapshot`: a copy of what training changes in a model; `AtEnd`: bringing it back, whatever interrupts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from nblora.backends.protocol import Array
 from nblora.layers import Layer, tree
 
 _ATTEMPTS = 100  # interrupts that one restoring outlives: more than any hand sends
@@ -21,11 +22,13 @@ class Snapshot:
     """A copy of the trained parameters and velocities, as they are stored, and of the random states.
 
     It takes as much memory again as these parameters; from the second `take` on twice as much, since a copy must be
-    whole before it replaces the one held. An interrupt at any moment leaves the one or the other.
+    whole before it replaces the one held. An interrupt at any moment leaves the one or the other. `others` are arrays
+    to be copied and brought back with them.
     """
 
-    def __init__(self, model: Layer) -> None:
+    def __init__(self, model: Layer, others: Iterable[Array] = ()) -> None:
         self._live = {named.name: named.array for named in tree.changing(model)}
+        self._live.update((f":{place}", array) for place, array in enumerate(others))  # as no parameter is called
         self._generators = tree.generators(model)
         self._held = self._state(self._copies())
         self._spare: dict[str, Any] | None = None

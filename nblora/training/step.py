@@ -1,6 +1,7 @@
 """One step of training: forward, loss, backward, update."""
 
 import math
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -9,6 +10,7 @@ from nblora.errors import NonFiniteError
 from nblora.layers import Layer
 from nblora.layers.run import Run
 
+from .calibration import calibrate
 from .faults import first_fault
 from .losses import Loss
 from .optimizers import Optimizer
@@ -30,7 +32,7 @@ class Step:
     """
 
     def __init__(
-        self, model: Layer, loss: Loss, optimizer: Optimizer, delta_lr: float | None, clip_norm: float | None
+        self, model: Layer, loss: Loss, optimizer: Optimizer, delta_lr: float | str | None, clip_norm: float | None
     ) -> None:
         self.model, self.loss, self.optimizer, self.clip_norm = model, loss, optimizer, clip_norm
         self.count = 0
@@ -47,6 +49,34 @@ class Step:
     def trained(self) -> list[Trained]:
         """Every parameter that the optimiser updates, in the model's order."""
         return self._sink.trained
+
+    @property
+    def delta_rates(self) -> dict[str, float]:
+        """The learning rate of each delta by its name, before a schedule's factor."""
+        return self._sink.named_rates
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the deltas' rates are found and not given."""
+        return bool(self._sink.calibrated)
+
+    def calibrate(self, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
+        """Find the rates that are still to be found, from how these batches would move the layers; train nothing."""
+        sink = self._sink
+        waiting = [delta for delta in sink.calibrated if delta not in sink.rates]
+        if waiting:
+            sink.rates.update(calibrate(self.model, self.loss, batches, waiting, self.clip_norm))
+
+    def take_delta_rates(self, rates: Mapping[str, float]) -> None:
+        """Go on with rates that were found before."""
+        self._sink.take_rates(rates)
+
+    def halve_delta_rates(self) -> bool:
+        """Halve the rates that were found; False where none was."""
+        sink = self._sink
+        found = {delta: sink.rates[delta] / 2 for delta in sink.calibrated if sink.rates.get(delta)}
+        sink.rates.update(found)
+        return bool(found)
 
     def __call__(self, x: np.ndarray, y: np.ndarray, factor: float) -> StepResult:
         """Train by one batch, every learning rate multiplied by `factor`.

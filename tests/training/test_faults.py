@@ -14,7 +14,7 @@ pytestmark = pytest.mark.small
 
 def fit(model, **settings):
     x, y = support.data(dtype="float32")
-    defaults = {"loss": "cross_entropy", "epochs": 4, "batch_size": 8, "seed": 11}
+    defaults = {"loss": "cross_entropy", "epochs": 4, "batch_size": 8, "seed": 11, "delta_lr": None}
     return nblora.fit(model, x, y, **(defaults | settings))
 
 

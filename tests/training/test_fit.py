@@ -43,7 +43,7 @@ def by_hand(model, x, y, epochs, batch_size, lr):
 def test_plain_descent_equals_the_public_calls(adapter):
     x, y = support.data()
     model, twin = support.network(adapter=adapter), support.network(adapter=adapter)
-    fit(model, optimizer=SGD(0.3), shuffle=False)
+    fit(model, optimizer=SGD(0.3), delta_lr=None, shuffle=False)
     by_hand(twin, x, y, 3, 8, 0.3)
     assert_close_state(support.state(model), support.state(twin))
 
@@ -84,7 +84,7 @@ def test_each_layer_takes_the_cheapest_path(monkeypatch):
 
     def paths(**settings):
         taken.clear()
-        fit(support.network(), epochs=1, batch_size=64, **settings)
+        fit(support.network(), epochs=1, batch_size=64, delta_lr=0.1, **settings)
         return taken.copy()
 
     # The frozen first layer never appears.
@@ -109,7 +109,7 @@ def test_delta_has_its_own_rate_and_rule():
     np.testing.assert_allclose(model.get_parameter("lora_A"), reference, rtol=1e-12)
 
 
-def test_delta_takes_the_optimizers_rate_by_default():
+def test_without_a_rate_the_delta_takes_the_optimizers():
     results = []
     for delta_lr in (None, 0.25):
         model = support.network()
@@ -144,7 +144,7 @@ def test_clipping_scales_every_gradient():
     _, gradient = CrossEntropy().value_and_gradient(twin(x), y)
     twin.backward(gradient)
     norm = np.linalg.norm(twin.get_parameter_gradients())
-    settings = {"loss": "cross_entropy", "optimizer": SGD(0.5), "epochs": 1, "shuffle": False}
+    settings = {"loss": "cross_entropy", "optimizer": SGD(0.5), "delta_lr": None, "epochs": 1, "shuffle": False}
     history = nblora.fit(model, x, y, clip_norm=norm / 4, **settings)
     assert history["grad_norm"] == [pytest.approx(norm, rel=1e-12)]
     for _, parameter, _ in tree.trainable(twin):

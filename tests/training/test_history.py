@@ -39,7 +39,9 @@ def test_rows():
 
 def test_loss_is_the_mean_over_samples():
     x, y = support.data()
-    history = nblora.fit(support.network(), x, y, loss="cross_entropy", optimizer=SGD(0.0), epochs=1, batch_size=8)
+    history = nblora.fit(
+        support.network(), x, y, loss="cross_entropy", optimizer=SGD(0.0), epochs=1, batch_size=8, delta_lr=None
+    )
     figures = nblora.training.evaluate(support.network(), x, y, loss="cross_entropy")
     assert history[0]["loss"] == pytest.approx(figures["loss"], rel=1e-12)
     assert history[0]["accuracy"] == pytest.approx(figures["accuracy"], rel=1e-12)
