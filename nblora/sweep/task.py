@@ -136,6 +136,7 @@ def _train(task: Task, settings: Mapping[str, Any]) -> dict[str, Any]:
         "metrics": metrics,
         "trainable_parameters": model.parameter_count,
         "parameters_digest": hashlib.sha256(model.get_parameters().tobytes()).hexdigest(),
+        "delta_lr": history.delta_lr,
         "history": {name: values for name, values in history.to_dict().items() if name in HISTORY},
     }
 

@@ -160,8 +160,8 @@ class Run:
         if halvings and not self._warned:
             rates = ", ".join(f"{name} {rate:.3g}" for name, rate in self.step.delta_rates.items())
             warnings.warn(
-                f"{fault} (epoch {self.epoch + 1}); the epoch was trained again with the deltas' learning rates divided "
-                f"by {2**halvings}: {rates}. Later faults are met so without a warning; delta_lr sets a rate by hand",
+                f"{fault} (epoch {self.epoch + 1}); the epoch was trained again with the deltas' learning rates "
+                f"divided by {2**halvings}, to {rates}; from here on without a warning. delta_lr sets it by hand",
                 RuntimeWarning,
                 stacklevel=6,
             )

@@ -201,7 +201,7 @@ def test_rates_that_are_too_large_are_halved_and_the_epoch_starts_again(optimize
     assert math.log2(divided).is_integer()
     (warning,) = told
     assert "the loss " in str(warning.message)
-    assert f"divided by {divided:.0f}: middle.delta" in str(warning.message)
+    assert f"divided by {divided:.0f}, to middle.delta" in str(warning.message)
     assert warning.category is RuntimeWarning
     reference = fit(twin, loss=Fragile(), epochs=1, optimizer=optimizer, delta_lr=history.delta_lr["middle.delta"])
     support.assert_same_state(support.state(model), support.state(twin))
