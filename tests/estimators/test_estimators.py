@@ -162,6 +162,27 @@ def test_partial_fit_keeps_the_optimizer_going(blobs):
     np.testing.assert_allclose(parts.predict_proba(X), whole.predict_proba(X), rtol=1e-4)
 
 
+def test_partial_fit_goes_on_with_the_deltas_rates(blobs):
+    """One found on the first samples, and kept: the samples of later calls, a hundred times as large, find no other."""
+    X, y = blobs
+    classifier = LoRAClassifier(method="delta", random_state=0).partial_fit(X[:60], y[:60], classes=[0, 1, 2])
+    found = dict(classifier._delta_rates)
+    assert set(found) == {"hidden1.delta", "head.delta"}
+    classifier.partial_fit(100 * X[60:], y[60:])
+    assert classifier._delta_rates == found
+
+
+@pytest.mark.parametrize("scale", [1e-3, 2e5])
+def test_a_regressor_with_a_delta_takes_targets_of_any_scale(scale):
+    X, y = make_regression(200, 6, random_state=0)
+    y = (scale * y / y.std()).astype("float32")
+    losses = [
+        LoRARegressor(method=method, max_iter=5, random_state=0).fit(X.astype("float32"), y).loss_curve_[-1]
+        for method in ("lora", "delta")
+    ]
+    assert losses[1] <= losses[0]
+
+
 def test_partial_fit_asks_for_the_same_classes(blobs):
     X, y = blobs
     classifier = LoRAClassifier().partial_fit(X[:10], y[:10], classes=[0, 1, 2])
