@@ -15,6 +15,7 @@ import argparse
 import itertools
 import json
 import os
+import statistics
 import warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -171,6 +172,56 @@ def measure(cell: Cell, known: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     return cell.name, found
 
 
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """Auto at each share, beside LoRA and the best swept number: a row a task and a share, then one a wide cell."""
+    lines = [
+        "| task, share | cells | not below its start | rates halved | loss left, of LoRA's | at most 0.7 of it "
+        "| held-out loss, of LoRA's | within 1.3 of the swept best, held out | trained on |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for wide, task, share in itertools.product((False, True), TASKS, SHARES):
+        name = f"auto {share:g}"
+        cells = [c for key, c in results.items() if key.startswith(task) and name in c and wide == is_wide(key)]
+        if cells:
+            lines.append(f"| {task}{f', width {WIDE}' if wide else ''}, {100 * share:g} % | {row(cells, name)} |")
+    return "\n".join(lines)
+
+
+def is_wide(name: str) -> bool:
+    """Whether a cell is one of the greatest width."""
+    return name.endswith(f"width={WIDE}")
+
+
+def row(cells: list[dict[str, Any]], name: str) -> str:
+    """The figures of one way of choosing the rates over some cells."""
+
+    def of(reference: str, figure: str) -> list[float]:
+        return [left(cell[name], figure) / best(cell, reference, figure) for cell in cells]
+
+    return " | ".join(
+        [
+            str(len(cells)),
+            str(sum(left(cell[name], "loss") >= cell[name]["before"] for cell in cells)),
+            str(sum(cell[name]["warned"] > 0 for cell in cells)),
+            f"{statistics.median(of('lora', 'loss')):.2g} (worst {max(of('lora', 'loss')):.2g})",
+            str(sum(ratio <= 0.7 for ratio in of("lora", "loss"))),
+            f"{statistics.median(of('lora', 'held_out')):.2g} (worst {max(of('lora', 'held_out')):.2g})",
+            str(sum(ratio <= 1.3 for ratio in of("swept", "held_out"))),
+            str(sum(ratio <= 1.3 for ratio in of("swept", "loss"))),
+        ]
+    )
+
+
+def left(run: dict[str, Any], figure: str) -> float:
+    """A run's loss, infinite where it diverged."""
+    return np.inf if run["loss"] is None or not np.isfinite(run[figure]) else run[figure]
+
+
+def best(cell: dict[str, Any], prefix: str, figure: str) -> float:
+    """The least loss among the runs whose names begin so."""
+    return min(left(run, figure) for key, run in cell.items() if key.startswith(prefix))
+
+
 def write(path: Path, results: dict[str, Any]) -> None:
     """Replace the file whole."""
     partial = path.with_suffix(".partial")
@@ -187,7 +238,7 @@ def main() -> None:
     arguments = parser.parse_args()
     results = json.loads(arguments.output.read_text(encoding="utf-8")) if arguments.output.exists() else {}
     if arguments.table:
-        print(json.dumps(results, indent=1))
+        print(table(results))
         return
     with ProcessPoolExecutor(arguments.jobs) as pool:
         waiting = [pool.submit(measure, cell, results.get(cell.name, {})) for cell in cells()]

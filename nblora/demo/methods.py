@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from nblora import FullyConnected, Sequential
-from nblora.training.calibration import AUTO
 
 from .data import CLASSES, PIXELS
 
@@ -16,12 +15,12 @@ class Candidate(NamedTuple):
     """Learning rates: AdamW's, and the delta's own where there is a delta."""
 
     lr: float
-    delta_lr: float | str | None = None
+    delta_lr: float | None = None
 
     @property
     def label(self) -> str:
-        """`lr=0.003` or `lr=0.003 delta_lr=auto`."""
-        return " ".join(f"{name}={value}" for name, value in self._asdict().items() if value is not None)
+        """`lr=0.003` or `lr=0.003 delta_lr=30`."""
+        return " ".join(f"{name}={value:g}" for name, value in self._asdict().items() if value is not None)
 
 
 class Method(NamedTuple):
@@ -67,9 +66,10 @@ def _full(model: Sequential, seed: int) -> None:
     """Everything is trainable from the start."""
 
 
-# Six candidates each, the same for all; the delta's own rate is left to `fit`.
+# Six candidates each. A delta's step moves the weight by delta_scaling² = 0.01 times delta_lr, without AdamW's
+# normalisation: its useful rates lie far above AdamW's.
 _ADAMW = tuple(Candidate(lr) for lr in (0.001, 0.002, 0.005, 0.01, 0.02, 0.05))
-_DELTA = tuple(candidate._replace(delta_lr=AUTO) for candidate in _ADAMW)
+_DELTA = tuple(Candidate(lr, delta_lr) for lr in (0.001, 0.003) for delta_lr in (30.0, 100.0, 300.0))
 
 HEAD_ONLY = Method("Head only", _head_only, _ADAMW)
 LORA = Method("LoRA", _lora, _ADAMW)

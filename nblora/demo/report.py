@@ -54,8 +54,8 @@ def _percent(mean: float, deviation: float | None) -> str:
     return f"{100 * mean:.1f}" + ("" if deviation is None else f" ± {100 * deviation:.1f}")
 
 
-def _settings(candidate: Mapping[str, float | str | None]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in candidate.items() if value is not None)
+def _settings(candidate: Mapping[str, float | None]) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in candidate.items() if value is not None)
 
 
 def text_table(result: Mapping[str, Any]) -> str:

@@ -76,7 +76,7 @@ class _Measure(Sweep):
         """Go forward and back by one batch; return Σ g² of every trained parameter that has a gradient."""
         model, backend = self._model, self._model._backend
         run = Run(backend, training=True, live=False)
-        output = model._forward(model._enter("x", x, model.in_features)[0], run)
+        output = model._forward(model._enter("x", x, model._as_input)[0], run)
         _, grad = loss.value_and_gradient(output, y, backend)
         self._squares.clear()
         model._backward(grad, run.back(self))

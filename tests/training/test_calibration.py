@@ -123,6 +123,21 @@ def test_a_layer_that_runs_twice_counts_the_sum_of_its_gradients():
     assert share(shared.get_current_delta(), shared, weight) == pytest.approx(calibration.SHARE)
 
 
+def test_convolutions_and_embeddings_have_rates_too():
+    rng = np.random.default_rng(0)
+    images, table = (
+        nblora.Conv2d.random(2, 3, 2, dtype="float64", seed=0),
+        nblora.Embedding.random(9, 4, dtype="float64", seed=0),
+    )
+    inputs = rng.normal(size=(6, 2, 5, 5)), rng.integers(9, size=(6, 5))
+    for base, x in zip((images, table), inputs, strict=True):
+        model = nblora.DeltaLoRAAdapter(base, 2, momentum_factor=0.0, seed=0)
+        weight = model.get_parameter("base.weight")
+        target = rng.normal(size=model(x).shape)
+        nblora.fit(model, x, target, loss="mse", optimizer=SGD(0.0), epochs=1)
+        assert share(model.get_current_delta(), model, weight) == pytest.approx(calibration.SHARE)
+
+
 def test_a_delta_without_gradients_rests_until_it_has_some():
     """Behind a head of zeros nothing has a gradient until the head has moved."""
     model = support.network()
