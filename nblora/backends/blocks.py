@@ -135,7 +135,7 @@ class ReferenceBlocks:
         padded, places = _windows(x, shape)
         if not shape.maximum:
             return padded.mean(axis=(-2, -1)), np.zeros(0, np.int64)
-        flat = padded.reshape(*padded.shape[:4], -1)
+        flat = padded.reshape(*padded.shape[:4], math.prod(shape.kernel))
         best = np.where(np.isnan(flat), np.inf, flat).argmax(axis=-1)
         return (
             np.take_along_axis(flat, best[..., None], -1)[..., 0],
@@ -150,12 +150,21 @@ class ReferenceBlocks:
             rows = np.repeat(np.arange(images), grad[0, 0].size if images else 0)
             np.add.at(gx, (rows, places.reshape(-1)), grad.reshape(-1))
         else:
-            share = (grad / math.prod(shape.kernel)).reshape(images, -1, 1)
+            share = (grad / math.prod(shape.kernel)).reshape(images, math.prod(grad.shape[2:]), 1)
             _, where = _windows(np.zeros((1, 1, height, width), grad.dtype), shape)
             where = where.reshape(share.shape[1], -1)
             for place, inside in enumerate(where >= 0):
                 gx[:, where[place][inside]] += share[:, place]
         return gx.reshape(*grad.shape[:2], height, width)
+
+    def means(self, x: Array) -> Array:
+        """The mean of every channel of images (N, C, H, W), (N, C)."""
+        return self.pool(x, Pooling(False, x.shape[2:], (1, 1), (0, 0)))[0].reshape(x.shape[:2])
+
+    def means_gradient(self, grad: Array, height: int, width: int) -> Array:
+        """The gradient of images of this height and width."""
+        one = Pooling(False, (height, width), (1, 1), (0, 0))
+        return self.pool_gradient(grad.reshape(*grad.shape, 1, 1), np.zeros((0, 0, 0), np.int64), one, height, width)
 
     def channels(self, x: Array, scale: Array, shift: Array, code: int) -> Array:
         """act(x scale + shift) of images (N, C, ...), each channel with its own numbers."""

@@ -3,7 +3,10 @@
 import copy
 from typing import Any
 
+from nblora.backends.blocks import Pooling
 from nblora.storage.onnx_graph import OnnxGraph
+
+from .activations import ACTIVATIONS
 
 
 class BlockTracer:
@@ -23,6 +26,30 @@ class BlockTracer:
         if bias is not None:
             y = graph.node("Add", y, graph.constant(self.fetch(bias), "bias"))
         return _named(x, y), None
+
+    def pool(self, x: Any, shape: Pooling) -> tuple[Any, None]:
+        """Write maxima or means of windows down."""
+        attributes = {"kernel_shape": shape.kernel, "strides": shape.stride, "pads": (*shape.padding, *shape.padding)}
+        if shape.maximum:
+            name = self.graph.node("MaxPool", x.name, **attributes)
+        else:
+            name = self.graph.node("AveragePool", x.name, count_include_pad=1, **attributes)
+        y = _named(x, name)
+        y.shape = (*x.shape[:2], *shape.reach(*x.shape[2:]))
+        return y, None
+
+    def means(self, x: Any) -> Any:
+        """Write the mean of every channel down."""
+        y = _named(x, self.graph.node("ReduceMean", x.name, axes=[2, 3], keepdims=0))
+        y.shape = x.shape[:2]
+        return y
+
+    def channels(self, x: Any, scale: Any, shift: Any, code: int) -> Any:
+        """Write act(x scale + shift) down."""
+        graph = self.graph
+        factor, term = (graph.constant(self.fetch(array).reshape(-1, 1, 1), "channels") for array in (scale, shift))
+        z = graph.node("Add", graph.node("Mul", x.name, factor), term)
+        return _named(x, graph.activation(z, ACTIVATIONS[code]))
 
 
 def _named(like: Any, name: str) -> Any:
