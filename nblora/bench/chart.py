@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from nblora.plots import learning_curves
 from nblora.plots.style import bar_style, label_axes, line_style, require_matplotlib, style
 
 from .peers import BASELINE
@@ -95,12 +96,11 @@ def draw_growth(report: Report, path: Path) -> bool:
             sizes = [getattr(result.case, SIZES[name]) for result in results]
             taken = [1e3 * spread.median for result in results if (spread := result.time())]
             limits = [ms * (report.fraction(result) or float("nan")) for ms, result in zip(taken, results, strict=True)]
-            axes.loglog(sizes, taken, "o-", color="black", label="nblora")
-            axes.loglog(sizes, limits, "--", color="0.5", label="limit")
+            curves_of = {"nblora": taken, "limit": limits}
+            learning_curves(curves_of, steps=sizes, x_label=name, y_label="milliseconds a step", ax=axes)
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            axes.label_outer()
             axes.set_xticks(sizes, [str(size) for size in sizes], fontsize=6, rotation=60)
-            axes.set_xticks([], minor=True)
-            axes.set_xlabel(name)
-        grid[0][0].set_ylabel("milliseconds a step")
-        grid[0][0].legend(fontsize=7)
         figure.savefig(path)
     return True

@@ -5,7 +5,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from nblora.storage.atomic import replace_whole
 from .limits import Machine
 from .machine import busy_with
 from .peers import BASELINE
+from .runner import Bench
 from .suites import LIMIT, Group
 from .summary import CaseResult
 
@@ -30,13 +31,10 @@ class Report:
     """Everything that a run found; parts that were not measured are empty."""
 
     suite: str
+    bench: Bench
     machine: dict[str, Any]
-    settings: dict[str, object]
-    peers: dict[str, str]
     groups: list[Group]
-    versions: dict[str, dict[str, str]] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)
-    machines: dict[tuple[str, int], Machine] = field(default_factory=dict)
+    sections: Sequence[str] = ()
     results: list[CaseResult] = field(default_factory=list)
     startup: list[dict[str, Any]] = field(default_factory=list)
     memory: list[dict[str, Any]] = field(default_factory=list)
@@ -53,7 +51,7 @@ class Report:
         return result.fraction(self._limit(result), peer)
 
     def _limit(self, result: CaseResult) -> Machine | None:
-        return self.machines.get((result.case.dtype, result.case.threads))
+        return self.bench.machines.get((result.case.dtype, result.case.threads))
 
     def reached(self, result: CaseResult, against: str) -> float | None:
         """What a goal is about: nblora's fraction of the limit, or the median of a peer's ratio."""
@@ -63,7 +61,7 @@ class Report:
     def peers_in(self, results: Iterable[CaseResult]) -> list[str]:
         """The peers that were timed, or failed, beside nblora."""
         seen = {name for result in results for name in (*result.seconds, *result.faults)}
-        return [name for name in self.peers if name in seen and name != BASELINE]
+        return [name for name in self.bench.peers if name in seen and name != BASELINE]
 
     def measured_groups(self) -> Iterator[tuple[Group, list[CaseResult]]]:
         """Each group with the results there are for it."""
@@ -82,12 +80,12 @@ class Report:
         content = {
             "suite": self.suite,
             "machine": self.machine,
-            "settings": self.settings,
-            "versions": self.versions,
-            "skipped": self.skipped,
+            "settings": {**asdict(self.bench.effort), "sections": list(self.sections)},
+            "versions": self.bench.versions,
+            "skipped": self.bench.skipped,
             "limits": [
                 {"dtype": dtype, "threads": threads, **machine._asdict()}
-                for (dtype, threads), machine in self.machines.items()
+                for (dtype, threads), machine in self.bench.machines.items()
             ],
             "groups": [
                 {"name": group.name, "goals": group.goals, "results": settings(results)}

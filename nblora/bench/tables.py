@@ -67,22 +67,22 @@ def span(values: Sequence[float], show: Callable[[float], str]) -> str:
 
 def machine_text(report: Report) -> str:
     """What was run where, and how."""
-    about, settings = report.machine, report.settings
-    versions = {name: number for found in report.versions.values() for name, number in found.items()}
+    about, bench = report.machine, report.bench
+    versions = {name: number for found in bench.versions.values() for name, number in found.items()}
     limits = "; ".join(
         f"{dtype}, {threads} thread{'s' if threads > 1 else ''}: P = {m.flops / 1e9:.0f} GFLOP/s ({m.flops_by}), "
         f"BW = {m.bandwidth / 1e9:.1f} GB/s"
-        for (dtype, threads), m in report.machines.items()
+        for (dtype, threads), m in bench.machines.items()
     )
     lines = [
         f"{about['processor']}, {about['cores']} cores, {about['vectors'] or 'no'} vectors, {about['memory_gib']} GiB, "
         f"{about['system']}; load before the run {about.get('load_before', NOTHING)}.",
         f"nblora {about['nblora']}; {', '.join(f'{name} {number}' for name, number in sorted(versions.items()))}.",
-        f'Suite "{report.suite}": {settings["rounds"]} rounds, bursts of {settings["burst"]} s, peers in turn.',
-        f"Device: {about['device']}." if about.get("device") else "",
+        f'Suite "{report.suite}": {bench.effort.rounds} rounds, bursts of {bench.effort.burst} s, peers in turn.',
+        f"Device: {bench.device_description}." if bench.device_description else "",
         f"**{report.busy}: these figures do not hold for a quiet one.**" if report.busy else "",
         f"Measured limits: {limits}." if limits else "",
-        *(f"Not compared: {name}, {why}." for name, why in report.skipped.items()),
+        *(f"Not compared: {name}, {why}." for name, why in bench.skipped.items()),
     ]
     return "\n".join(f"- {line}" for line in lines if line)
 

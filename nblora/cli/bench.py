@@ -131,13 +131,7 @@ def command(suite: str | None, **options: Any) -> None:
         found = rehearse(bench, groups)
         click.echo(dry_run_text(bench, groups, sections, problem, found))
         raise SystemExit(any(outcome.failed for outcome in found.values()))
-    report = Report(
-        suite="chosen cases" if options["cases"] else name,
-        machine=describe_machine(),
-        settings={"rounds": effort.rounds, "burst": effort.burst, "warm": effort.warm, "sections": list(sections)},
-        peers={peer: spec.about for peer, spec in bench.peers.items()},
-        groups=groups,
-    )
+    report = Report("chosen cases" if options["cases"] else name, bench, describe_machine(), groups, sections)
     if kept:
         _refuse_busy(report)
     elif report.busy:
@@ -145,8 +139,8 @@ def command(suite: str | None, **options: Any) -> None:
     output: Path = options["output"]
     output.mkdir(parents=True, exist_ok=True)
     watch = Watch()
-    _measure(report, bench, name, sections, options["threads"])
-    report.machine |= watch.shares()
+    _measure(report, name, options["threads"])
+    report.machine |= {**watch.shares(), "device": bench.device_description}
     _write(report, output)
     click.echo(f"{time.monotonic() - begin:.0f} s; written to {output}")
     if kept:
@@ -227,9 +221,9 @@ def _bench(name: str, options: dict[str, Any], effort: Effort, begin: float) -> 
     return bench
 
 
-def _measure(report: Report, bench: Bench, name: str, sections: tuple[str, ...], threads: list[int]) -> None:
-    most = max(threads, default=usable_cores())
-    quick = name == "quick"
+def _measure(report: Report, name: str, threads: list[int]) -> None:
+    bench, sections = report.bench, report.sections
+    most, quick = max(threads, default=usable_cores()), name == "quick"
     if "cases" in sections:
         report.results = run_cases(bench, [case for group in report.groups for case in group.cases])
     if "startup" in sections:
@@ -240,8 +234,6 @@ def _measure(report: Report, bench: Bench, name: str, sections: tuple[str, ...],
         report.growth = growth(bench, most, name == "full")
     if "neighbour" in sections:
         report.neighbour = neighbour(bench, Case("step", 256, 1024, 1024, threads=most))
-    report.machine["device"] = bench.device_description
-    report.versions, report.skipped, report.machines = bench.versions, bench.skipped, bench.machines
 
 
 def _write(report: Report, output: Path) -> None:

@@ -12,7 +12,9 @@ from nblora.bench.cases import Case
 from nblora.bench.chart import draw_cases, draw_growth
 from nblora.bench.limits import Machine
 from nblora.bench.machine import describe_machine, usable_cores
+from nblora.bench.peers import PEERS
 from nblora.bench.report import BEGIN, END, Report, replace_between_markers
+from nblora.bench.runner import Bench, Effort
 from nblora.bench.suites import LIMIT, Group
 from nblora.bench.summary import CaseResult, spread
 from nblora.bench.tables import (
@@ -36,15 +38,19 @@ def report():
     win = CaseResult(WIN, {"nblora": [1e-3] * 5, "numpy": [3e-3] * 5, "jax": [2e-3] * 5})
     loss = CaseResult(LOSS, {"nblora": [1e-3] * 5, "numpy": [5e-4] * 5}, {"jax": "wrong result: y is off"})
     start = {"median": 1.0, "q1": 1.0, "q3": 1.0}
+    bench = Bench(
+        {name: PEERS[name] for name in ("nblora", "numpy", "jax")},
+        Effort(rounds=5),
+        print,
+        skipped={"peft": "peft is not installed"},
+        versions={"numpy": {"numpy": "9.9"}},
+        machines={("float32", 2): Machine(1e10, 1e10, "numpy", "numpy")},
+    )
     return Report(
         suite="quick",
+        bench=bench,
         machine=describe_machine(),
-        settings={"rounds": 5, "burst": 0.1},
-        peers={"nblora": "this", "numpy": "plain", "jax": "jit"},
         groups=[Group("both", (WIN, LOSS), {"numpy": 1.5, LIMIT: 0.1})],
-        versions={"numpy": {"numpy": "9.9"}},
-        skipped={"peft": "peft is not installed"},
-        machines={("float32", 2): Machine(1e10, 1e10, "numpy", "numpy")},
         results=[win, loss],
         startup=[
             {
