@@ -4,7 +4,9 @@ import os
 
 import pytest
 
+from nblora.backends.crew import Crew
 from nblora.kernels.common import jit
+from nblora.kernels.common.threads import SLOT
 from tests.processes import run
 
 pytestmark = pytest.mark.skipif(jit.JIT_DISABLED, reason="there are no threads under NUMBA_DISABLE_JIT=1")
@@ -226,3 +228,11 @@ assert np.array_equal(layer(x), y)
 
 def test_a_thread_that_cannot_start_fails_no_call():
     run(WITHOUT_THREADS, NUMBA_NUM_THREADS="2")
+
+
+def test_the_first_call_gets_the_board_of_its_helpers():
+    """With a smaller one it would post past the end of an array."""
+    boards, crew = [], Crew()
+    for workers in (2, 4, 3):
+        crew.run(lambda task, workers, board, helpers: boards.append((len(board), helpers)), None, workers)
+    assert boards == [(2 * SLOT, 1), (4 * SLOT, 3), (4 * SLOT, 2)]

@@ -43,7 +43,8 @@ class Crew:
             kernel(task, workers, self._board, 0)
             return
         try:
-            kernel(task, workers, self._board, self._muster(workers - 1))
+            helpers = self._muster(workers - 1)  # first, since it may bring a larger board
+            kernel(task, workers, self._board, helpers)
         finally:
             self._lock.release()
 

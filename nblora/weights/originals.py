@@ -128,7 +128,7 @@ def read_record(file: SafetensorsFile) -> dict[str, Any]:
             raise TypeError
         if any(record[name] is not None and not isinstance(record[name], str) for name in ("index", "config_text")):
             raise TypeError
-        if record["version"] > 1 and not isinstance(record["digests"], dict):
+        if not isinstance(record.get("digests"), dict) and (record["version"] > 1 or record.get("digests") is not None):
             raise TypeError
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, FormatError):

@@ -347,3 +347,25 @@ def test_named_parameters_of_a_model(model, rng):
     result = model.validate_weights({"head.weight": value.T})
     assert result.shape_mismatches == ["head.weight"]
     assert "hidden1.weight" in result.missing
+
+
+# --- whole or not at all -----------------------------------------------------------------------------------------
+
+
+def test_a_stray_forward_of_a_layer_spoils_no_update(model, x, rng):
+    grad, twin = rng.normal(size=(5, 4)), model.clone()
+    for each in (model, twin):
+        each.forward(x)
+    model["hidden2"].forward(rng.normal(size=(2, 6)))
+    assert_close(model.backward_update(grad, 0.1), twin.backward_update(grad, 0.1))
+    np.testing.assert_array_equal(model.get_parameters(), twin.get_parameters())
+
+
+@pytest.mark.parametrize("name", ["hidden1", "hidden2", "head"])
+def test_a_layer_that_forgot_its_forward_leaves_the_others_as_they_were(model, x, name):
+    model.forward(x)
+    model[name].eval().train()
+    before = model.get_parameters()
+    with pytest.raises(RuntimeError, match="needs a forward first"):
+        model.backward_update(np.ones((5, 4)), 0.1)
+    np.testing.assert_array_equal(model.get_parameters(), before)

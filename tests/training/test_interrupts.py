@@ -165,22 +165,25 @@ def test_signals_at_random_moments(count):
 
 def run_in_thread(trial, delay):
     """Train in a thread that is sent an asynchronous KeyboardInterrupt after a while; None where that missed."""
-    result = []
+    result, begun, sent = [], [], []  # lists, as an interrupt could leave an Event's own lock held
 
     def work():
-        with contextlib.suppress(KeyboardInterrupt):  # one that came before or after the run
-            result.append(trial.run())
-        with contextlib.suppress(KeyboardInterrupt):  # which must not come while the thread ends
-            sent.wait()
-            for _ in range(1000):
-                pass
+        with contextlib.suppress(KeyboardInterrupt):  # one that comes after the run
+            begun.append(True)
+            try:
+                result.append(trial.run())
+            finally:
+                while not sent:  # or it came while the thread ends
+                    time.sleep(1e-4)
+                time.sleep(0)
 
-    sent = threading.Event()
     thread = threading.Thread(target=work)
     thread.start()
+    while not begun:
+        time.sleep(1e-5)
     time.sleep(delay)
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(KeyboardInterrupt))
-    sent.set()
+    sent.append(True)
     thread.join()
     return result[0] if result else None
 
