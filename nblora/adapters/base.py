@@ -263,8 +263,8 @@ class AroundModel(Adapter, abstract=True):
 
     def merge_to_original_layer(self) -> Layer:
         raise RuntimeError(
-            f"only layers like Dense and FullyConnected, convolutions and embeddings, with one weight of their own, can "
-            f"take a merged one, and the base is a "
+            "only layers like Dense and FullyConnected, convolutions and embeddings, with one weight of their own, "
+            "can take a merged one, and the base is a "
             f"{type(self.base_layer).__name__}: merge that one first and wrap what comes back"
         )
 
