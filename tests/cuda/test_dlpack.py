@@ -62,6 +62,7 @@ def test_types_without_a_numpy_dtype_are_refused():
 
 
 def test_the_interface_is_read():
+    pytest.importorskip("cuda.bindings.driver", reason="needs a CUDA extra: pip install 'nblora[cuda12]'")
     array = np.arange(6, dtype=np.float32).reshape(2, 3)
 
     class Interface:
