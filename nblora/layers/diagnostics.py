@@ -11,19 +11,23 @@ if TYPE_CHECKING:
     from .projection import Projection
 
 
-def describe_projection(layer: "Projection", extra: Mapping[str, Any]) -> dict[str, Any]:
-    """A flat dict of type, sizes, counts, norms and non-finite values of one layer; `extra` follows its sizes."""
-    named = list(layer._parameters())
-    arrays = [layer._backend.to_host(p.array) for p in named]
-    result: dict[str, Any] = {
+def describe_sizes(layer: Any) -> dict[str, Any]:
+    """What every description begins with: the kind of a layer, its sizes, and where it is."""
+    return {
         "type": type(layer).__name__,
         "in_features": layer.in_features,
         "out_features": layer.out_features,
         "dtype": layer.dtype.name,
         "device": layer.device,
         "parameter_count": layer.parameter_count,
-        **extra,
     }
+
+
+def describe_projection(layer: "Projection", extra: Mapping[str, Any]) -> dict[str, Any]:
+    """A flat dict of type, sizes, counts, norms and non-finite values of one layer; `extra` follows its sizes."""
+    named = list(layer._parameters())
+    arrays = [layer._backend.to_host(p.array) for p in named]
+    result = describe_sizes(layer) | dict(extra)
     operands = layer._operands()
     with np.errstate(all="ignore"):
         if operands.base is not None:
@@ -48,15 +52,7 @@ def describe_projection(layer: "Projection", extra: Mapping[str, Any]) -> dict[s
 
 def describe_own(layer: Any, extra: Mapping[str, Any]) -> dict[str, Any]:
     """A flat dict of one layer that is no product: type, sizes, counts, norms of its parameters and gradients."""
-    result: dict[str, Any] = {
-        "type": type(layer).__name__,
-        "in_features": layer.in_features,
-        "out_features": layer.out_features,
-        "dtype": layer.dtype.name,
-        "device": layer.device,
-        "parameter_count": layer.parameter_count,
-        **extra,
-    }
+    result = describe_sizes(layer) | dict(extra)
     arrays = {name: layer._backend.to_host(parameter.array) for name, parameter in layer._own_parameters().items()}
     with np.errstate(all="ignore"):
         for name, parameter in layer._own_parameters().items():

@@ -10,6 +10,7 @@ import numpy as np
 from nblora import checks
 from nblora.adapters import ADAPTERS, DEFAULT_ADAPTER, Adapter
 from nblora.layers import Layer, tree
+from nblora.layers.diagnostics import describe_sizes
 
 from .targets import match_names
 
@@ -108,14 +109,8 @@ class Model(Layer, abstract=True):
     def diagnostics(self) -> dict[str, Any]:
         """Return a flat dict: the model's sizes and counts, then each layer's figures under its name."""
         described = {name: layer.diagnostics() for name, layer in self.children().items()}
-        result: dict[str, Any] = {
-            "type": type(self).__name__,
-            "in_features": self.in_features,
-            "out_features": self.out_features,
-            "dtype": self.dtype.name,
-            "device": self.device,
+        result = describe_sizes(self) | {
             "layer_count": len(described),
-            "parameter_count": self.parameter_count,
             "non_finite_count": sum(figures["non_finite_count"] for figures in described.values()),
         }
         for name, figures in described.items():

@@ -4,7 +4,6 @@ Nothing is mapped into memory and nothing is believed: what the reference implem
 so are duplicate names, fields that the format does not know, symbolic links and special files.
 """
 
-import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -106,12 +105,6 @@ class SafetensorsFile:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
-
-    def same_file(self, path: str | os.PathLike[str]) -> bool:
-        """Whether `path` leads to this very file."""
-        with contextlib.suppress(OSError):
-            return os.path.samestat(os.fstat(self._descriptor), os.stat(path))
-        return False
 
     def pread(self, buffer: memoryview, offset: int) -> None:
         """Fill `buffer` (bytes) from the file's byte `offset` on; safe in several threads at once.

@@ -1,6 +1,6 @@
 """What a merge will do: for every tensor of the checkpoint, the adapters' parts that change it."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from nblora.errors import FormatError
@@ -284,8 +284,3 @@ def _matrix(info: TensorInfo) -> tuple[int, int]:
     if len(info.shape) < 2:
         return 1, info.size
     return info.shape[0], info.size // max(info.shape[0], 1)
-
-
-def changed_names(plan: Plan, model: ModelFiles) -> Mapping[str, tuple[SafetensorsFile, TensorInfo]]:
-    """The stored tensors that a plan changes, in the order of the files."""
-    return {name: entry for name, entry in model.tensors.items() if name in plan.recipes}

@@ -88,31 +88,25 @@ def test_a_flipped_bit_of_an_original_is_not_restored(name, tmp_path, rng):
     assert not (tmp_path / "back").exists()
 
 
-def test_originals_without_digests_restore_as_before(tmp_path):
-    """Files that nblora 0.1.0 wrote."""
-    name = "linear_r4"
-    merge(base_of(name), FIXTURES / name, tmp_path / "merged", keep_original=True)
+def merged_as_by_0_1(tmp_path, **more):
+    """A merge whose originals have no digests, as nblora 0.1.0 wrote them, and `more` tensors."""
+    merge(base_of("linear_r4"), FIXTURES / "linear_r4", tmp_path / "merged", keep_original=True)
     kept = next(tmp_path.rglob("*.nblora-originals"))
     header, _ = read_header(kept)
-    record = json.loads(header["__metadata__"]["nblora-originals"])
-    record["version"] = 1
+    record = json.loads(header["__metadata__"]["nblora-originals"]) | {"version": 1}
     del record["digests"]
-    write_file(kept, read_file(kept), {"nblora-originals": json.dumps(record)})
-    unmerge(tmp_path / "merged", tmp_path / "back")
-    assert (tmp_path / "back").read_bytes() == base_of(name).read_bytes()
+    write_file(kept, read_file(kept) | more, {"nblora-originals": json.dumps(record)})
+    return tmp_path / "merged"
+
+
+def test_originals_without_digests_restore_as_before(tmp_path):
+    unmerge(merged_as_by_0_1(tmp_path), tmp_path / "back")
+    assert (tmp_path / "back").read_bytes() == base_of("linear_r4").read_bytes()
 
 
 def test_an_original_without_a_place_is_refused(tmp_path):
-    name = "linear_r4"
-    merge(base_of(name), FIXTURES / name, tmp_path / "merged", keep_original=True)
-    kept = next(tmp_path.rglob("*.nblora-originals"))
-    header, _ = read_header(kept)
-    record = json.loads(header["__metadata__"]["nblora-originals"])
-    record["version"] = 1
-    tensors = read_file(kept) | {"extra": np.ones(2, np.float32)}
-    write_file(kept, tensors, {"nblora-originals": json.dumps(record | {"digests": None})})
     with pytest.raises(FormatError, match="extra has 0 places"):
-        unmerge(tmp_path / "merged", tmp_path / "back")
+        unmerge(merged_as_by_0_1(tmp_path, extra=np.ones(2, np.float32)), tmp_path / "back")
 
 
 def test_originals_of_another_merge_or_maker_are_refused(tmp_path, rng):
