@@ -65,7 +65,6 @@ class Run:
     """
 
     sequences: Sequences | None = None
-
     sink: Any = None
     shape: tuple[int, ...] = ()
 
@@ -100,7 +99,10 @@ class Run:
     @property
     def is_stale(self) -> bool:
         """Whether a layer was updated, reset or taken out of training since it ran."""
-        return any(layer._state != state for layer, state in self._states.items())
+        for layer, state in self._states.items():  # noqa: SIM110 - `any` makes three calls more, in every tiny step
+            if layer._state != state:
+                return True
+        return False
 
     def end(self) -> None:
         """Say that the layers that ran have been updated."""
