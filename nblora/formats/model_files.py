@@ -50,7 +50,8 @@ class ModelFiles:
     config_bytes, config : bytes, dict
         `config.json` beside the weights, as it is and as it was read; empty without one.
     companions : list of Path
-        The other files of the folder (configuration, tokenizer, `1_Pooling/`), which a merged folder takes along.
+        The other files of the folder (configuration, tokenizer, `1_Pooling/`), and empty folders in it, which a merged
+        folder takes along.
     left_out : list of str
         Subfolders with weights of their own, which it does not.
     overlay : SafetensorsFile or None
@@ -183,12 +184,13 @@ def _parts_of_the_model(folder: Path) -> set[str]:
 
 
 def _files_below(folder: Path) -> list[Path]:
-    """Every file below a folder, but for hidden ones and what lies behind links to folders."""
+    """Every file below a folder, and every folder without any; but for hidden ones and what lies behind links."""
     found = []
     for place, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(place, name) for name in sorted(names) if not name.startswith(".")]
-    return [path for path in found if path.is_file()]
+        files = [path for name in sorted(names) if not name.startswith(".") and (path := Path(place, name)).is_file()]
+        found += files if files or folders else [Path(place)]  # as sentence-transformers' 2_Normalize is
+    return found
 
 
 def _shard_names(index: Path, data: dict[str, Any]) -> list[str]:

@@ -27,7 +27,7 @@ def check_output(
     inputs : collection of Path
         Files and folders that are read.
     known : collection of str, optional
-        Names that the output folder will hold; None for a file.
+        Files that the output folder will hold, by their paths from there; None for a file.
     force : bool
         Replace whatever is there, but never an input.
 
@@ -44,9 +44,12 @@ def check_output(
         raise FileNotFoundError(errno.ENOENT, "the output's folder does not exist", str(output.absolute().parent))
     if not output.exists():
         return
+    place = Path(os.path.realpath(output))
     for path in inputs:
         if path.exists() and os.path.samefile(path, output):
             raise FormatError(f"{output}: is the output and the input {path} at once; choose another output")
+        if place in Path(os.path.realpath(path)).parents:
+            raise FormatError(f"{output}: holds the input {path}, which this would remove; choose another output")
     if known is None:
         if not output.is_file():
             raise FormatError(
@@ -60,17 +63,29 @@ def check_output(
 
 def _check_ours(output: Path, known: Collection[str] | None) -> None:
     """Refuse to replace a file or a folder that nblora did not write, or to which something was added since."""
-    foreign = [] if known is None else sorted(set(os.listdir(output)) - set(known))
+    ours = _is_marked(output)
+    foreign: list[str] = []
+    if known is not None:
+        top = {Path(name).parts[0] for name in known}
+        foreign = sorted(_names_below(output) - set(known) if ours else set(os.listdir(output)) - top)
     if foreign:
         raise FormatError(
             f"{output}: the output folder holds {foreign[0]!r}, which this would remove; choose another, or have it "
             "replaced with --force (force=True)"
         )
-    if not _is_marked(output) and (known is None or os.listdir(output)):
+    if not ours and (known is None or os.listdir(output)):
         raise FormatError(
             f"{output}: is there already, and nblora did not write it; choose another place, or have it replaced with "
             "--force (force=True)"
         )
+
+
+def _names_below(folder: Path) -> set[str]:
+    """Every file below a folder, and every folder without any, by its path from there."""
+    found = set()
+    for place, folders, names in os.walk(folder):
+        found |= {Path(place, name) for name in names} | (set() if names or folders else {Path(place)})
+    return {str(path.relative_to(folder)) for path in found - {folder}}
 
 
 def _mark(place: int | Path) -> None:
@@ -99,7 +114,7 @@ def named_output(output: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        hidden = str(output.absolute().parent / f".{output.name}.")
+        hidden = str(Path(os.path.realpath(output)).parent / f".{output.name}.")
         if error.filename is None or str(Path(error.filename).absolute()).startswith(hidden):
             raise OSError(error.errno, error.strerror or str(error), str(output)) from error
         raise
@@ -120,7 +135,7 @@ def replace_folder(output: Path) -> Iterator[Path]:
     Files must be flushed to the disk by who writes them. An existing folder is exchanged in one step where the system
     can (Linux), else in two between which there is none.
     """
-    place = output.absolute()
+    place = Path(os.path.realpath(output))
     with named_output(output), temporary_folder(place) as hidden:
         _mark(hidden)
         yield hidden
@@ -133,8 +148,14 @@ def _put(hidden: Path, output: Path) -> None:
     if not output.exists():
         os.rename(hidden, output)
     elif not _exchange(hidden, output):
-        shutil.rmtree(output)
-        os.rename(hidden, output)
+        aside = hidden.with_suffix(".old")
+        os.rename(output, aside)
+        try:
+            os.rename(hidden, output)
+        except BaseException:
+            os.rename(aside, output)
+            raise
+        shutil.rmtree(aside)
 
 
 def _exchange(first: Path, second: Path) -> bool:

@@ -81,11 +81,11 @@ class CheckpointWriter:
 
     def check(self, inputs: Sequence[Path], force: bool = False) -> None:
         """Refuse an output that cannot or must not be written; see `check_output` and `check_space`."""
-        known = {shard.name for shard in self._shards} | {Path(name).parts[0] for name in self._companions}
+        known = {shard.name for shard in self._shards} | {*self._companions}
         kept = originals_path(self.place, self.is_folder)
         known |= {kept.name, *self._texts}
         check_output(self.place, inputs, known if self.is_folder else None, force)
-        needed = self.nbytes + sum(path.stat().st_size for path in self._companions.values())
+        needed = self.nbytes + sum(path.stat().st_size for path in self._companions.values() if path.is_file())
         if self._originals:
             needed += sum(placed.info.nbytes for _, placed in self._kept())
             if not self.is_folder:
@@ -205,7 +205,9 @@ class CheckpointWriter:
 
     def _write_companions(self, folder: Path) -> None:
         for name, path in self._companions.items():
-            if name not in self._texts:
+            if path.is_dir():
+                (folder / name).mkdir(parents=True)
+            elif name not in self._texts:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 with os.fdopen(open_regular(path), "rb") as source, _new_file(folder / name) as file:
                     shutil.copyfileobj(source, file)

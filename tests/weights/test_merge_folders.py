@@ -1,6 +1,7 @@
 """A merged folder is complete, and no output replaces what nblora did not write."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -19,6 +20,7 @@ MODULES = [
     {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
     {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
     {"idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformers.models.Dense"},
+    {"idx": 3, "name": "3", "path": "3_Normalize", "type": "sentence_transformers.models.Normalize"},
 ]
 
 
@@ -42,6 +44,7 @@ def folder(tmp_path, rng):
     }.items():
         (base / name).parent.mkdir(parents=True, exist_ok=True)
         (base / name).write_text(text)
+    (base / "3_Normalize").mkdir()  # a layer without settings
     return base
 
 
@@ -60,6 +63,7 @@ def test_subfolders_come_along_and_other_forms_of_the_model_stay_behind(folder, 
     assert kept < files_of(tmp_path / "out")  # and the originals
     for name in kept - {"model.safetensors"}:
         assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
+    assert (tmp_path / "out" / "3_Normalize").is_dir()
     assert any("onnx/ stays behind" in warning for warning in report.warnings)
     unmerge(tmp_path / "out", tmp_path / "back")
     assert files_of(tmp_path / "back") == kept
@@ -100,6 +104,10 @@ def test_what_nblora_did_not_write_is_not_replaced_without_force(folder, adapter
     (tmp_path / "theirs" / "thesis.tex").write_text("mine")
     with pytest.raises(FormatError, match=r"holds 'thesis\.tex'"):
         merge(folder, adapter, tmp_path / "theirs")
+    (tmp_path / "theirs" / "thesis.tex").rename(tmp_path / "theirs" / "1_Pooling" / "thesis.tex")
+    with pytest.raises(FormatError, match=r"holds '1_Pooling.thesis\.tex'"):
+        merge(folder, adapter, tmp_path / "theirs")
+    assert (tmp_path / "theirs" / "1_Pooling" / "thesis.tex").read_text() == "mine"
 
 
 def test_force_never_replaces_an_input(folder, adapter):
@@ -107,6 +115,39 @@ def test_force_never_replaces_an_input(folder, adapter):
     with pytest.raises(FormatError, match="is the output and the input"):
         merge(folder, adapter, folder, force=True)
     assert snapshot(folder) == before
+
+
+def test_force_never_removes_an_input(folder, adapter, tmp_path, monkeypatch):
+    """An output that holds the base or the adapter somewhere below would take them away with what else is there."""
+    before = snapshot(tmp_path)
+    monkeypatch.chdir(folder)
+    for place in (tmp_path, "..", folder / "..", folder / "1_Pooling" / ".." / ".."):
+        with pytest.raises(FormatError, match="holds the input"):
+            merge(folder, adapter, place, force=True)
+        with pytest.raises(FormatError, match="holds the input"):
+            unmerge(folder, place, adapter, force=True)
+        with pytest.raises(FormatError, match="holds the input"):
+            combine(adapter, place, force=True)
+    assert snapshot(tmp_path) == before
+
+
+def test_where_folders_cannot_be_exchanged_none_is_lost(folder, adapter, tmp_path, monkeypatch):
+    merge(folder, adapter, tmp_path / "out")
+    before = snapshot(tmp_path)
+    monkeypatch.setattr("nblora.formats.replace._exchange", lambda first, second: False)
+    merge(folder, adapter, tmp_path / "out")
+    assert snapshot(tmp_path) == before
+    rename = os.rename
+
+    def fail(source, target):
+        if str(source).endswith(".tmp"):
+            raise OSError("no")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fail)
+    with pytest.raises(OSError, match="no"):
+        merge(folder, adapter, tmp_path / "out")
+    assert snapshot(tmp_path) == before
 
 
 def test_unmerge_combine_and_exports_ask_for_force_too(folder, adapter, tmp_path, rng):
