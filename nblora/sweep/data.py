@@ -2,8 +2,9 @@
 
 import csv
 import importlib
+import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,14 @@ FORMS = (
 )
 SPLIT = {"validation": 0.2, "test": 0.2, "split_seed": 0}
 """Shares of the samples, and the seed by which they are drawn."""
+SMALL = 64 << 20
+EXPANSION = 200
+"""Arrays of more than SMALL bytes may be this many times as large as the .npz file that they are packed into."""
+BLOCK = 4096
+"""Rows of a table that are read at a time."""
+NO_ROWS = "must have a line of column names and at least one line of values"
+MOST_NAMES = 1 << 24
+"""Characters of a table's first line."""
 
 Column = Sequence[Any] | np.ndarray
 
@@ -66,13 +75,15 @@ def read_data(
     name = Path(path)
     suffix = name.suffix.lower()
     if suffix == ".npz":
-        return _read_arrays(name, {"label": label, "features": features} | split, standardise)
+        return _read_arrays(name, {"label": label, "features": features} | split, standardise, loss)
     if suffix not in TABLES:
         raise FormatError(f"{name}: must be {FORMS}")
     try:
         columns = _read_parquet(name) if suffix == ".parquet" else _read_csv(name)
         target = _label_column(columns, label)
         chosen = [key for key in columns if key != target] if features is None else list(features)
+        if not chosen:
+            raise ValueError(f"has no column to predict {target!r} from")
         x = np.stack([_numbers(key, _column(columns, key)) for key in chosen], axis=1).astype(np.float32)
         y = _classes(target, columns[target]) if loss == "cross_entropy" else _numbers(target, columns[target])
         return split_data(x, y, standardise=standardise is not False, **split)
@@ -138,7 +149,7 @@ def load_scikit_learn(name: Any, **split: Any) -> Data:
 # --- arrays ----------------------------------------------------------------------------------------------------------
 
 
-def _read_arrays(path: Path, options: Mapping[str, Any], standardise: bool | None) -> Data:
+def _read_arrays(path: Path, options: Mapping[str, Any], standardise: bool | None, loss: str) -> Data:
     """An .npz file: of x and y alone, or with arrays named like the fields of `Data`."""
     given = {name: value for name, value in options.items() if value is not None}
     try:
@@ -146,8 +157,14 @@ def _read_arrays(path: Path, options: Mapping[str, Any], standardise: bool | Non
         if of_tables:
             raise ValueError(f"{' and '.join(of_tables)} name columns of a table, and an .npz has arrays")
         arrays = _arrays(path)
+        for name, array in arrays.items():
+            if name.startswith("x") or loss != "cross_entropy":
+                _check_numbers(name, array)
         if set(arrays) == {"x", "y"}:
-            return split_data(arrays["x"], arrays["y"], standardise=bool(standardise), **given)
+            y = arrays["y"]
+            if loss == "cross_entropy" and y.ndim == 1:
+                y = _classes("y", y)
+            return split_data(arrays["x"], y, standardise=bool(standardise), **given)
         if given or standardise:
             raise ValueError("an .npz with parts of its own is taken as it is, neither split nor standardised")
         return Data(**arrays)
@@ -157,11 +174,21 @@ def _read_arrays(path: Path, options: Mapping[str, Any], standardise: bool | Non
         raise FormatError(f"{path}: must be {FORMS}; this one is not: {error}") from error
 
 
+def _check_numbers(name: str, array: np.ndarray) -> None:
+    if array.dtype.kind not in "biuf" or not array.size:
+        raise ValueError(f"{name} must hold real numbers, got shape {array.shape} of {array.dtype}")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} must hold finite numbers, got NaN or infinity")
+
+
 def _arrays(path: Path) -> dict[str, np.ndarray]:
-    """Every array of an .npz file; ValueError for what is none, and for one that is damaged."""
+    """Every array of an .npz file; ValueError for what is none, for one that is damaged, and for a bomb."""
     with os.fdopen(open_named(path), "rb") as opened:
         try:
             with np.load(opened, allow_pickle=False) as file:
+                unpacked = sum(entry.file_size for entry in file.zip.infolist())
+                if unpacked > max(SMALL, EXPANSION * os.fstat(opened.fileno()).st_size):
+                    raise ValueError(f"its arrays are more than {EXPANSION} times as large as the file")
                 return {name: file[name] for name in file.files}
         except MemoryError:
             raise ValueError("its arrays are larger than the memory") from None
@@ -172,26 +199,57 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
+class _Text(Sequence[str]):
+    """A column of text, kept in as little memory as the file: the cells of a block of rows are one string."""
+
+    def __init__(self) -> None:
+        self._blocks: list[str] = []
+        self._length = 0
+
+    def extend(self, cells: Sequence[str]) -> None:
+        """Add the cells of at most BLOCK rows, of fewer in the last block only."""
+        block = "\0".join(cells)
+        if block.count("\0") >= len(cells):
+            raise ValueError("not a table of UTF-8 text: holds the character NUL")
+        self._blocks.append(block)
+        self._length += len(cells)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, place: Any) -> Any:
+        return self._blocks[place // BLOCK].split("\0")[place % BLOCK]
+
+    def __iter__(self) -> Iterator[str]:
+        return itertools.chain.from_iterable(block.split("\0") for block in self._blocks)
+
+
 def _read_csv(path: Path) -> dict[str, Column]:
     """Columns of text by name. Commas, semicolons and tabs separate, whichever the first line has most of."""
     with open(open_named(path), newline="", encoding="utf-8-sig") as file:
         try:
-            first = file.readline()
+            first = file.readline(MOST_NAMES)
             file.seek(0)
-            rows = list(csv.reader(file, delimiter=max(",;\t", key=first.count)))
+            rows = filter(None, csv.reader(file, delimiter=max(",;\t", key=first.count)))
+            names = [name.strip() for name in next(rows, [])]
+            if not names:
+                raise ValueError(NO_ROWS)
+            if len(set(names)) < len(names) or all(_is_number(name) for name in names):
+                raise ValueError(f"its first line must name the columns, each once, got {', '.join(names)}")
+            columns = [_Text() for _ in names]
+            count = 0
+            while block := list(itertools.islice(rows, BLOCK)):
+                for number, row in enumerate(block, count + 1):
+                    if len(row) != len(names):
+                        raise ValueError(f"row {number} has {len(row)} values for {len(names)} columns")
+                count += len(block)
+                for column, cells in zip(columns, zip(*block, strict=True), strict=True):
+                    column.extend(cells)
         except (UnicodeDecodeError, csv.Error) as error:
             raise ValueError(f"not a table of UTF-8 text: {error}") from error
-    rows = [row for row in rows if row]
-    if len(rows) < 2:
-        raise ValueError("must have a line of column names and at least one line of values")
-    names, *body = rows
-    names = [name.strip() for name in names]
-    if len(set(names)) < len(names) or all(_is_number(name) for name in names):
-        raise ValueError(f"its first line must name the columns, each once, got {', '.join(names)}")
-    for number, row in enumerate(body, 1):
-        if len(row) != len(names):
-            raise ValueError(f"row {number} has {len(row)} values for {len(names)} columns")
-    return dict(zip(names, zip(*body, strict=True), strict=True))
+    if not count:
+        raise ValueError(NO_ROWS)
+    return dict(zip(names, columns, strict=True))
 
 
 def _read_parquet(path: Path) -> dict[str, Column]:
@@ -227,7 +285,8 @@ def _column(columns: Mapping[str, Column], name: str) -> Column:
 def _numbers(name: str, column: Column) -> np.ndarray:
     """A column as float64; ValueError that names the first value that is no finite number."""
     try:
-        values = np.asarray(column).astype(np.float64)
+        is_text = isinstance(column, _Text)
+        values = np.fromiter(map(float, column), np.float64) if is_text else np.asarray(column).astype(np.float64)
     except (TypeError, ValueError):
         place = next(place for place, value in enumerate(column) if not _is_number(value))
         raise ValueError(
@@ -245,7 +304,8 @@ def _classes(name: str, column: Column) -> np.ndarray:
     if not all(map(_is_number, column)):
         if any(value is None or not str(value).strip() for value in column):
             raise ValueError(f"column {name!r} must hold a label in every row, got an empty one")
-        return np.unique([str(value).strip() for value in column], return_inverse=True)[1].astype(np.int64)
+        numbers = {text: number for number, text in enumerate(sorted({str(value).strip() for value in column}))}
+        return np.fromiter((numbers[str(value).strip()] for value in column), np.int64)
     values = _numbers(name, column)
     if np.any(values != np.round(values)):
         place = int(np.argmax(values != np.round(values)))

@@ -21,6 +21,8 @@ from nblora.training import SGD, AdamW, evaluate, fit
 from nblora.training.losses import CrossEntropy, as_loss
 
 DEFAULT_LOSS = "cross_entropy"
+MOST_CLASSES = 1_000_000
+"""Of a network that is drawn: its last layer has an output for each number up to the largest label."""
 HISTORY = ("loss", "accuracy", "val_loss", "val_accuracy")
 OF_CONSTRUCTORS = ("rank", "alpha", "use_rslora", "init", "lora_dropout", "delta_scaling", "momentum_factor")
 
@@ -167,6 +169,8 @@ def _new_network(task: Task, seed: int) -> Sequential:
     if isinstance(as_loss(task.loss), CrossEntropy):
         parts = [part for part in (data.y, data.y_validation, data.y_test) if part is not None]
         outputs = int(max(np.max(part) for part in parts)) + 1
+        if outputs > MOST_CLASSES:
+            raise ValueError(f"the largest label is {outputs - 1}; labels number the classes from 0: number them anew")
     else:
         outputs = data.y.shape[-1] if data.y.ndim > 1 else 1
     widths = [data.x.shape[-1], *task.hidden, outputs]

@@ -119,6 +119,10 @@ def test_a_class_that_only_the_test_split_has(rng):
         ("a,a,y\n1,2,3\n", {}, "first line must name the columns, each once"),
         ("a,b,y\n", {}, "a line of column names and at least one line of values"),
         ("", {}, "a line of column names and at least one line of values"),
+        ("y\n1\n2\n", {}, "has no column to predict 'y' from"),
+        ("a,y\n1,2\n\0,2\n", {}, "holds the character NUL"),
+        ("a,y\n" + "1,2\n" * 9000 + "x,2\n", {}, "column 'a' must hold numbers, got 'x' in row 9001"),
+        ("a,y\n" + "1,2\n" * 9000 + "1\n", {}, "row 9001 has 1 values for 2 columns"),
         ("a,y\n1,2\n3,4\n", {}, "2 samples are too few to hold out 0.2 of them"),
         ("a,y\n1,2\n", {"validation": 0.6, "test": 0.5}, "leave samples for training"),
     ],
@@ -129,6 +133,65 @@ def test_what_is_no_table(text, options, message, tmp_path):
     with pytest.raises(FormatError, match=message) as caught:
         read_data(path, **options)
     assert str(path) in str(caught.value)
+
+
+def test_a_table_of_many_rows_takes_no_more_memory_than_it_must(tmp_path):
+    tracemalloc = pytest.importorskip("tracemalloc")
+    count = 100_000
+    path = tmp_path / "a.csv"
+    path.write_text(
+        "a,b,y\n" + "".join(f"{place},{place}.5,{'ox' if place % 3 else 'cow'}\n" for place in range(count))
+    )
+    tracemalloc.start()
+    data = read_data(path, standardise=False, test=0)
+    assert tracemalloc.get_traced_memory()[1] < 5 * path.stat().st_size  # lists of cells took 15 times its size
+    tracemalloc.stop()
+    x = np.concatenate([data.x, data.x_validation])
+    np.testing.assert_array_equal(np.sort(x, axis=0), np.arange(count, dtype="float32")[:, None] + np.float32([0, 0.5]))
+    np.testing.assert_array_equal(data.y, data.x[:, 0] % 3 != 0)
+
+
+def test_a_long_label_costs_no_more_than_itself(tmp_path):
+    tracemalloc = pytest.importorskip("tracemalloc")
+    path = tmp_path / "a.csv"
+    path.write_text("a,y\n" + "1,x\n" * 20_000 + f"1,{'y' * 100_000}\n")
+    tracemalloc.start()
+    read_data(path)
+    assert tracemalloc.get_traced_memory()[1] < 20 << 20
+    tracemalloc.stop()
+
+
+def test_arrays_are_checked_like_tables(tmp_path, rng):
+    x, y = rng.normal(size=(50, 3)), np.array(["ox", "cow"] * 25)
+
+    def read(**arrays):
+        np.savez(tmp_path / "a.npz", **({"x": x, "y": y} | arrays))
+        return read_data(tmp_path / "a.npz")
+
+    assert set(read().y) == set(read(y=np.arange(50) % 2.0).y) == {0, 1}
+    for name, wrong in (
+        ("x", x + 0j), ("x", np.full((50, 3), "2020-01-01", "M8[D]")), ("x", x[:, :0]), ("x", x * np.nan),
+        ("x", x - np.inf), ("y", rng.normal(size=50)), ("y", np.full(50, np.nan)),
+    ):  # fmt: skip
+        with pytest.raises(FormatError, match=rf"a.npz: must be .*{name}.*(real|finite|classes)"):
+            read(**{name: wrong})
+    np.savez(tmp_path / "b.npz", x=x, y=x[:, 0] * np.nan)
+    with pytest.raises(FormatError, match="y must hold finite numbers"):
+        read_data(tmp_path / "b.npz", loss="mse")
+
+
+def test_an_archive_that_unpacks_to_far_more_than_itself(tmp_path):
+    np.savez_compressed(tmp_path / "a.npz", x=np.zeros((1 << 21, 4)), y=np.zeros(1 << 21, "i1"))
+    with pytest.raises(FormatError, match="more than 200 times as large as the file"):
+        read_data(tmp_path / "a.npz")
+    np.savez_compressed(tmp_path / "b.npz", x=np.zeros((1 << 16, 4)), y=np.zeros(1 << 16, "i1"))
+    assert len(read_data(tmp_path / "b.npz").x)
+
+
+def test_labels_that_number_no_classes(tmp_path):
+    (tmp_path / "a.csv").write_text("a,y\n" + "".join(f"{place},{2**40 * (place % 2)}\n" for place in range(40)))
+    (record,) = Sweep.grid(read_data(tmp_path / "a.csv"), {"method": ["full"]}).run(tmp_path / "r.jsonl", workers=1)
+    assert record["error"] == "the largest label is 1099511627776; labels number the classes from 0: number them anew"
 
 
 def test_other_files(tmp_path, rng):
