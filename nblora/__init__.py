@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     )
     from nblora.layers import read_layer as load
     from nblora.models import Sequential
+    from nblora.pretrained import load_pretrained
     from nblora.training import fit  # type: ignore[no-redef]  # a module of that name lies there too
     from nblora.weights import combine, inspect, merge, unmerge, verify
 
@@ -45,6 +46,7 @@ __all__ = [
     "inspect",
     "load",
     "load_peft",
+    "load_pretrained",
     "merge",
     "save_peft",
     "set_device",
@@ -71,6 +73,7 @@ _PLACES = {
     "inspect": "weights",
     "load": "layers.read_layer",
     "load_peft": "formats",
+    "load_pretrained": "pretrained",
     "merge": "weights",
     "save_peft": "formats",
     "set_device": "backends",
@@ -87,6 +90,7 @@ _ROOMS = (
     "kernels",
     "layers",
     "models",
+    "pretrained",
     "storage",
     "training",
     "weights",

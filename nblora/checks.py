@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+_TOGETHER = 1 << 20  # elements looked at together, 8 MB at most
 FLOAT_DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
 
 
@@ -195,6 +196,24 @@ def _as_ready(name: str, value: Any, dtype: np.dtype) -> Any:
 def is_device_array(value: Any) -> bool:
     """Whether a value is in a GPU's memory: CuPy's, PyTorch's, Numba's arrays and nblora's own."""
     return hasattr(value, "__cuda_array_interface__")
+
+
+def check_finite(name: str, array: np.ndarray, dtype: np.dtype) -> None:
+    """ValueError that names the first sample in which a value is not finite once cast to `dtype`."""
+    if array.dtype.kind in "biu":
+        return
+    step = max(1, _TOGETHER * len(array) // max(1, array.size))
+    for start in range(0, len(array), step):
+        with np.errstate(over="ignore"):
+            finite = np.isfinite(array[start : start + step].astype(dtype, copy=False))
+        if not finite.all():
+            place = np.argwhere(~finite)[0]
+            place[0] += start
+            value = array[tuple(place)]
+            raise ValueError(
+                f"{name} must be finite in {dtype}, got {value} at sample {place[0]}: "
+                "replace or drop such samples, for example with numpy.isfinite"
+            )
 
 
 def as_rows(array: np.ndarray) -> np.ndarray:

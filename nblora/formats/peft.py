@@ -1,6 +1,8 @@
 """PEFT LoRA adapters: a folder with `adapter_config.json` and `adapter_model.safetensors`, read and written."""
 
 import os
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -72,6 +74,11 @@ class PeftAdapter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Call modules, and the parameters that are replaced, as a model does that spells them in another way."""
+        self.modules = {names[name]: replace(module, name=names[name]) for name, module in self.modules.items()}
+        self.replaced = {names[name]: info for name, info in self.replaced.items()}
 
     def close(self) -> None:
         """Close the file of tensors."""

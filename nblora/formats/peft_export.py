@@ -123,7 +123,8 @@ def save_peft(
     raw = _config(config, {each.name: each.rank for each in exported}, alphas)
     for module, layer in whole.items():
         # PyTorch's Linear is (out, in); not so its Embedding, and GPT-2's Conv1D.
-        as_it_is = isinstance(layer, Embedding) or (raw.get("fan_in_fan_out") and type(layer) is Dense)
+        as_it_is = not isinstance(layer, Weighted) or isinstance(layer, Embedding)
+        as_it_is = as_it_is or (raw.get("fan_in_fan_out") and type(layer) is Dense)
         for part in layer.parameter_names():
             array = layer.get_parameter(part)
             oriented = array if as_it_is else array.T
@@ -131,8 +132,8 @@ def save_peft(
                 oriented = oriented.reshape(layer.weight.shape)
             kept = stored or BY_NAME[layer.dtype.name]
             tensors[f"{PREFIX}{module}.{part}"] = narrow(oriented.astype(np.float64), kept)
-    said, saved = ({_leaf(name) for name in names} for names in (raw.get("modules_to_save") or [], whole))
-    if not saved <= said or bool(saved) != bool(said):  # PEFT's own lists name heads that a model need not have
+    said = raw.get("modules_to_save") or []  # PEFT's own lists name heads that a model need not have
+    if not all(_is_part(name, said) for name in whole) or bool(whole) != bool(said):
         raw["modules_to_save"] = list(whole) or None
     raw["use_rslora"] = next(iter(named.values())).lora_layer.use_rslora
     if config is None and len(dropouts := {adapter.lora_dropout for adapter in named.values()}) == 1:
@@ -150,15 +151,21 @@ def _modules(given: Any, name: str) -> dict[str, Any]:
     if not isinstance(given, Model):
         return {name: given}
     layers = {slot: owner.children()[key] for slot, owner, key in tree.slots(given, AnyAdapter)}
-    return {slot: layer for slot, layer in layers.items() if isinstance(layer, AnyAdapter) or layer.trainable}
+    chosen = {slot: layer for slot, layer in layers.items() if isinstance(layer, AnyAdapter) or _is_trained(layer)}
+    names = given._peft_names(list(chosen))
+    return {names[slot]: layer for slot, layer in chosen.items()}
 
 
-def _sorted(given: Mapping[str, Any]) -> tuple[dict[str, Adapter], dict[str, Weighted]]:
+def _is_trained(layer: Layer) -> bool:
+    return layer.trainable and any(layer._own_parameters())
+
+
+def _sorted(given: Mapping[str, Any]) -> tuple[dict[str, Adapter], dict[str, Layer]]:
     """The adapters, and the layers to write whole."""
     named: dict[str, Adapter] = {}
-    whole: dict[str, Weighted] = {}
+    whole: dict[str, Layer] = {}
     for module, layer in given.items():
-        if isinstance(layer, Weighted):
+        if isinstance(layer, Layer) and not isinstance(layer, AnyAdapter) and any(layer._own_parameters()):
             whole[module] = layer
         elif not isinstance(layer, LoRAAdapter | DeltaLoRAAdapter):
             raise TypeError(f"adapters[{module!r}] must be a LoRAAdapter or a DeltaLoRAAdapter, got {layer!r}")
@@ -215,8 +222,11 @@ def _as_peft_has_them(base: Layer, A: np.ndarray, B: np.ndarray) -> dict[str, np
     return {"lora_A.weight": down, "lora_B.weight": B.T.reshape(*B.T.shape, *(1 for _ in base.kernel_size))}
 
 
-def _leaf(name: str) -> str:
-    return name.rpartition(".")[2]
+def _is_part(name: str, blocks: list[str]) -> bool:
+    """Whether a layer, or a block that holds it, ends with one of these names."""
+    parts = name.split(".")
+    holders = [".".join(parts[: count + 1]) for count in range(len(parts))]
+    return any(holder == block or holder.endswith(f".{block}") for holder in holders for block in blocks)
 
 
 def _factors(name: str, adapter: Adapter, fold: int | None) -> tuple[np.ndarray, np.ndarray, ExportedModule]:

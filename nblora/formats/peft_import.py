@@ -102,10 +102,11 @@ def _load_into(path: PathLike, model: Network, modules: Iterable[str] | None) ->
     """Put an adapter's modules into the places of a model's layers."""
     slots = {name: (owner, key, owner.children()[key]) for name, owner, key in tree.slots(model, Adapter)}
     with PeftAdapter(path) as opened:
+        opened.rename(model._own_names([*opened.modules, *opened.replaced]))
         source = _Layers(opened, {name: layer for name, (_, _, layer) in slots.items()})
-        found: dict[str, Weighted | LoRAAdapter] = {**_read_modules(opened, source, modules)}
+        found: dict[str, Layer] = {**_read_modules(opened, source, modules)}
         if modules is None:
-            found |= _with_their_biases(opened, source, found)
+            found |= _brought_in_part(opened, source, found)
     for name, (owner, key, layer) in slots.items():
         if name in found:
             found[name]._move(layer._backend)
@@ -116,19 +117,26 @@ def _load_into(path: PathLike, model: Network, modules: Iterable[str] | None) ->
     return model
 
 
-def _with_their_biases(adapter: PeftAdapter, source: "_Layers", found: Mapping[str, Any]) -> dict[str, Weighted]:
-    """Layers of which the adapter brings the bias alone (`bias="all"`), frozen; FormatError for what else is left."""
-    layers = {}
-    for parameter in adapter.replaced:
+def _brought_in_part(adapter: PeftAdapter, source: "_Layers", found: Mapping[str, Any]) -> dict[str, Layer]:
+    """Layers of which the adapter brings the bias alone (`bias="all"`), frozen, and norms that it brings, trained;
+    FormatError for what else is left."""
+    layers: dict[str, Layer] = {}
+    for parameter, info in adapter.replaced.items():
         name, _, part = parameter.rpartition(".")
         if name in found:
             continue
-        if part != "bias":
+        plain = source.small(name)
+        if part == "bias" and plain is None:
+            layers[name] = source.with_bias(name)
+            layers[name].trainable = False
+        elif plain is not None and part in plain._own_parameters():
+            layer = layers.setdefault(name, plain.clone())
+            layer.set_parameter(part, adapter.file.read_wide(info.name))
+            layer.trainable = True
+        else:
             raise FormatError(
                 f"{adapter.path}: brings {parameter}, which is no layer's that nblora has: choose with modules=[...]"
             )
-        layers[name] = source.with_bias(name)
-        layers[name].trainable = False
     return layers
 
 
@@ -241,6 +249,11 @@ class _Layers:
         if not isinstance(layer, Weighted):
             raise FormatError(f"{self._adapter.path}: adapts {name!r}, which is a {type(layer).__name__} in the model")
         return layer
+
+    def small(self, name: str) -> Layer | None:
+        """The layer of this name where it is one without a weight matrix, a norm for example."""
+        layer = self._layers.get(name)
+        return layer if layer is not None and not isinstance(layer, Weighted | Adapter) else None
 
     def weight(self, name: str, module: LoraModule) -> tuple[np.ndarray, bool]:
         layer = self._layer(name)

@@ -20,7 +20,7 @@ from .saving import FROZEN, complete
 from .sinks import Held, Sweep, descend
 
 PRECISIONS = ("float32", "tf32", "bf16-base")
-ROOMS_OF_KINDS = ("nblora.adapters", "nblora.models")
+ROOMS_OF_KINDS = ("nblora.adapters", "nblora.models", "nblora.pretrained")
 """Where layers come from that files name, beside this room: only named, since it must not depend on them."""
 
 
@@ -232,6 +232,34 @@ class Layer(NamedParameters):
         if grad.shape != run.shape:
             raise ValueError(f"grad_output must have the output's shape {run.shape}, got {grad.shape}")
         return run, grad, on_device
+
+    # --- learning ----------------------------------------------------------------------------------------------
+
+    def _loss_name(self) -> str:
+        """The loss that it learns by where none is named."""
+        raise TypeError("loss is missing: name one, such as 'mse' or 'cross_entropy', or give a Loss")
+
+    def _samples(self, name: str, x: Any) -> Any:
+        """A data set checked: what has a length, and is cut by slices and by arrays of places."""
+        inputs, axes = checks.as_real(name, x), self._axes()
+        if inputs.ndim < len(axes):
+            wanted = ", ".join(map(str, ("samples", *axes[1:])))
+            raise ValueError(f"{name} must have shape ({wanted}), got {inputs.shape}")
+        self._output_shape(name, inputs.shape)
+        if inputs.size == 0:
+            raise ValueError(f"{name} must hold at least one sample, got shape {inputs.shape}")
+        checks.check_finite(name, inputs, self.dtype)
+        return inputs
+
+    def _targets(self, name: str, y: Any, x: Any, loss: Any) -> Any:
+        """The targets of a data set that `_samples` checked, as `loss` wants them."""
+        return loss.check_target(name, y, self._output_shape(name, x.shape))
+
+    def _learn(self, x: Any, target: Any, loss: Any, run: Run) -> tuple[Any, Array, Callable[[], dict[str, float]]]:
+        """The loss of a batch, what `_backward` takes, and what tells the loss's other figures."""
+        output = self._forward(self._enter("x", x, self._as_input)[0], run)
+        value, grad = loss.value_and_gradient(output, target, run.backend)
+        return value, grad, lambda: loss.measure(run.backend.to_host(output), target) if loss.metrics else {}
 
     # --- modes and life ----------------------------------------------------------------------------------------
 

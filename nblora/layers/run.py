@@ -62,10 +62,16 @@ class Run:
         Of the output.
     sequences : Sequences or None
         Where sequences begin, for attention, which alone knows of them.
+    recompute : bool
+        Whether blocks keep their input alone and compute themselves again on the way back.
+    in_pieces : bool
+        Whether the run is one of several over pieces of one batch, so that gradients are known at the end of the last.
     """
 
     sequences: Sequences | None = None
+    recompute = in_pieces = False
     sink: Any = None
+    tokens: Any = None  # of a model of text, what the forward was called with
     shape: tuple[int, ...] = ()
 
     def __init__(self, backend: Backend, training: bool = False, live: bool = True) -> None:
@@ -94,7 +100,13 @@ class Run:
 
     def repeats(self, layer: Any) -> bool:
         """Whether `layer` ran more than once, so that its gradient is known only at the end of the backward."""
-        return len(self._kept[layer]) > 1
+        return self.in_pieces or len(self._kept[layer]) > 1
+
+    def inner(self) -> "Run":
+        """A run of a part of the model, with its own memory."""
+        run = Run(self.backend, self.training, self.live)
+        run.frozen, run.sequences, run.in_pieces = self.frozen, self.sequences, self.in_pieces
+        return run
 
     @property
     def is_stale(self) -> bool:

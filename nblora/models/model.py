@@ -2,7 +2,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self, cast
 
 import numpy as np
@@ -85,6 +85,14 @@ class Model(Layer, abstract=True):
         merged = tree.rebuilt(self, Adapter, lambda adapter: adapter.merge_to_original_layer())
         tree.tie_again(merged, tree.ties(self))
         return cast(Self, merged)
+
+    def _own_names(self, names: Sequence[str]) -> dict[str, str]:
+        """What this model calls the layers and parameters that an adapter's file names so."""
+        return {name: name for name in names}
+
+    def _peft_names(self, names: Sequence[str]) -> dict[str, str]:
+        """What PEFT calls the layers of these names."""
+        return {name: name for name in names}
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[Self]:

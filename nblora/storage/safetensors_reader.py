@@ -153,6 +153,31 @@ class SafetensorsFile:
         info = self.tensors[name]
         return widen(self.read(name).reshape(-1).view(np.uint8), info.dtype).reshape(info.shape)
 
+    def read_as(self, name: str, dtype: np.dtype) -> np.ndarray:
+        """Return one floating-point tensor in this dtype, float32 or float64: as it is where it has it, else cast."""
+        info = self.tensors[name]
+        if STORED[info.dtype].array == dtype.type:
+            return self.read(name)
+        raw = self.read(name).reshape(-1).view(np.uint8)
+        if info.dtype == "BF16":
+            return _widen_bfloat16(raw).astype(dtype, copy=False).reshape(info.shape)
+        return raw.view(STORED[info.dtype].array).astype(dtype).reshape(info.shape)
+
+    def mapped(self, name: str) -> np.ndarray:
+        """Return one tensor of a type that NumPy has, mapped: read when it is looked at, and copied where it is written.
+
+        A file that shrinks while it is mapped ends the process.
+        """
+        info = self.tensors[name]
+        dtype = STORED[info.dtype].array
+        if dtype is None:
+            raise self._fault(f"tensor {name!r} is of type {info.dtype}, which no array has")
+        if not info.size:
+            return np.empty(info.shape, dtype)
+        with os.fdopen(os.dup(self._descriptor), "rb") as file:
+            whole = np.memmap(file, np.uint8, "c", info.start, (info.nbytes,))
+        return np.asarray(whole).view(dtype).reshape(info.shape)
+
     def _fault(self, fault: str) -> FormatError:
         return FormatError(f"{self.path}: {fault}")
 
@@ -261,10 +286,12 @@ def widen(raw: np.ndarray, dtype: str) -> np.ndarray:
     -------
     ndarray of float64, shape (n,)
     """
-    numbers = raw.view(STORED[dtype].array)
-    if dtype == "BF16":
-        numbers = (numbers.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    numbers = _widen_bfloat16(raw) if dtype == "BF16" else raw.view(STORED[dtype].array)
     return numbers.astype(np.float64)
+
+
+def _widen_bfloat16(raw: np.ndarray) -> np.ndarray:
+    return (raw.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
 def _is_sizes(value: Any) -> bool:

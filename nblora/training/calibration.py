@@ -76,9 +76,9 @@ class _Measure(Sweep):
         """Go forward and back by one batch; return Σ g² of every trained parameter that has a gradient."""
         model, backend = self._model, self._model._backend
         run = Run(backend, training=True, live=False)
-        output = model._forward(model._enter("x", x, model._as_input)[0], run)
-        _, grad = loss.value_and_gradient(output, y, backend)
+        run.sink = self
         self._squares.clear()
+        _, grad, _ = model._learn(x, y, loss, run)
         model._backward(grad, run.back(self))
         self._settle(backend, list(self.pending))
         return dict(zip(self._squares, backend.read(list(self._squares.values())), strict=True))

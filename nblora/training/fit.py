@@ -23,9 +23,9 @@ from .step import Step
 def fit(
     model: Layer,
     x: Any,
-    y: Any,
+    y: Any = None,
     *,
-    loss: Any,
+    loss: Any = None,
     optimizer: Any = "adamw",
     lr: float | None = None,
     epochs: int = 10,
@@ -35,6 +35,9 @@ def fit(
     schedule: Any = None,
     clip_norm: float | None = None,
     delta_lr: float | str | None = AUTO,
+    accumulate: int = 1,
+    recompute: bool = False,
+    length_grouping: bool = False,
     shuffle: bool = True,
     seed: int | np.random.Generator | None = None,
     progress: bool | None = None,
@@ -50,10 +53,14 @@ def fit(
         end it is in the mode it came in.
     x : array_like of real numbers, shape (samples, ..., in_features)
         Batches are cast to the model's dtype as they are cut, so float16 and integers take no more memory than they do.
+        Of a pretrained model: what it is called with, texts as a list of sequences of token ids, an array, or a dict of
+        `input_ids`, `attention_mask` and `token_type_ids`; images as an array.
     y : array_like
         What the loss compares with: outputs for "mse", integer labels for "cross_entropy", 0 and 1 for
-        "binary_cross_entropy".
+        "binary_cross_entropy". Of a causal model: labels like the token ids, -100 where nothing is to be learnt (the
+        model shifts them by one), or None to learn every token.
     loss : {"mse", "cross_entropy", "binary_cross_entropy"} or Loss
+        A pretrained model has a default: what its task learns by.
     optimizer : {"adamw", "sgd"} or Optimizer
         A name takes the optimiser's defaults; `AdamW(weight_decay=0.1)` and the like set them.
     lr : float, optional
@@ -78,6 +85,14 @@ def fit(
         `History.delta_lr` has what was found, a number near it is where to begin by hand, and None takes the
         optimiser's, which rarely suits. Where a run does not stay finite, "auto" halves these rates and trains the
         epoch again; a warning tells of it.
+    accumulate : int
+        Batches whose gradients are added up for one step, which then equals one batch of all their samples: a smaller
+        `batch_size` takes less memory.
+    recompute : bool
+        Of a pretrained model: keep only what enters its blocks, and compute each again on the way back. Takes less
+        memory, and a third more time.
+    length_grouping : bool
+        Make batches of texts of like length.
     shuffle : bool
         Draw a new order of the samples for each epoch.
     seed : int or Generator, optional
@@ -126,11 +141,16 @@ def fit(
     True
     """
     check_model(model)
-    objective = as_loss(loss)
+    objective = as_loss(model._loss_name() if loss is None else loss)
     rates = as_optimizer(optimizer, lr)
+    several = checks.check_integer("accumulate", accumulate, 1)
+    grouped = checks.check_flag("length_grouping", length_grouping)
+    samples = check_samples(("x", "y"), x, y, model, objective)
+    if grouped and isinstance(samples.x, np.ndarray):
+        raise ValueError("length_grouping is for texts, and the samples of x are all of one size: leave it out")
     run = Run(
         model,
-        check_samples(("x", "y"), x, y, model, objective),
+        samples,
         _check_validation(validation, model, objective),
         Step(
             model,
@@ -138,12 +158,16 @@ def fit(
             rates,
             check_delta_lr("delta_lr", delta_lr),
             None if clip_norm is None else checks.check_positive("clip_norm", clip_norm),
+            accumulates=several > 1,
+            recompute=checks.check_flag("recompute", recompute),
         ),
         as_schedule(schedule),
         epochs=checks.check_integer("epochs", epochs, 1),
         batch_size=checks.check_integer("batch_size", batch_size, 1),
         rng=_generator(seed) if checks.check_flag("shuffle", shuffle) else None,
         checkpoint=None if checkpoint is None else _check_target(checkpoint),
+        accumulate=several,
+        grouped=grouped,
     )
     run.callbacks = check_callbacks(callbacks, run.columns())
     shown = None if progress is None else checks.check_flag("progress", progress)
@@ -152,7 +176,7 @@ def fit(
     return run.start(source, shown)
 
 
-def evaluate(model: Layer, x: Any, y: Any, *, loss: Any, batch_size: int = EVALUATION_BATCH) -> dict[str, float]:
+def evaluate(model: Layer, x: Any, y: Any = None, *, loss: Any = None, batch_size: int = EVALUATION_BATCH) -> dict[str, float]:
     """Compute a model's mean loss, and the accuracy of a classification loss, in evaluation mode.
 
     Parameters
@@ -168,7 +192,7 @@ def evaluate(model: Layer, x: Any, y: Any, *, loss: Any, batch_size: int = EVALU
         `{"loss": ...}` or `{"loss": ..., "accuracy": ...}`. The model's mode is left as it was.
     """
     check_model(model)
-    objective = as_loss(loss)
+    objective = as_loss(model._loss_name() if loss is None else loss)
     samples = check_samples(("x", "y"), x, y, model, objective)
     size = checks.check_integer("batch_size", batch_size, 1)
     modes = tree.modes(model)

@@ -61,6 +61,10 @@ class Loss:
         """Compute the figures named by `metrics`: means over the given samples."""
         return {}
 
+    def count(self, target: np.ndarray) -> int:
+        """Of how many targets the loss is the mean."""
+        return len(target)
+
     def __call__(self, output: Any, target: Any) -> float:
         """Compute the loss of `output`, checked like a data set's."""
         array = np.asarray(output)
@@ -124,6 +128,10 @@ class CrossEntropy(Loss):
             )
         return array
 
+    def count(self, target: np.ndarray) -> int:
+        values = getattr(target, "values", target)  # of sequences of different lengths
+        return int(np.count_nonzero(values != IGNORED))
+
     def measure(self, output: np.ndarray, target: np.ndarray) -> dict[str, float]:
         learnt = target != IGNORED
         return {"accuracy": accuracy(output[learnt], target[learnt]) if learnt.any() else 0.0}
@@ -151,6 +159,22 @@ class BinaryCrossEntropy(Loss):
 
     def measure(self, output: np.ndarray, target: np.ndarray) -> dict[str, float]:
         return {"accuracy": binary_accuracy(output, target)}
+
+
+class Part(Loss):
+    """A loss of which a batch is a share only, so that its gradient counts by that: one of several that make a step."""
+
+    def __init__(self, loss: Loss, share: float) -> None:
+        self._loss, self._share = loss, share
+        self.metrics = loss.metrics  # type: ignore[misc]  # a class variable of losses whose metrics are fixed
+
+    def value_and_gradient(self, output: np.ndarray, target: np.ndarray, backend: Any = None) -> tuple[float, Any]:
+        value, gradient = self._loss.value_and_gradient(output, target, backend)
+        (backend or default_backend()).scale(gradient, self._share)
+        return value, gradient
+
+    def measure(self, output: np.ndarray, target: np.ndarray) -> dict[str, float]:
+        return self._loss.measure(output, target)
 
 
 LOSSES: dict[str, type[Loss]] = {

@@ -5,13 +5,16 @@ import itertools
 import math
 import time
 import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from nblora import checks
 from nblora.errors import NonFiniteError
 from nblora.layers import Layer, tree
+from nblora.layers.run import Run as LayerRun
 from nblora.layers.saving import digests
 
 from .calibration import BATCHES
@@ -46,10 +49,13 @@ class Run:
         batch_size: int,
         rng: np.random.Generator | None,
         checkpoint: Path | None,
+        accumulate: int = 1,
+        grouped: bool = False,
     ) -> None:
         self.model, self.samples, self.held_out = model, samples, held_out
         self.step, self.schedule = step, schedule
         self.epochs, self.batch_size, self.rng, self.checkpoint = epochs, batch_size, rng, checkpoint
+        self.accumulate, self.grouped = accumulate, grouped
         self.callbacks: list[Callback] = []
         self.history = History()
         self.epoch = 0
@@ -122,6 +128,8 @@ class Run:
         """An epoch; one that runs away starts again with half of the deltas' rates, where they were found."""
         begun, halvings, fault = self.step.count, 0, ""
         order = None if self.rng is None else self.rng.permutation(len(self.samples.x))
+        if self.grouped:
+            order = self.samples.by_length(order, self.batch_size, self.rng)
         if self.step.calibrates:
             self.step.calibrate(itertools.islice(self.samples.batches(self.batch_size, order), BATCHES))
         while True:
@@ -169,32 +177,33 @@ class Run:
 
     def _epoch(self, order: np.ndarray | None, bar: Progress) -> Row:
         """Train one pass over the samples, validate, and return the epoch's row."""
-        count = len(self.samples.x)
-        per_epoch = -(-count // self.batch_size)
+        count, loss = len(self.samples.x), self.step.loss
+        per_epoch = -(-count // (self.batch_size * self.accumulate))
         self._moved = False
-        total = {"loss": 0.0, **dict.fromkeys(self.step.loss.metrics, 0.0)}
-        norms, factor = 0.0, 1.0
+        total = {"loss": 0.0, **dict.fromkeys(loss.metrics, 0.0)}
+        norms, factor, learnt = 0.0, 1.0, 0
         started = time.perf_counter()
-        for x, y in self.samples.batches(self.batch_size, order):
+        for batches in _several(self.samples.batches(self.batch_size, order), self.accumulate):
             factor = self.schedule.factor(self.step.count, self.epochs * per_epoch)
             checks.check_not_negative("the schedule's factor", factor)
-            result = self.step(x, y, factor)
+            figures, norm = self.step(batches, factor)
             self._moved = True
             if math.isnan(self._first_loss):
-                self._first_loss = result.loss if result.loss > 0 else math.inf
-            figures = {"loss": result.loss, **self.step.loss.measure(result.output, y)}
+                self._first_loss = figures["loss"] if figures["loss"] > 0 else math.inf
+            weight = sum(loss.count(y) for _, y in batches)
             for name, value in figures.items():
-                total[name] += value * len(x)
-            norms += result.grad_norm or 0.0
+                total[name] += value * weight
+            learnt += weight
+            norms += norm or 0.0
             for callback in self.callbacks:
                 callback.on_step_end(self.step.count, figures)
-            bar.advance(self.epoch + 1, len(x), result.loss)
+            bar.advance(self.epoch + 1, sum(len(x) for x, _ in batches), figures["loss"])
         seconds = time.perf_counter() - started
         check_parameters(self.model, self.step.count)
         if self.step.calibrates:
-            self._check_growth(total["loss"] / count, Samples(x, y))
+            self._check_growth(total["loss"] / max(1, learnt), Samples(*batches[-1]))
         row: Row = {"epoch": self.epoch + 1, "step": self.step.count}
-        row.update({name: value / count for name, value in total.items()})
+        row.update({name: value / max(1, learnt) for name, value in total.items()})
         row.update(self._validate())
         row["lr"] = factor * self.step.optimizer.lr
         if self.step.clip_norm is not None:
@@ -239,13 +248,21 @@ class Run:
 
 def mean_figures(model: Layer, samples: Samples, loss: Loss, batch_size: int) -> dict[str, float]:
     """Mean loss and metrics over the samples, in the mode that the model is in."""
-    total = {"loss": 0.0, **dict.fromkeys(loss.metrics, 0.0)}
+    total, learnt = {"loss": 0.0, **dict.fromkeys(loss.metrics, 0.0)}, 0
     for x, y in samples.batches(batch_size):
-        output = model.forward(x)
-        total["loss"] += len(x) * float(loss.value_and_gradient(output, y, model._backend)[0])
-        for name, value in loss.measure(output, y).items():
-            total[name] += len(x) * value
-    return {name: value / len(samples.x) for name, value in total.items()}
+        value, _, measure = model._learn(x, y, loss, LayerRun(model._backend))
+        count = loss.count(y)
+        learnt += count
+        for name, figure in {"loss": model._backend.read([value])[0], **measure()}.items():
+            total[name] += count * figure
+    return {name: value / max(1, learnt) for name, value in total.items()}
+
+
+def _several(batches: Iterable[Any], count: int) -> Iterator[list[Any]]:
+    """Lists of so many batches; the last may be shorter."""
+    remaining = iter(batches)
+    while several := list(itertools.islice(remaining, count)):
+        yield several
 
 
 def restore_modes(modes: list[tuple[Layer, bool]]) -> None:

@@ -27,7 +27,7 @@ class Training(Sweep):
     """Moves trained parameters by the optimiser's rule, deltas by their velocity.
 
     The sweep over a layer's weights updates them on its way, so that no dense gradient is ever held, unless the
-    gradients' norm must be known first, or the optimiser wants to see the gradient of a weight.
+    gradients' norm must be known first, those of several batches are added up, or the optimiser wants to see the gradient of a weight.
 
     Attributes
     ----------
@@ -38,9 +38,15 @@ class Training(Sweep):
     """
 
     def __init__(
-        self, model: Layer, optimizer: Optimizer, delta_lr: float | str | None, clip_norm: float | None
+        self,
+        model: Layer,
+        optimizer: Optimizer,
+        delta_lr: float | str | None,
+        clip_norm: float | None,
+        accumulates: bool = False,
     ) -> None:
         super().__init__(optimizer.lr, 0.0)
+        self._holds = accumulates or clip_norm is not None  # gradients, until all of them are known
         self.optimizer, self.clip_norm = optimizer, clip_norm
         self._factor = 1.0
         self._model, self._backend = model, model._backend
@@ -58,7 +64,7 @@ class Training(Sweep):
         ]
 
     def fuses(self, operands: Operands) -> bool:
-        return self.clip_norm is None and (self.optimizer.plain or not operands.train_base)
+        return not self._holds and (self.optimizer.plain or not operands.train_base)
 
     def put(self, parameter: Parameter, gradient: Array, run: Run) -> None:
         if parameter in self._names:  # not of factors whose own layer is not to be trained
@@ -87,7 +93,7 @@ class Training(Sweep):
     @property
     def sweeps(self) -> bool:
         """Whether a backward changes parameters on its way, so that a fault must be known before it."""
-        return self.clip_norm is None and any(p.dense or p.velocity is not None for p in self._names)
+        return not self._holds and any(p.dense or p.velocity is not None for p in self._names)
 
     def squares(self) -> list[Number]:
         """After a backward: Σ g² of the gradients that are looked at, for `apply`, to be read with the loss.

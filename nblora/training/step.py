@@ -1,8 +1,8 @@
 """One step of training: forward, loss, backward, update."""
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,30 +12,37 @@ from nblora.layers.run import Run
 
 from .calibration import calibrate
 from .faults import first_fault
-from .losses import Loss
+from .losses import Loss, Part
 from .optimizers import Optimizer
 from .sinks import Trained, Training
 
 
 class StepResult(NamedTuple):
-    """Mean loss of the batch, its outputs, and the gradient's norm before clipping (None without clipping)."""
+    """Figures of the batch, its mean loss among them, and the gradient's norm before clipping (None without)."""
 
-    loss: float
-    output: np.ndarray
+    figures: dict[str, float]
     grad_norm: float | None
 
 
 class Step:
-    """Trains `model` by one batch a call; owns the optimiser's state.
+    """Trains `model` by one batch a call, or by several; owns the optimiser's state.
 
     What lies below the first trained layer gets no backward, and no input gradient is computed that nobody reads.
     """
 
     def __init__(
-        self, model: Layer, loss: Loss, optimizer: Optimizer, delta_lr: float | str | None, clip_norm: float | None
+        self,
+        model: Layer,
+        loss: Loss,
+        optimizer: Optimizer,
+        delta_lr: float | str | None,
+        clip_norm: float | None,
+        *,
+        accumulates: bool = False,
+        recompute: bool = False,
     ) -> None:
         self.model, self.loss, self.optimizer, self.clip_norm = model, loss, optimizer, clip_norm
-        self.count = 0
+        self.recompute, self.count = recompute, 0
         if not any(model._trainable()):
             raise ValueError(
                 "model has no trainable parameters: wrap its layers in adapters (model.adapt), or set "
@@ -43,7 +50,7 @@ class Step:
             )
         for _, parameter, _ in model._trainable():
             parameter.gradient = None
-        self._sink = Training(model, optimizer, delta_lr, clip_norm)
+        self._sink = Training(model, optimizer, delta_lr, clip_norm, accumulates)
 
     @property
     def trained(self) -> list[Trained]:
@@ -78,32 +85,49 @@ class Step:
         sink.rates.update(found)
         return bool(found)
 
-    def __call__(self, x: np.ndarray, y: np.ndarray, factor: float) -> StepResult:
-        """Train by one batch, every learning rate multiplied by `factor`.
+    def __call__(self, batches: Sequence[tuple[Any, Any]], factor: float) -> StepResult:
+        """Train by one batch, or by several whose gradients are added up, every learning rate multiplied by `factor`.
+
+        Several count as one batch of all their samples, each by its share of what is learnt from.
 
         Raises
         ------
         NonFiniteError
             That names the layer and the step; the model may then be half updated.
         """
+        self.count += 1
+        self._sink.begin(factor)
+        shares = self._shares(batches)
+        gone = [self._back(x, y, share) for (x, y), share in zip(batches, shares, strict=True)]
+        # A GPU's losses and sums of squares come in one copy, for which the host waits once a step.
+        read = self.model._backend.read([*(value for value, _ in gone), *self._sink.squares()])
+        figures: dict[str, float] = {}
+        for (x, _), share, value, (_, measure) in zip(batches, shares, read, gone, strict=False):
+            self._require_finite(value, x)
+            for name, figure in {"loss": value, **measure()}.items():
+                figures[name] = figures.get(name, 0.0) + share * figure
+        return StepResult(figures, self._sink.apply(self.count, read[len(gone) :]))
+
+    def _shares(self, batches: Sequence[tuple[Any, Any]]) -> list[float]:
+        if len(batches) == 1:
+            return [1.0]
+        counts = [self.loss.count(y) for _, y in batches]
+        return [count / max(1, sum(counts)) for count in counts]
+
+    def _back(self, x: Any, y: Any, share: float) -> tuple[Any, Callable[[], dict[str, float]]]:
+        """Forward and back by one batch that counts by `share`: its loss, and what tells more of it."""
         model, backend = self.model, self.model._backend
         run = Run(backend, training=True, live=False)
+        run.sink, run.recompute = self._sink, self.recompute
         # On a GPU the batch is brought there once: output and gradients stay, the host sees the loss.
-        output = model._forward(model._enter("x", x, model._as_input)[0], run)
-        value, grad = self.loss.value_and_gradient(output, y, backend)
-        self.count += 1
+        value, grad, measure = model._learn(x, y, self.loss if share == 1 else Part(self.loss, share), run)
         if self._sink.sweeps or isinstance(value, float):
             (value,) = backend.read([value])
             self._require_finite(value, x)
-        self._sink.begin(factor)
         model._backward(grad, run.back(self._sink))
-        # A GPU's loss and sums of squares come in one copy, for which the host waits once a step.
-        value, *squares = backend.read([value, *self._sink.squares()])
-        self._require_finite(value, x)
-        norm = self._sink.apply(self.count, squares)
-        return StepResult(value, backend.to_host(output) if self.loss.metrics else output, norm)
+        return value, measure
 
-    def _require_finite(self, loss: float, x: np.ndarray) -> None:
+    def _require_finite(self, loss: float, x: Any) -> None:
         if not math.isfinite(loss):
             fault = first_fault(self.model, x)
             raise NonFiniteError(f"the loss is {loss} at step {self.count}, first from {fault}")

@@ -1,0 +1,112 @@
+"""Heads: what makes a task's outputs of the rows of all tokens."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from nblora.backends.protocol import Array
+from nblora.layers import Layer
+from nblora.layers.run import Run
+
+from .blocks import Block, Mean, Normalised, Pick
+
+
+class Head(Block, abstract=True):
+    """The last block of a model. Its layers bear whole names, since a head has none itself."""
+
+    by_token = False
+    """Whether there is an output for every token, and not one for every sequence."""
+    trained: tuple[str, ...] = ()
+    """Names of the layers that are a task's own."""
+
+
+class Classifier(Head, abstract=True):
+    """Linear layers on one row of each sequence, or on images that were pooled.
+
+    Parameters
+    ----------
+    layers : mapping of names to layers
+        One after the other.
+    place : {"first", "last", None}
+        Which row of a sequence; None where rows are one for each already.
+    trained : tuple of str
+        The layers that are the task's own, by default all.
+    """
+
+    def __init__(self, layers: Mapping[str, Layer], place: str | None, trained: tuple[str, ...] = ()) -> None:
+        self._layers = dict(layers)
+        self.trained = trained or tuple(layers)
+        self._pick = None if place is None else Pick(place)
+        self._begin()
+
+    def children(self) -> dict[str, Layer]:
+        return dict(self._layers)
+
+    def _set_child(self, name: str, layer: Layer) -> None:
+        self._layers[name] = layer
+
+    def _forward(self, x: Array, run: Run) -> Array:
+        if self._pick is not None:
+            x = self._pick._forward(x, run)
+        for layer in self._layers.values():
+            x = layer._forward(x, run)
+        return x
+
+    def _backward(self, grad: Array, run: Run) -> Array | None:
+        below: Array | None = grad
+        for layer in reversed(self._layers.values()):
+            below = layer._backward(below, run)
+        return below if self._pick is None else self._pick._backward(below, run)
+
+
+class LanguageHead(Head, abstract=True):
+    """Logits of the next token at every token."""
+
+    NAMES = {"head": "lm_head"}
+    by_token = True
+
+    def __init__(self, head: Layer) -> None:
+        self.head = head
+        self._begin()
+
+    def _forward(self, x: Array, run: Run) -> Array:
+        return self.head._forward(x, run)
+
+    def _backward(self, grad: Array, run: Run) -> Array | None:
+        return self.head._backward(grad, run)
+
+
+class Pooled(Head, abstract=True):
+    """One row of features for each sequence: its mean, or its first, or its last.
+
+    Parameters
+    ----------
+    pooling : {"mean", "first", "last"}
+    normalised : bool
+        Whether rows are brought to length 1.
+    idle : mapping of names to layers
+        Layers of the file that take no part, kept for saving.
+    """
+
+    def __init__(self, features: Layer, pooling: str, normalised: bool, idle: Mapping[str, Layer]) -> None:
+        self._idle, self.pooling, self.normalised = dict(idle), pooling, normalised
+        self._steps: list[Any] = [Mean() if pooling == "mean" else Pick(pooling)]
+        self._steps += [Normalised()] if normalised else []
+        self.dtype, self.in_features, self.out_features = features.dtype, features.out_features, features.out_features
+        self._open(features._backend)
+
+    def children(self) -> dict[str, Layer]:
+        return dict(self._idle)
+
+    def _set_child(self, name: str, layer: Layer) -> None:
+        self._idle[name] = layer
+
+    def _forward(self, x: Array, run: Run) -> Array:
+        for step in self._steps:
+            x = step._forward(x, run)
+        return x
+
+    def _backward(self, grad: Array, run: Run) -> Array | None:
+        below: Array | None = grad
+        for step in reversed(self._steps):
+            below = step._backward(below, run)
+        return below
