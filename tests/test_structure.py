@@ -22,6 +22,7 @@ ROOMS = {
     "adapters": 4,
     "models": 5,
     "formats": 6,
+    "pretrained": 8,
     "training": 7,
     "weights": 7,
 }

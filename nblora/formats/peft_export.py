@@ -124,7 +124,7 @@ def save_peft(
     for module, layer in whole.items():
         # PyTorch's Linear is (out, in); not so its Embedding, and GPT-2's Conv1D.
         as_it_is = not isinstance(layer, Weighted) or isinstance(layer, Embedding)
-        as_it_is = as_it_is or (raw.get("fan_in_fan_out") and type(layer) is Dense)
+        as_it_is = as_it_is or (type(layer) is Dense and bool(raw.get("fan_in_fan_out")))
         for part in layer.parameter_names():
             array = layer.get_parameter(part)
             oriented = array if as_it_is else array.T

@@ -239,7 +239,7 @@ class Layer(NamedParameters):
         """The loss that it learns by where none is named."""
         raise TypeError("loss is missing: name one, such as 'mse' or 'cross_entropy', or give a Loss")
 
-    def _samples(self, name: str, x: Any) -> Any:
+    def _as_samples(self, name: str, x: Any) -> Any:
         """A data set checked: what has a length, and is cut by slices and by arrays of places."""
         inputs, axes = checks.as_real(name, x), self._axes()
         if inputs.ndim < len(axes):
@@ -251,8 +251,8 @@ class Layer(NamedParameters):
         checks.check_finite(name, inputs, self.dtype)
         return inputs
 
-    def _targets(self, name: str, y: Any, x: Any, loss: Any) -> Any:
-        """The targets of a data set that `_samples` checked, as `loss` wants them."""
+    def _as_targets(self, name: str, y: Any, x: Any, loss: Any) -> Any:
+        """The targets of a data set that `_as_samples` checked, as `loss` wants them."""
         return loss.check_target(name, y, self._output_shape(name, x.shape))
 
     def _learn(self, x: Any, target: Any, loss: Any, run: Run) -> tuple[Any, Array, Callable[[], dict[str, float]]]:

@@ -72,9 +72,9 @@ class ImageModel(PretrainedModel):
         channels, *sizes = self.body.image
         return np.random.default_rng(0).standard_normal((1, channels, *(size or 64 for size in sizes)))
 
-    def _samples(self, name: str, x: Any) -> np.ndarray:
+    def _as_samples(self, name: str, x: Any) -> np.ndarray:
         if isinstance(x, Mapping):
             if list(x) != ["pixel_values"]:
                 raise ValueError(f"{name} must be a dict of pixel_values, got the keys {', '.join(map(str, x))}")
             x = x["pixel_values"]
-        return super()._samples(name, x)
+        return super()._as_samples(name, x)

@@ -99,7 +99,7 @@ def _load(
     count = labels or config.labels() or 2
     drawn: set[str] = set()
     if "classification" in chosen:
-        drawn = _draw_head(source, family, config, seed, count)
+        drawn = _draw_head(source, family, config, seed, labels)
     raw = _with_labels(config.raw, count) if labels not in (None, config.labels()) or drawn else dict(config.raw)
     origin = Origin(
         config.raw["model_type"], chosen, raw, count, pooling, str(model.folder), names, tuple(sorted(drawn))
@@ -110,14 +110,13 @@ def _load(
     return loaded
 
 
-def _draw_head(source: Checkpoint, family: Family, config: Config, seed: Any, count: int) -> set[str]:
-    """Have the layers of a head drawn that the file lacks, or whose number of labels is another."""
-    rng = np.random.default_rng(seed)
+def _draw_head(source: Checkpoint, family: Family, config: Config, seed: Any, labels: int | None) -> set[str]:
+    """Have the layers of a head drawn that the file lacks, or that has not as many labels as were asked for."""
     last = family.head[-1]
-    other = source.has(f"{last}.weight") and source.shape(f"{last}.weight")[0] != count
-    std = config.number("initializer_range", 0.02)
-    lacking = {*family.head, *(family.pooler and (family.pooler,) or ())}
-    return source.draw(sorted(lacking), std, rng, again=(last,) if other else ())
+    other = labels is not None and source.has(f"{last}.weight") and source.shape(f"{last}.weight")[0] != labels
+    layers = [*family.head, family.pooler] if family.pooler else family.head
+    rng = np.random.default_rng(seed)
+    return source.draw(sorted(layers), config.number("initializer_range", 0.02), rng, (last,) if other else ())
 
 
 def _family(config: Config) -> Family:
@@ -176,8 +175,8 @@ def _modules(folder: Path) -> Pooling | None:
         elif kind == "Normalize":
             normalised = True
         else:
-            raise FormatError(f"{path}: the module {shortened(entry)} is not supported; known are Transformer, Pooling, "
-                              "Normalize")  # fmt: skip
+            known = "Transformer, Pooling, Normalize"
+            raise FormatError(f"{path}: the module {shortened(entry)} is not supported; known are {known}")
     return Pooling(rows, normalised)
 
 
@@ -250,5 +249,3 @@ def _check_left(left: Mapping[str, str], family: Family, task: str, config: Conf
             UserWarning,
             stacklevel=4,
         )
-
-

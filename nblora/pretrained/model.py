@@ -129,7 +129,9 @@ class PretrainedModel(Model, abstract=True):
         model = type(self)(self._origin, Source(self.dtype, self._origin.names))
         slots = model._slots()
         if slots.keys() != layers.keys():
-            raise ValueError(f"layers must be those of the model, and {sorted(slots.keys() ^ layers.keys())[0]!r} is not")
+            raise ValueError(
+                f"layers must be those of the model, and {sorted(slots.keys() ^ layers.keys())[0]!r} is not"
+            )
         for name, (owner, key, _) in slots.items():
             owner._set_child(key, layers[name])
         tree.tie_again(model, tree.ties(self))
@@ -218,11 +220,11 @@ class PretrainedModel(Model, abstract=True):
         for name in chosen:
             layer = slots[name][2]
             if not isinstance(layer, Adapter) and not layer.adaptable:
-                raise ValueError(f"layer {name!r} is a {type(layer).__name__}, which no adapter wraps: leave it out of target")
+                raise ValueError(
+                    f"layer {name!r} is a {type(layer).__name__}, which no adapter wraps: leave it out of target"
+                )
         saved = [re.compile(re.escape(name)) for name in trained] or None
-        super().adapt(
-            chosen, adapter, rank=rank, lower_rank=lower_rank, modules_to_save=saved, seed=seed, **settings
-        )
+        super().adapt(chosen, adapter, rank=rank, lower_rank=lower_rank, modules_to_save=saved, seed=seed, **settings)
         self._adapter_config = None
         return self
 
@@ -268,7 +270,9 @@ class PretrainedModel(Model, abstract=True):
         spellings = {name, self._family.adapter_name(name), name.removeprefix(f"{self._family.prefix}.")}
         if isinstance(pattern, re.Pattern):
             return any(pattern.fullmatch(each) for each in spellings)
-        if any(each == pattern or each.endswith(f".{pattern}") or fnmatch.fnmatchcase(each, pattern) for each in spellings):
+        if any(
+            each == pattern or each.endswith(f".{pattern}") or fnmatch.fnmatchcase(each, pattern) for each in spellings
+        ):
             return True
         try:
             return any(re.fullmatch(pattern, each) for each in spellings)
@@ -420,7 +424,9 @@ class PretrainedModel(Model, abstract=True):
     def _from_state(cls, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Self:
         origin = Origin.from_dict(config["origin"])
         tied = config["tied"]
-        held = dict(tensors) | {n: tensors[first].T if turned else tensors[first] for n, (first, turned) in tied.items()}
+        held = dict(tensors) | {
+            n: tensors[first].T if turned else tensors[first] for n, (first, turned) in tied.items()
+        }
         own: dict[str, dict[str, np.ndarray]] = {entry["name"]: {} for entry in config["layers"]}
         for name, tensor in held.items():
             owner = name
@@ -469,4 +475,3 @@ def _some(names: list[str]) -> str:
     """Names for a message, of which a model has many."""
     shown = ", ".join(map(repr, names[:12]))
     return shown if len(names) <= 12 else f"{shown}, ... ({len(names)} in all; model.parameter_names() lists them)"
-

@@ -55,7 +55,7 @@ class Tokens:
     """A batch of texts as models compute them, or a whole data set: integers of all real tokens, one after the other.
 
     `kinds` are BERT's token types, None where all are 0. `width` is the length that outputs are padded to: that of the
-    array that the tokens came in, or of the longest sequence. Cut like an array along its first axis, that of sequences.
+    array that the tokens came in, or of the longest sequence. Cut like an array along its first axis, by sequences.
     """
 
     ids: np.ndarray
@@ -156,9 +156,7 @@ def _lengths(mask: Any, widths: list[int]) -> np.ndarray:
         rows = list(array[None] if array.ndim == 1 else array)
     if [len(row) if row.ndim == 1 else -1 for row in rows] != widths:
         got = (len(rows), *rows[0].shape) if rows else (0,)
-        raise ValueError(
-            f"attention_mask must have the shape of input_ids, ({len(widths)}, {max(widths)}), got {got}"
-        )
+        raise ValueError(f"attention_mask must have the shape of input_ids, ({len(widths)}, {max(widths)}), got {got}")
     counts = []
     for place, row in enumerate(rows):
         flags = row != 0

@@ -3,7 +3,6 @@
 import difflib
 from collections.abc import Callable, Iterable, Mapping
 
-
 import numpy as np
 
 from nblora.errors import FormatError
@@ -146,5 +145,3 @@ class Checkpoint(Source):
     def left(self) -> dict[str, str]:
         """Tensors that nothing took: the file's name of each by its own one."""
         return {own: name for own, name in self._names.items() if own not in self.used}
-
-

@@ -67,7 +67,9 @@ class TextModel(PretrainedModel):
         if tokens.kinds is not None:
             kinds = getattr(getattr(self.body, "embeddings", None), "types", None)
             if kinds is None:
-                raise ValueError(f"token_type_ids is not for a {self.model_type}, which has no token types: leave it out")
+                raise ValueError(
+                    f"token_type_ids is not for a {self.model_type}, which has no token types: leave it out"
+                )
             tables.append(("token_type_ids", tokens.kinds, kinds.in_features))
         for name, values, count in tables:
             wrong = (values < 0) | (values >= count)
@@ -139,7 +141,7 @@ class TextModel(PretrainedModel):
 
     # --- learning ----------------------------------------------------------------------------------------------
 
-    def _samples(self, name: str, x: Any) -> Tokens:
+    def _as_samples(self, name: str, x: Any) -> Tokens:
         if isinstance(x, Mapping):
             unknown = [key for key in x if key not in INPUTS]
             if unknown or "input_ids" not in x:
@@ -147,7 +149,7 @@ class TextModel(PretrainedModel):
             return self._check_tokens(read_tokens(*(x.get(key) for key in INPUTS)))
         return self._check_tokens(x if isinstance(x, Tokens) else read_tokens(x))
 
-    def _targets(self, name: str, y: Any, x: Tokens, loss: Any) -> Any:
+    def _as_targets(self, name: str, y: Any, x: Tokens, loss: Any) -> Any:
         if not self.head.by_token:
             if y is None:
                 raise ValueError(f"{name} is needed: a {self.task} model learns a label for each text")
@@ -164,7 +166,7 @@ class TextModel(PretrainedModel):
             run.keep(self, False)
         learnt = np.flatnonzero(target.values != IGNORED)
         wanted = run.training and run.live
-        grad = np.zeros_like(rows) if run.training else None
+        grad = np.zeros_like(rows) if wanted else None
         value, figures, size = 0.0, dict.fromkeys(loss.metrics, 0.0), max(1, PIECE // self.out_features)
         for start in range(0, len(learnt), size):
             places = learnt[start : start + size]
@@ -179,7 +181,7 @@ class TextModel(PretrainedModel):
             if run.training and piece.live:
                 run.backend.scale(slopes, share)
                 below = self.head._backward(slopes, piece.back(run.sink))
-                if wanted and below is not None:
+                if grad is not None and below is not None:
                     grad[places] = below
         return value, grad, lambda: figures
 
@@ -202,8 +204,8 @@ def _labels(name: str, y: Any, x: Tokens, classes: int) -> np.ndarray:
         part = checks.as_indices(f"{name}[{place}]", row)
         if part.ndim != 1 or len(part) not in (length, x.width):
             raise ValueError(
-                f"{name}[{place}] must hold one label for each of the {length} tokens, {IGNORED} where nothing is to be "
-                f"learnt, got shape {part.shape}"
+                f"{name}[{place}] must hold one label for each of the {length} tokens, {IGNORED} where nothing is "
+                f"to be learnt, got shape {part.shape}"
             )
         parts.append(part[:length])
     found = np.concatenate(parts).astype(np.int64)

@@ -164,7 +164,7 @@ class SafetensorsFile:
         return raw.view(STORED[info.dtype].array).astype(dtype).reshape(info.shape)
 
     def mapped(self, name: str) -> np.ndarray:
-        """Return one tensor of a type that NumPy has, mapped: read when it is looked at, and copied where it is written.
+        """Return one tensor of a type that NumPy has, mapped: read when it is looked at, copied where written.
 
         A file that shrinks while it is mapped ends the process.
         """

@@ -10,7 +10,6 @@ from nblora.layers import Layer
 
 from .losses import Loss
 
-
 _WINDOW = 50  # batches among which samples are sorted by length: near enough in length, and still in any order
 
 
@@ -50,8 +49,8 @@ def check_samples(names: tuple[str, str], x: Any, y: Any, model: Layer, loss: Lo
         For another kind, shape or length, for no samples, for labels out of range, and for NaN, infinity and what the
         model's dtype cannot hold.
     """
-    inputs = model._samples(names[0], x)
-    targets = model._targets(names[1], y, inputs, loss)
+    inputs = model._as_samples(names[0], x)
+    targets = model._as_targets(names[1], y, inputs, loss)
     if isinstance(targets, np.ndarray):
         checks.check_finite(names[1], targets, model.dtype)
     return Samples(inputs, targets)

@@ -176,7 +176,9 @@ def fit(
     return run.start(source, shown)
 
 
-def evaluate(model: Layer, x: Any, y: Any = None, *, loss: Any = None, batch_size: int = EVALUATION_BATCH) -> dict[str, float]:
+def evaluate(
+    model: Layer, x: Any, y: Any = None, *, loss: Any = None, batch_size: int = EVALUATION_BATCH
+) -> dict[str, float]:
     """Compute a model's mean loss, and the accuracy of a classification loss, in evaluation mode.
 
     Parameters

@@ -61,7 +61,7 @@ class Loss:
         """Compute the figures named by `metrics`: means over the given samples."""
         return {}
 
-    def count(self, target: np.ndarray) -> int:
+    def _learnt(self, target: np.ndarray) -> int:
         """Of how many targets the loss is the mean."""
         return len(target)
 
@@ -128,7 +128,7 @@ class CrossEntropy(Loss):
             )
         return array
 
-    def count(self, target: np.ndarray) -> int:
+    def _learnt(self, target: np.ndarray) -> int:
         values = getattr(target, "values", target)  # of sequences of different lengths
         return int(np.count_nonzero(values != IGNORED))
 

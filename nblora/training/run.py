@@ -190,7 +190,7 @@ class Run:
             self._moved = True
             if math.isnan(self._first_loss):
                 self._first_loss = figures["loss"] if figures["loss"] > 0 else math.inf
-            weight = sum(loss.count(y) for _, y in batches)
+            weight = sum(loss._learnt(y) for _, y in batches)
             for name, value in figures.items():
                 total[name] += value * weight
             learnt += weight
@@ -251,7 +251,7 @@ def mean_figures(model: Layer, samples: Samples, loss: Loss, batch_size: int) ->
     total, learnt = {"loss": 0.0, **dict.fromkeys(loss.metrics, 0.0)}, 0
     for x, y in samples.batches(batch_size):
         value, _, measure = model._learn(x, y, loss, LayerRun(model._backend))
-        count = loss.count(y)
+        count = loss._learnt(y)
         learnt += count
         for name, figure in {"loss": model._backend.read([value])[0], **measure()}.items():
             total[name] += count * figure

@@ -27,7 +27,8 @@ class Training(Sweep):
     """Moves trained parameters by the optimiser's rule, deltas by their velocity.
 
     The sweep over a layer's weights updates them on its way, so that no dense gradient is ever held, unless the
-    gradients' norm must be known first, those of several batches are added up, or the optimiser wants to see the gradient of a weight.
+    gradients' norm must be known first, those of several batches are added up, or the optimiser wants to see the
+    gradient of a weight.
 
     Attributes
     ----------

@@ -111,7 +111,7 @@ class Step:
     def _shares(self, batches: Sequence[tuple[Any, Any]]) -> list[float]:
         if len(batches) == 1:
             return [1.0]
-        counts = [self.loss.count(y) for _, y in batches]
+        counts = [self.loss._learnt(y) for _, y in batches]
         return [count / max(1, sum(counts)) for count in counts]
 
     def _back(self, x: Any, y: Any, share: float) -> tuple[Any, Callable[[], dict[str, float]]]:

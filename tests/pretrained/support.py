@@ -8,7 +8,12 @@ from tests.processes import ROOT
 FIXTURES = ROOT / "tests" / "data" / "models"
 CASES = sorted(path.name for path in FIXTURES.iterdir() if path.is_dir())
 PREFIX = "base_model.model."
-PARTS = {"lora_embedding_A": "lora_A", "lora_embedding_B": "lora_B", "lora_A.weight": "lora_A", "lora_B.weight": "lora_B"}
+PARTS = {
+    "lora_embedding_A": "lora_A",
+    "lora_embedding_B": "lora_B",
+    "lora_A.weight": "lora_A",
+    "lora_B.weight": "lora_B",
+}
 
 
 def relative_to_largest(found, exact):

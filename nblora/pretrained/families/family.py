@@ -30,6 +30,7 @@ class TextBody(Block, abstract=True):
 
 
 def _no_layers(config: Config, source: Source) -> dict[str, Layer]:
+    """No layers, for families whose class has none beside body and head."""
     return {}
 
 

@@ -64,11 +64,11 @@ class DecoderLayer(Block, abstract=True):
         return join(self.down._forward(self._gated._forward(gate, up, run), run), x, run)
 
     def _backward(self, grad: Array, run: Run) -> Array | None:
-        below = self._gated._backward(self.down._backward(grad, run), run)
-        below = self.mlp_norm._backward(fan_in((self.gate, self.up), below, run), run)
+        gates = self._gated._backward(self.down._backward(grad, run), run)
+        below = self.mlp_norm._backward(fan_in((self.gate, self.up), gates, run), run)
         rejoined = rejoin(below, grad, run)
-        below = self._attention._backward(self.o._backward(rejoined, run), run)
-        return rejoin(self.norm._backward(fan_in((self.q, self.k, self.v), below, run), run), rejoined, run)
+        heads = self._attention._backward(self.o._backward(rejoined, run), run)
+        return rejoin(self.norm._backward(fan_in((self.q, self.k, self.v), heads, run), run), rejoined, run)
 
 
 class Decoder(TextBody, abstract=True):

@@ -1,4 +1,4 @@
-"""ViT (Dosovitskiy et al., 2021): an encoder with norms before, on the patches of images and a token for their class."""
+"""ViT (Dosovitskiy et al., 2021): an encoder with norms before, on patches of images and a token for their class."""
 
 from collections.abc import Mapping
 from typing import Any, Self
@@ -45,7 +45,7 @@ class ClassToken(Layer):
 
     def _forward(self, x: Array, run: Run) -> Array:
         token, positions = self._token.array, self._positions.array
-        count, features, *places = x.shape
+        count, features = x.shape[:2]
         rows = np.empty((count, positions.shape[1], features), x.dtype)
         rows[:, 0] = token[0]
         rows[:, 1:] = x.reshape(count, features, -1).transpose(0, 2, 1)
@@ -203,7 +203,10 @@ FAMILY = Family(
     head=("classifier",),
     place="first",
     renames=(
-        *((rf"(^|\.)layers\.(\d+)\.{new.replace('.', '[.]')}(?=\.|$)", rf"\1encoder.layer.\2.{old}") for old, new in _RENAMED),
+        *(
+            (rf"(^|\.)layers\.(\d+)\.{new.replace('.', '[.]')}(?=\.|$)", rf"\1encoder.layer.\2.{old}")
+            for old, new in _RENAMED
+        ),
         (r"(^|\.)layers\.(\d+)\.layernorm_", r"\1encoder.layer.\2.layernorm_"),
     ),
     adapter_names=tuple(
