@@ -47,8 +47,8 @@ def own_name(name):
 
 def logical(name, array):
     """An array of an adapter's file in the parameter's logical shape."""
-    if name.endswith("lora_embedding_B") or name.endswith("lora_embedding_A"):
-        return array.T
+    if name.endswith("embed_tokens.weight"):
+        return array
     return array.reshape(len(array), -1).T if array.ndim > 1 else array
 
 
