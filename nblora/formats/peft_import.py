@@ -236,9 +236,10 @@ class _Layers:
 
     def _layer(self, name: str) -> Weighted:
         if name not in self._layers:
+            shown = ", ".join(map(repr, list(self._layers)[:12])) + (", ..." if len(self._layers) > 12 else "")
             raise FormatError(
-                f"{self._adapter.path}: adapts {name!r}, but the model has the layers "
-                f"{', '.join(map(repr, self._layers))}: name them as the adapter's base does"
+                f"{self._adapter.path}: adapts {name!r}, but the model has the layers {shown}: name them as the "
+                "adapter's base does"
             )
         layer = self._layers[name]
         if isinstance(layer, Adapter):

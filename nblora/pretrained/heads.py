@@ -15,7 +15,7 @@ class Head(Block, abstract=True):
 
     by_token = False
     """Whether there is an output for every token, and not one for every sequence."""
-    trained: tuple[str, ...] = ()
+    own: tuple[str, ...] = ()
     """Names of the layers that are a task's own."""
 
 
@@ -28,13 +28,13 @@ class Classifier(Head, abstract=True):
         One after the other.
     place : {"first", "last", None}
         Which row of a sequence; None where rows are one for each already.
-    trained : tuple of str
+    own : tuple of str
         The layers that are the task's own, by default all.
     """
 
-    def __init__(self, layers: Mapping[str, Layer], place: str | None, trained: tuple[str, ...] = ()) -> None:
+    def __init__(self, layers: Mapping[str, Layer], place: str | None, own: tuple[str, ...] = ()) -> None:
         self._layers = dict(layers)
-        self.trained = trained or tuple(layers)
+        self.own = own or tuple(layers)
         self._pick = None if place is None else Pick(place)
         self._begin()
 
@@ -63,6 +63,7 @@ class LanguageHead(Head, abstract=True):
 
     NAMES = {"head": "lm_head"}
     by_token = True
+    own = ("lm_head",)
 
     def __init__(self, head: Layer) -> None:
         self.head = head

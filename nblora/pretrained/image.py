@@ -43,9 +43,9 @@ class ImageModel(PretrainedModel):
         return self.forward(pixel_values)
 
     def _as_input(self, name: str, value: Any) -> Array:
-        array = checks.as_images(name, value, self.body.image[0], AXES, self.dtype)
-        self._output_shape(name, array.shape)
-        return array
+        array = checks.as_real("pixel_values" if name == "x" else name, value)
+        self._output_shape("pixel_values" if name == "x" else name, array.shape)
+        return checks.as_images(name, array, self.body.image[0], AXES, self.dtype)
 
     def _as_output(self, name: str, value: Any) -> Array:
         return checks.as_samples(name, value, self.out_features, self.dtype)

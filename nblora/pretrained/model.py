@@ -3,7 +3,7 @@
 import fnmatch
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -124,9 +124,10 @@ class PretrainedModel(Model, abstract=True):
         """Every layer and adapter by its name, with its owner and what that calls it."""
         return {name: (owner, key, owner.children()[key]) for name, owner, key in tree.slots(self, Adapter)}
 
-    def _with(self, layers: Mapping[str, Layer]) -> Self:
+    def _with(self, layers: Mapping[str, Layer], origin: Origin | None = None) -> Self:
         """A model of the same origin around other layers, which it takes."""
-        model = type(self)(self._origin, Source(self.dtype, self._origin.names))
+        origin = self._origin if origin is None else origin
+        model = type(self)(origin, Source(self.dtype, origin.names))
         slots = model._slots()
         if slots.keys() != layers.keys():
             raise ValueError(
@@ -225,12 +226,16 @@ class PretrainedModel(Model, abstract=True):
                 )
         saved = [re.compile(re.escape(name)) for name in trained] or None
         super().adapt(chosen, adapter, rank=rank, lower_rank=lower_rank, modules_to_save=saved, seed=seed, **settings)
+        for name in trained:  # as in PEFT, what is trained as it is is no other layer's
+            owner, key, layer = slots[name]
+            if any(parameter.shared for parameter in layer._own_parameters().values()):
+                owner._set_child(key, layer.clone())
         self._adapter_config = None
         return self
 
     def _modules_to_save(self, given: Any, slots: Mapping[str, Any]) -> list[str]:
         if given is None:
-            heads = self.head.trained if isinstance(self.head, Classifier) else ()
+            heads = self.head.own if isinstance(self.head, Classifier) else ()
             return [name for name in slots if name in heads or name in self._origin.drawn]
         patterns = [given] if isinstance(given, str | re.Pattern) else list(given)
         found = {name for pattern in patterns for name in slots if self._is_part(name, pattern)}
@@ -282,8 +287,7 @@ class PretrainedModel(Model, abstract=True):
     def _is_linear(self, name: str) -> bool:
         layer = self._slots()[name][2]
         plain = layer.base_layer if isinstance(layer, Adapter) else layer
-        in_head = name in self.head.trained
-        return isinstance(plain, FullyConnected | Dense) and not in_head
+        return isinstance(plain, FullyConnected | Dense) and name not in self.head.own
 
     # --- adapters of PEFT --------------------------------------------------------------------------------------
 
@@ -369,8 +373,9 @@ class PretrainedModel(Model, abstract=True):
 
     def _own_names(self, names: Sequence[str]) -> dict[str, str]:
         """What this model calls the layers and parameters that an adapter's file names."""
-        bare = self._family.is_bare(list(names))
-        return {name: self._family.own_name(name, bare) for name in names}
+        bare, slots = self._family.is_bare(list(names)), self._slots()
+        own = {name: self._family.own_name(name, bare) for name in names}
+        return {n: other if other in slots or other.rpartition(".")[0] in slots else n for n, other in own.items()}
 
     def _peft_names(self, names: Sequence[str]) -> dict[str, str]:
         """What PEFT calls these layers."""
@@ -385,7 +390,11 @@ class PretrainedModel(Model, abstract=True):
         def merged(layer: Layer) -> Layer:
             return layer.merge_to_original_layer() if isinstance(layer, Adapter) else layer.clone()
 
-        model = self._with({name: merged(layer) for name, layer in self.named_layers()})
+        ties, origin = tree.ties(self), self._origin
+        if self.task == "causal-lm" and (not ties or any(".base." in name for pair in ties.items() for name in pair)):
+            # A head that was merged, or trained as it is, and the table are one no more.
+            origin = replace(origin, config=origin.config | {"tie_word_embeddings": False})
+        model = self._with({name: merged(layer) for name, layer in self.named_layers()}, origin)
         model._adapter_config = None
         model._move(self._backend)
         model._set_mode(self.training)

@@ -18,7 +18,7 @@ from nblora.formats.model_files import open_model
 from nblora.formats.peft_export import ExportedModule
 from nblora.formats.replace import check_output, replace_folder
 from nblora.formats.rounding import narrow
-from nblora.layers import Dense, Embedding, Layer, tree
+from nblora.layers import Dense, Layer, tree
 from nblora.layers.conv import Convolution
 from nblora.layers.weighted import Weighted
 from nblora.storage.dtypes import BY_NAME
@@ -31,6 +31,7 @@ _TASK_TYPES = {
     "embedding": "FEATURE_EXTRACTION",
     "image-classification": None,
 }
+_LARGEST_BUFFER = 1 << 20  # bytes: GPT-2's old masks are larger, and nobody reads them
 _TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 """How far outputs may lie apart, as a share of the largest: rounding of the stored numbers, through all layers."""
 
@@ -94,7 +95,7 @@ def _shortest(names: list[str], others: list[str]) -> list[str]:
 def _blocks(model: Any, whole: list[str]) -> list[str]:
     """Names of layers; of a head with several layers of one block, that of the block, as PEFT trains it."""
     names = model._peft_names(whole)
-    heads = [name for name in whole if name in model.head.trained]
+    heads = [name for name in whole if name in model.head.own]
     blocks = [name.partition(".")[0] for name in heads]
     return list(dict.fromkeys(
         names[name].partition(".")[0] if name in heads and blocks.count(name.partition(".")[0]) > 1 else names[name]
@@ -173,12 +174,11 @@ def save_pretrained(model: Any, folder: PathLike, dtype: str | None, force: bool
     sources = [] if source is None else [source]
     check_output(target, sources, {"model.safetensors", "config.json"}, force)
     names = _names_in_file(model)
-    tensors = {
-        names[name]: narrow(array.astype(np.float64), BY_NAME[stored]) for name, array in stored_tensors(model).items()
-    }
+    arrays = stored_tensors(model)
+    tensors = {names[name]: _as_stored(arrays.pop(name), stored) for name in list(arrays)}
     with replace_folder(target) as hidden:
         if source is not None and source.is_dir():
-            _copy_companions(source, hidden)
+            tensors |= _companions(model, source, hidden)
         write_safetensors(hidden / "model.safetensors", tensors, {"format": "pt"})
         with open(hidden / "config.json", "w", encoding="utf-8") as file:
             json.dump(_config_of(model, stored), file, indent=2, sort_keys=True)
@@ -193,7 +193,7 @@ def stored_tensors(model: Any) -> dict[str, np.ndarray]:
     for name, _, _ in model._parameters():
         owner, _, part = name.rpartition(".")
         layer, array = layers[owner], model.get_parameter(name)
-        if isinstance(layer, Weighted) and part == "weight" and not isinstance(layer, Embedding | Dense):
+        if isinstance(layer, Weighted) and part == "weight" and layer._transposed:
             array = array.T
             if isinstance(layer, Convolution):
                 array = array.reshape(layer.weight.shape)
@@ -219,13 +219,19 @@ def _config_of(model: Any, stored: str) -> dict[str, Any]:
     return config
 
 
-def _copy_companions(source: Path, hidden: Path) -> None:
-    """Take along every other file of the source's folder: tokenizer, pooling, licences."""
+def _as_stored(array: np.ndarray, dtype: str) -> np.ndarray:
+    return np.ascontiguousarray(array) if array.dtype == dtype else narrow(array.astype(np.float64), BY_NAME[dtype])
+
+
+def _companions(model: Any, source: Path, hidden: Path) -> dict[str, np.ndarray]:
+    """Take along every other file of the source's folder: tokenizer, pooling, licences; return its small buffers."""
     with open_model(source) as files:
         for path in files.companions:
             place = hidden / path.relative_to(source)
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, place)
+        held = {name: entry for name, entry in files.tensors.items() if model._family.is_buffer(name)}
+        return {name: file.array(info.name) for name, (file, info) in held.items() if info.nbytes <= _LARGEST_BUFFER}
 
 
 def _compare_model(model: Any, folder: Path, stored: str) -> None:

@@ -98,12 +98,10 @@ class Family:
 
     def own_name(self, name: str, bare: bool = False) -> str:
         """What the model's class calls a tensor, or a layer, that is spelled in another way; `bare`: without prefix."""
-        for pattern, replacement in self.renames:
+        for pattern, replacement in (*_RENAMES, *self.renames):
             name = re.sub(pattern, replacement, name)
         if bare and not f"{name}.".startswith(_HEADS):
             name = f"{self.prefix}.{name}"
-        for pattern, replacement in self.renames:  # those that begin with the prefix
-            name = re.sub(pattern, replacement, name)
         return name
 
     def is_bare(self, names: list[str]) -> bool:
@@ -132,5 +130,6 @@ TASKS = {
     "embedding": "Model",
 }
 """Every task, and how the names of transformers' classes for it end."""
+_RENAMES = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
 _BUFFERS = (r"(^|\.)position_ids$", r"(^|\.)num_batches_tracked$", r"(^|\.)inv_freq$", r"embeddings\.token_type_ids$")
 _HEADS = ("classifier.", "pre_classifier.", "score.", "lm_head.", "cls.", "qa_outputs.", "vocab_")

@@ -1,5 +1,6 @@
 """ViT (Dosovitskiy et al., 2021): an encoder with norms before, on patches of images and a token for their class."""
 
+import re
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -203,14 +204,12 @@ FAMILY = Family(
     head=("classifier",),
     place="first",
     renames=(
-        *(
-            (rf"(^|\.)layers\.(\d+)\.{new.replace('.', '[.]')}(?=\.|$)", rf"\1encoder.layer.\2.{old}")
-            for old, new in _RENAMED
-        ),
+        *((rf"(^|\.)layers\.(\d+)\.{re.escape(new)}(?=\.|$)", rf"\1encoder.layer.\2.{old}") for old, new in _RENAMED),
         (r"(^|\.)layers\.(\d+)\.layernorm_", r"\1encoder.layer.\2.layernorm_"),
     ),
-    adapter_names=tuple(
-        (rf"encoder\.layer\.(\d+)\.{old.replace('.', '[.]')}(?=\.|$)", rf"layers.\1.{new}") for old, new in _RENAMED
+    adapter_names=(
+        *((rf"encoder\.layer\.(\d+)\.{re.escape(old)}(?=\.|$)", rf"layers.\1.{new}") for old, new in _RENAMED),
+        (r"encoder\.layer\.(\d+)\.layernorm_", r"layers.\1.layernorm_"),
     ),
     unused=(r"vit\.pooler\.",),
 )

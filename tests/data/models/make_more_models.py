@@ -97,7 +97,9 @@ make_models.CASES = {
     ),
     "llama_clm_head": (
         lambda: make_models.llama(attention_bias=True, rope_parameters={"rope_theta": 500.0, "rope_type": "default"}),
-        dict(**LORA, **CLM, target_modules=["o_proj", "gate_proj"], modules_to_save=["lm_head", "embed_tokens", "norm"]),
+        dict(
+            **LORA, **CLM, target_modules=["o_proj", "gate_proj"], modules_to_save=["lm_head", "embed_tokens", "norm"],
+        ),
         "clm",
     ),
     "llama_cls": (llama_classes, dict(**LORA, **CLS, target_modules=["q_proj", "k_proj", "up_proj"]), "cls"),
@@ -106,7 +108,10 @@ make_models.CASES = {
     ),
     "resnet_early": (
         lambda: bottleneck(downsample_in_bottleneck=True, downsample_in_first_stage=True),
-        dict(r=2, lora_alpha=2, target_modules=["layer.0.convolution", "shortcut.convolution"], modules_to_save=["classifier"]),
+        dict(
+            r=2, lora_alpha=2, target_modules=["layer.0.convolution", "shortcut.convolution"],
+            modules_to_save=["classifier"],
+        ),
         "img24",
     ),
 }  # fmt: skip
