@@ -13,6 +13,7 @@ TARGET = Path(__file__).parent / "api.md"
 MODULES = (
     "nblora",
     "nblora.layers",
+    "nblora.pretrained",
     "nblora.training",
     "nblora.errors",
     "nblora.sweep",

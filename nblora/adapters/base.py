@@ -285,7 +285,8 @@ def check_base(base_layer: Any) -> None:
             f"{'None' if base_layer is None else type(base_layer).__name__}"
         )
     base_layer._require_open()
-    if not base_layer.adaptable and len(base_layer._axes()) != 2:
+    axes = base_layer._axes()
+    if not base_layer.adaptable and not (len(axes) == 2 and isinstance(axes[1], int)):
         raise ValueError(
             f"base_layer, a {type(base_layer).__name__}, takes no rows of features, which an adapter around a whole "
             "model multiplies: adapt the layers in it (model.adapt)"

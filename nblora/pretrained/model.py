@@ -384,6 +384,18 @@ class PretrainedModel(Model, abstract=True):
             return called
         return {name: other.removeprefix(f"{self._family.prefix}.") for name, other in called.items()}
 
+    def to_onnx(self, path: Any) -> None:
+        """Not there for whole models: their folders are what other tools read.
+
+        Raises
+        ------
+        NotImplementedError
+        """
+        raise NotImplementedError(
+            "a pretrained model has no ONNX graph in nblora: write merge().save_pretrained(folder), which exporters of "
+            "transformers' models read; its layers have to_onnx"
+        )
+
     # --- describing and keeping --------------------------------------------------------------------------------
 
     def merge(self) -> Self:

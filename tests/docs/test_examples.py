@@ -4,6 +4,7 @@ import os
 import pkgutil
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,8 @@ from nblora.cli import main
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+MODELS = {"encoder": "bert_cls_qv", "llama": "llama_clm_all"}
+"""Folders of models that pages load, and the tiny ones that stand for them."""
 LINK = re.compile(r"\[[^\]]*\]\(([^)#:]+)(?:#[^)]*)?\)")
 
 
@@ -55,6 +58,8 @@ def test_the_pages_are_found():
 @pytest.mark.parametrize("page", with_blocks("python"), ids=page_id)
 def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    for name, case in MODELS.items():
+        shutil.copytree(ROOT / "tests" / "data" / "models" / case / "base", tmp_path / name)
     namespace = {"__name__": "page"}
     for line, text in blocks(page, "python"):
         code = compile("\n" * (line - 1) + text, str(page), "exec")  # a failure names the page's own line

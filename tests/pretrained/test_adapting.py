@@ -280,6 +280,15 @@ def test_freezing_and_unfreezing():
         model.unfreeze("quark")
 
 
+def test_what_whole_models_do_not_do():
+    model = nblora.load_pretrained(BERT)
+    with pytest.raises(NotImplementedError, match="save_pretrained"):
+        model.to_onnx("model.onnx")
+    with pytest.raises(ValueError, match=r"adapt the layers in it \(model\.adapt\)"):
+        nblora.LoRAAdapter(model, 2)
+    assert model.compile() is model
+
+
 def test_a_closed_model_says_so():
     model = nblora.load_pretrained(BERT)
     model.close()
