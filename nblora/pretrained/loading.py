@@ -15,6 +15,7 @@ from nblora.errors import FormatError
 from nblora.formats.model_files import MAX_JSON, ModelFiles, open_model
 from nblora.storage.bounded import read_bounded
 
+from . import gguf
 from .config import Config, shortened
 from .families import FAMILIES, Family
 from .families.family import TASKS
@@ -41,7 +42,8 @@ def load_pretrained(
     ----------
     path : path-like
         A folder as transformers or sentence-transformers save it: `config.json` and safetensors, in one file or sharded
-        with its index. Or a `.gguf` file (extra `gguf`).
+        with its index. Or a `.gguf` file (extra `gguf`) of a Llama, Qwen2 or GPT-2 in F32, F16, BF16, Q8_0, Q4_1 or
+        Q4_0, whose numbers are widened.
     task : {"sequence-classification", "causal-lm", "image-classification", "embedding"}, optional
         By default what `architectures` in `config.json` names; of a bare encoder "embedding".
     num_labels : int, optional
@@ -51,8 +53,8 @@ def load_pretrained(
     seed : int, optional
         Of a head that the file lacks, drawn from a normal distribution of `initializer_range`.
     mmap : bool
-        Map float32 tensors and copy what is written to, where they are read as a rule. A file that is cut while it is
-        mapped ends the process.
+        Map float32 tensors of safetensors files and copy what is written to, where they are read as a rule. A file that
+        is cut while it is mapped ends the process.
 
     Returns
     -------
@@ -62,6 +64,8 @@ def load_pretrained(
 
     Raises
     ------
+    MissingExtraError
+        For a GGUF file without the `gguf` package.
     FormatError
         For a folder that is broken, of an unknown `model_type`, with tensors missing or of wrong shapes, or whose
         `config.json` asks for an arithmetic that is not supported; the message names file, field or tensor.
@@ -72,9 +76,10 @@ def load_pretrained(
     if task is not None:
         checks.check_choice("task", task, tuple(TASKS))
     labels = None if num_labels is None else checks.check_integer("num_labels", num_labels, 1)
-    if Path(path).suffix == ".gguf":
-        raise FormatError(f"{path}: GGUF files cannot be read yet")
     folder = Path(path)
+    if folder.suffix.lower() == gguf.SUFFIX and not folder.is_dir():
+        with gguf.open_gguf(folder) as model:
+            return _load(model, Config(model.config, folder), task, labels, kind, seed, mmap)
     if not folder.is_dir():
         if not folder.exists():
             raise FileNotFoundError(2, "no such model folder", str(folder))
@@ -90,7 +95,7 @@ def _load(
     model: ModelFiles, config: Config, task: str | None, labels: int | None, dtype: np.dtype, seed: Any, mmap: bool
 ) -> TextModel | ImageModel:
     family = _family(config)
-    chosen, pooling = _task(model.folder, config, family, task)
+    chosen, pooling = _task(model.path, config, family, task)
     if labels is not None and "classification" not in chosen:
         raise ValueError(f"num_labels is for a classification, and the task is {chosen!r}")
     bare = family.is_bare(list(model.tensors))
@@ -102,7 +107,7 @@ def _load(
         drawn = _draw_head(source, family, config, seed, labels)
     raw = _with_labels(config.raw, count) if labels not in (None, config.labels()) or drawn else dict(config.raw)
     origin = Origin(
-        config.raw["model_type"], chosen, raw, count, pooling, str(model.folder), names, tuple(sorted(drawn))
+        config.raw["model_type"], chosen, raw, count, pooling, str(model.path), names, tuple(sorted(drawn))
     )
     loaded = (ImageModel if family.of_images else TextModel)(origin, source)
     source.check()

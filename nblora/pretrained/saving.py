@@ -24,6 +24,8 @@ from nblora.layers.weighted import Weighted
 from nblora.storage.dtypes import BY_NAME
 from nblora.storage.safetensors_writer import write_safetensors
 
+from .gguf_tokenizer import write_tokenizer
+
 PathLike = str | os.PathLike[str]
 _TASK_TYPES = {
     "sequence-classification": "SEQ_CLS",
@@ -179,6 +181,8 @@ def save_pretrained(model: Any, folder: PathLike, dtype: str | None, force: bool
     with replace_folder(target) as hidden:
         if source is not None and source.is_dir():
             tensors |= _companions(model, source, hidden)
+        elif source is not None and source.is_file():
+            write_tokenizer(source, hidden)
         write_safetensors(hidden / "model.safetensors", tensors, {"format": "pt"})
         with open(hidden / "config.json", "w", encoding="utf-8") as file:
             json.dump(_config_of(model, stored), file, indent=2, sort_keys=True)

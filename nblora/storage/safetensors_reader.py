@@ -8,15 +8,15 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
 from nblora.errors import FormatError
 
-from .bounded import open_named, open_regular, parse_json
+from .bounded import parse_json
 from .dtypes import FLOATS, STORED
+from .regular import RegularFile
 
 MAX_HEADER = 100_000_000  # bytes, the reference implementation's own bound
 _LARGEST = 2**64 - 1  # sizes and offsets are unsigned 64-bit numbers
@@ -51,7 +51,7 @@ def element_count(shape: tuple[int, ...]) -> int:
     return count
 
 
-class SafetensorsFile:
+class SafetensorsFile(RegularFile):
     """An open safetensors file, its header checked.
 
     Parameters
@@ -82,43 +82,13 @@ class SafetensorsFile:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, follow_links: bool = False) -> None:
-        self.path = Path(path)
-        self._descriptor = open_named(path) if follow_links else open_regular(path)
+        super().__init__(path, follow_links=follow_links)
         try:
-            self.nbytes = os.fstat(self._descriptor).st_size
             self.header = self._read_header()
             self.metadata, self.tensors = parse_header(self.header, self.path, self.nbytes)
         except BaseException:
             self.close()
             raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the file; closing twice is harmless."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-
-    def pread(self, buffer: memoryview, offset: int) -> None:
-        """Fill `buffer` (bytes) from the file's byte `offset` on; safe in several threads at once.
-
-        Raises
-        ------
-        FormatError
-            If the file ends before the buffer is full.
-        """
-        while len(buffer):
-            count = os.preadv(self._descriptor, [buffer], offset)
-            if count == 0:
-                raise FormatError(f"{self.path}: ends at byte {offset}, inside a tensor; it was cut while being read")
-            buffer, offset = buffer[count:], offset + count
 
     def read(self, name: str) -> np.ndarray:
         """Return one tensor as an array that owns its memory.
@@ -177,9 +147,6 @@ class SafetensorsFile:
         with os.fdopen(os.dup(self._descriptor), "rb") as file:
             whole = np.memmap(file, np.uint8, "c", info.start, (info.nbytes,))
         return np.asarray(whole).view(dtype).reshape(info.shape)
-
-    def _fault(self, fault: str) -> FormatError:
-        return FormatError(f"{self.path}: {fault}")
 
     def _read_header(self) -> bytes:
         if self.nbytes < 8:
