@@ -20,6 +20,7 @@ from nblora.storage.gguf_reader import GGUFFile
 from nblora.storage.safetensors_reader import TensorInfo
 
 from .config import shortened
+from .families import FAMILIES
 
 SUFFIX = ".gguf"
 _LAYERS = {
@@ -55,8 +56,6 @@ class Architecture(NamedTuple):
 
     Attributes
     ----------
-    called : str
-        What transformers calls it.
     stems : dict
         transformers' names of the tensors without a layer.
     layers : str
@@ -71,7 +70,6 @@ class Architecture(NamedTuple):
         Whether rows of queries and keys are in llama.cpp's order.
     """
 
-    called: str
     stems: dict[str, str]
     layers: str
     parts: dict[str, str]
@@ -92,10 +90,9 @@ _DECODER_FIELDS = {
     "rope.freq_base": "rope_theta",
 }
 ARCHITECTURES = {
-    "llama": Architecture("Llama", _DECODER_STEMS, "model.layers", _LAYERS, _DECODER_FIELDS, permuted=True),
-    "qwen2": Architecture("Qwen2", _DECODER_STEMS, "model.layers", _LAYERS, _DECODER_FIELDS),
+    "llama": Architecture(_DECODER_STEMS, "model.layers", _LAYERS, _DECODER_FIELDS, permuted=True),
+    "qwen2": Architecture(_DECODER_STEMS, "model.layers", _LAYERS, _DECODER_FIELDS),
     "gpt2": Architecture(
-        "GPT2LMHead",
         {
             "token_embd": "transformer.wte",
             "position_embd": "transformer.wpe",
@@ -151,7 +148,9 @@ class _Translated:
         name = file.metadata.get("general.architecture")
         if not isinstance(name, str) or name not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
-            raise self.fault(f"general.architecture is {shortened(name)}; the architectures that can be loaded: {known}")
+            raise self.fault(
+                f"general.architecture is {shortened(name)}; the architectures that can be loaded: {known}"
+            )
         self._prefix, self._kind = f"{name}.", ARCHITECTURES[name]
         self._check_entries()
         self._names: dict[str, str] = {}
@@ -197,7 +196,9 @@ class _Translated:
     def _own_name(self, stored: str) -> str:
         stem, _, end = stored.rpartition(".")
         found = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
-        own = f"{self._kind.layers}.{found[1]}.{self._kind.parts.get(found[2])}" if found else self._kind.stems.get(stem)
+        own = (
+            f"{self._kind.layers}.{found[1]}.{self._kind.parts.get(found[2])}" if found else self._kind.stems.get(stem)
+        )
         if "rope_freqs" in stem or "rope_factors" in stem:
             raise self.fault(f"holds {stored!r}, factors of a RoPE scaling: only the default RoPE is supported")
         if own is None or own.endswith(".None") or end not in ("weight", "bias"):
@@ -240,7 +241,7 @@ class _Translated:
     def _config(self, tied: bool) -> dict[str, Any]:
         kind, metadata = self._kind, self._file.metadata
         config: dict[str, Any] = {
-            "architectures": [f"{kind.called}Model" if kind.called == "GPT2LMHead" else f"{kind.called}ForCausalLM"],
+            "architectures": [FAMILIES[self._prefix[:-1]].architecture("causal-lm")],
             "model_type": self._prefix[:-1],
             "tie_word_embeddings": tied,
             "torch_dtype": "float32",

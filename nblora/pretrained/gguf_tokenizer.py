@@ -32,7 +32,7 @@ SPLITS: dict[str, str | None] = {
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")),
     "tekken": _TEKKEN,
 }
-"""Expressions that part text, by the names of llama.cpp's `tokenizer.ggml.pre`; None is GPT-2's, the byte level's own."""
+"""Expressions that part text, by llama.cpp's names (`tokenizer.ggml.pre`); None is GPT-2's, the byte level's own."""
 _CONTROL, _USER_DEFINED = 3, 4
 _SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 _SPACE = "▁"

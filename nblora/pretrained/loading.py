@@ -106,9 +106,7 @@ def _load(
     if "classification" in chosen:
         drawn = _draw_head(source, family, config, seed, labels)
     raw = _with_labels(config.raw, count) if labels not in (None, config.labels()) or drawn else dict(config.raw)
-    origin = Origin(
-        config.raw["model_type"], chosen, raw, count, pooling, str(model.path), names, tuple(sorted(drawn))
-    )
+    origin = Origin(config.raw["model_type"], chosen, raw, count, pooling, str(model.path), names, tuple(sorted(drawn)))
     loaded = (ImageModel if family.of_images else TextModel)(origin, source)
     source.check()
     _check_left(source.left(), family, chosen, config)

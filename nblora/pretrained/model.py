@@ -344,8 +344,9 @@ class PretrainedModel(Model, abstract=True):
         return saving.save_adapter(self, folder, fold_delta, dtype, force)
 
     def save_pretrained(self, folder: Any, *, dtype: str | None = None, force: bool = False) -> None:
-        """Write the model to a folder that transformers loads, with every other file of the folder that it came from, or
-        the tokenizer of the GGUF file.
+        """Write the model to a folder that transformers loads, with every other file of the folder that it came from.
+
+        Of a model from a GGUF file these are the tokenizer's.
 
         Tensors are named as there, and tied ones are written once. What was written is read back, and its outputs are
         compared with the model's.

@@ -138,7 +138,7 @@ class _Header:
             if info.start < end and info.nbytes:
                 raise self.fault(f"the tensors {before!r} and {info.name!r} overlap")
             end, before = max(end, info.stop), info.name
-        if end > file.nbytes:
+        if self.tensors and end > file.nbytes:
             raise self.fault(f"the tensors end at byte {end} of {file.nbytes}: the file is cut")
 
     def fault(self, text: str) -> FormatError:
@@ -212,7 +212,9 @@ class _Header:
             )
         numbers, size = BLOCKS[_CODES[code]]
         if 0 in shape or not shape or shape[-1] % numbers:
-            raise self.fault(f"the tensor {name!r} of type {_CODES[code]} has the shape {shape}; expected rows of {numbers}·n")
+            raise self.fault(
+                f"the tensor {name!r} of type {_CODES[code]} has the shape {shape}; expected rows of {numbers}·n"
+            )
         if offset % alignment:
             raise self.fault(f"the tensor {name!r} begins at {offset}, which the alignment {alignment} does not divide")
         nbytes = element_count(shape) // numbers * size

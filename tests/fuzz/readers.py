@@ -11,6 +11,7 @@ import nblora
 from nblora import results
 from nblora.formats import PeftAdapter, load_peft, save_peft
 from nblora.formats.model_files import ORIGINALS_SUFFIX, open_model
+from nblora.pretrained.gguf_tokenizer import tokenizer_files
 from nblora.storage.safetensors_reader import SafetensorsFile
 from nblora.storage.safetensors_writer import write_safetensors
 from nblora.sweep import read_results
@@ -144,6 +145,18 @@ def _unmerge(folder: Path) -> None:
     unmerge(folder / "merged", folder / "restored", force=True)
 
 
+def _make_gguf(folder: Path) -> None:
+    from tests.pretrained.gguf_files import random_llama, sentencepiece, write_gguf
+
+    small = random_llama(folder / "folder", vocabulary=40, inner=32)
+    write_gguf(folder / "model.gguf", small, "Q4_1", more=lambda writer: sentencepiece(writer, 40))
+
+
+def _read_gguf(folder: Path) -> None:
+    nblora.load_pretrained(folder / "model.gguf")
+    tokenizer_files(folder / "model.gguf")
+
+
 READERS = {
     "safetensors": Reader("file.safetensors", _make_tensors, _read_tensors, mutation.damage_safetensors),
     "checkpoint": Reader(
@@ -160,6 +173,7 @@ READERS = {
     "index": Reader("model/model.safetensors.index.json", _make_model, _read_model, mutation.damage_json),
     "model-config": Reader("model/config.json", _make_model, _read_model, mutation.damage_json),
     "originals": Reader("merged/model" + ORIGINALS_SUFFIX, _make_originals, _unmerge, mutation.damage_safetensors),
+    "gguf": Reader("model.gguf", _make_gguf, _read_gguf),
     "npz": Reader(
         "data.npz", _make_sweep, lambda folder: read_specification(folder / "sweep.toml"), mutation.damage_npz
     ),

@@ -51,7 +51,7 @@ def special(kind, path):
 @pytest.mark.small
 @pytest.mark.parametrize("kind", ["pipe", "folder", "loop", "device"])
 @pytest.mark.parametrize("reader", ["checkpoint", "run", "peft-config", "peft-tensors", "index", "originals", "npz",
-                                    "toml", "results", "demo", "curves"])  # fmt: skip
+                                    "toml", "gguf", "results", "demo", "curves"])  # fmt: skip
 def test_what_is_no_file_is_named_and_hangs_nothing(reader, kind, tmp_path):
     reader = READERS[reader]
     reader.make(tmp_path)
