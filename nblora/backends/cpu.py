@@ -20,15 +20,15 @@ from nblora.kernels.linear.cpu.few_sweep import few_sweep, packed_few_sweep
 from nblora.kernels.linear.cpu.products import PART, PARTS
 from nblora.kernels.linear.cpu.rowtiles import row_tiles
 from nblora.kernels.losses import cpu as loss_kernel
-from nblora.kernels.patches import cpu as patch_kernel
-from nblora.kernels.patches.window import Window
+from nblora.kernels.patches.window import Slide
 from nblora.kernels.update import cpu as update_kernel
 
 from .blocks_cpu import CPUBlocks
+from .convolution_cpu import CPUConvolution
 from .crew import Crew
 from .host import plain as _plain
 from .host import workers_for as _workers
-from .protocol import Array, Base, Delta, Gradients, Operands, Rows, Saved, keeps_input
+from .protocol import Array, Base, Delta, Gradients, Operands, Product, Rows, Saved, keeps_input
 from .reference import ReferenceBackend
 
 _NO_SCALARS = (0.0,) * 6
@@ -88,6 +88,7 @@ class CPUBackend(CPUBlocks, ReferenceBackend):
         self._crew = Crew()
         self._scratch = _Scratch()
         self._tile_functions: dict[np.dtype, tuple[int, int]] = {}
+        self._shifted_tiles: dict[np.dtype, int] = {}
         self._row_tile_addresses: dict[np.dtype, tuple[int, int, int]] = {}
         self._stand_ins = {np.dtype(t): (np.zeros((1, 1), t), np.zeros(1, t)) for t in ("float32", "float64")}
 
@@ -285,23 +286,9 @@ class CPUBackend(CPUBlocks, ReferenceBackend):
         self._update(update_kernel.MULTIPLY, out, mask, None, None)
         return out
 
-    def unfold(self, images: Array, window: Window, start: int, stop: int) -> Array:
-        """Patches [start, stop) of images (N, channels, height, width) as rows."""
-        images = _plain(images)
-        rows = _aligned((stop - start) * window.features, images.dtype).reshape(stop - start, window.features)
-        self._patches(patch_kernel.unfold, images, rows, window, start, True)
-        return rows
-
-    def fold(self, rows: Array, window: Window, start: int, images: Array, add: bool) -> None:
-        """The transpose of `unfold`: patches from `start` on added to the images, or written."""
-        self._patches(patch_kernel.fold, images, rows, window, start, add)
-
-    def _patches(self, kernel: Any, images: Array, rows: Array, window: Window, start: int, add: bool) -> None:
-        workers = _workers(8 * rows.size)
-        strips = np.empty((workers, patch_kernel.STRIP * 64 // rows.itemsize), rows.dtype)
-        runs = np.empty((workers, 5 * patch_kernel.STRIP), np.int64)
-        task = patch_kernel.PatchTask(images, rows, strips, runs, np.zeros(workers, np.int64), window, start, add)
-        self._crew.run(kernel, task, workers)
+    def convolution(self, slide: Slide) -> Product:
+        """The product of images with a convolution's kernel."""
+        return CPUConvolution(self, slide)
 
     def take_rows(
         self, tables: Sequence[Array], factors: Sequence[float], indices: Array, target: Array, add: bool

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 import nblora
-from nblora.backends import convolution, resolve
+from nblora.backends import convolution, convolution_cpu, resolve
+from nblora.backends.protocol import Base, Delta, LowRank, Operands
 from nblora.backends.reference import ReferenceBackend
 from nblora.errors import DeviceUnavailableError
-from nblora.kernels.patches.window import Slide, pointwise
+from nblora.kernels.patches.window import Slide
 from tests import oracle
 from tests.helpers import (
     ADAPTERS,
@@ -34,6 +35,7 @@ SLIDES = {
     "one": ((4, 3), (1, 1), (1, 1), (0, 0), (1, 1)),
     "padded": ((1, 2), (3, 3), (2, 2), (4, 3), (1, 1)),
     "whole": ((3, 4), (3, 4), (1, 1), (0, 0), (1, 1)),
+    "sparse": ((6, 9), (2, 1), (1, 4), (0, 0), (3, 1)),
 }
 each_slide = pytest.mark.parametrize("name", SLIDES)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES)
@@ -65,7 +67,7 @@ def slide_of(name):
     return oracle.Slide(*SLIDES[name][1:])
 
 
-# --- the kernels --------------------------------------------------------------------------------------------------
+# --- patches, and many blocks ---------------------------------------------------------------------------------------
 
 
 @each_slide
@@ -78,26 +80,78 @@ def test_patches(rng, name, dtype, part):
     total = 3 * window.places
     start, stop = {"whole": (0, total), "middle": (total // 3, 2 * total // 3 + 1), "none": (0, 0)}[part]
     expected = oracle.patches(x, slide)[start:stop]
-    backends = resolve("cpu"), ReferenceBackend()
-    for backend in backends:
-        np.testing.assert_array_equal(backend.unfold(x, window, start, stop), expected.astype(dtype))
+    backend = ReferenceBackend()
+    np.testing.assert_array_equal(backend.unfold(x, window, start, stop), expected.astype(dtype))
     rows = np.zeros((total, window.features))
     rows[start:stop] = rng.normal(size=expected.shape)
     before = rng.normal(size=x.shape).astype(dtype)
-    for backend in backends:
-        target = before.copy()
-        backend.fold(np.ascontiguousarray(rows[start:stop], dtype), window, start, target, True)
-        assert_close(target - before, oracle.unpatch(rows.astype(dtype), x.shape, slide), "float32")
+    target = before.copy()
+    backend.fold(np.ascontiguousarray(rows[start:stop], dtype), window, start, target, True)
+    assert_close(target - before, oracle.unpatch(rows.astype(dtype), x.shape, slide), "float32")
 
 
+# Channels, outputs and sizes beyond a block of channels, of rows, of places and of panels; then as above.
+LARGE = {
+    "3x3": (40, 70, (33, 31), (3, 3), (1, 1), (1, 1), (1, 1)),
+    "3x3 narrow": (40, 70, (13, 14), (3, 3), (1, 1), (1, 1), (1, 1)),
+    "3x3 narrow, stride 2": (70, 20, (9, 7), (3, 3), (2, 2), (1, 1), (1, 1)),
+    "3x3, stride 2": (20, 70, (33, 64), (3, 3), (2, 2), (1, 1), (1, 1)),
+    "7x7, stride 2": (3, 64, (45, 38), (7, 7), (2, 2), (3, 3), (1, 1)),
+    "5x3, dilated": (33, 5, (20, 47), (5, 3), (1, 1), (2, 1), (2, 3)),
+    "1x1": (300, 20, (10, 53), (1, 1), (1, 1), (0, 0), (1, 1)),
+    "1x1 narrow": (20, 300, (7, 7), (1, 1), (1, 1), (0, 0), (1, 1)),
+    "1x1, stride 2": (70, 33, (13, 40), (1, 1), (2, 2), (0, 0), (1, 1)),
+    "17x17": (2, 13, (40, 41), (17, 17), (1, 1), (8, 8), (1, 1)),
+    "sequence": (12, 13, (1, 2000), (1, 9), (1, 3), (0, 4), (1, 2)),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("kind", [None, "lora", "delta", "masked"])
+@pytest.mark.parametrize("train", [False, True], ids=["frozen", "trained"])
 @each_dtype
-def test_channels_go_last_and_come_back(rng, dtype):
-    x, window = rng.normal(size=(3, 5, 1, 33)).astype(dtype), pointwise(5, 33)
-    rows, back = resolve("cpu").unfold(x, window, 0, 99), np.full_like(x, np.nan)
-    np.testing.assert_array_equal(rows, oracle.last(x))
-    for backend in (resolve("cpu"), ReferenceBackend()):
-        backend.fold(rows, window, 0, back, False)
-        np.testing.assert_array_equal(back, x)
+def test_many_blocks(rng, monkeypatch, name, kind, train, dtype):
+    """Against the reference in float64; a packed gradient in several pieces."""
+    monkeypatch.setattr(convolution_cpu, "PACKED", 1 << 16)
+    channels, outputs, sizes, *settings = LARGE[name]
+    features, rank = channels * settings[0][0] * settings[0][1], 3
+
+    def normal(*shape):
+        return rng.normal(size=shape).astype(dtype)
+
+    x, weight = normal(3, channels, *sizes), normal(outputs, features) / features**0.5
+    low_rank = None if kind is None else LowRank(normal(features, rank) / features**0.5, normal(rank, outputs), 0.7)
+    delta = Delta(normal(outputs, features), normal(outputs, features), 0.02, 0.9) if kind == "delta" else None
+    operands = Operands(Base(weight, normal(outputs), True), low_rank, delta, 1, train)
+    mask = 2 * (rng.random(x.shape) < 0.5).astype(dtype) if kind == "masked" else None
+    slide = Slide(*settings)
+    wide = _widened(operands)
+    y, saved = (
+        ReferenceBackend()
+        .convolution(slide)
+        .forward(x.astype(float), wide, None if mask is None else mask.astype(float), True)
+    )
+    grad = normal(*y.shape)
+    expected = y, *ReferenceBackend().convolution(slide).backward(grad.astype(float), saved, wide)
+    product = resolve("cpu").convolution(slide)
+    y, saved = product.forward(x, operands, mask, True)
+    found = y, *product.backward(grad, saved, operands)
+    for value, wanted in zip(found, expected, strict=True):
+        assert (value is None) == (wanted is None)
+        if value is not None:
+            assert value.dtype == dtype
+            assert_close(value, wanted, dtype)
+
+
+def _widened(operands):
+    """The same in float64."""
+
+    def widen(value):
+        if isinstance(value, tuple):
+            return type(value)(*map(widen, value))
+        return value.astype(float) if isinstance(value, np.ndarray) else value
+
+    return widen(operands)
 
 
 # --- values -------------------------------------------------------------------------------------------------------
@@ -125,6 +179,7 @@ def test_forward_and_gradients(rng, name, dtype, kind, count):
 @pytest.mark.parametrize("piece", [1, 3000], ids=["pieces of one", "pieces"])
 def test_three_updates_in_pieces(rng, monkeypatch, dtype, kind, frozen, fused, piece):
     monkeypatch.setattr(convolution, "PIECE", piece)
+    monkeypatch.setattr(convolution_cpu, "PACKED", piece)
     layer, slide = make_layer(rng, kind, "odd", dtype, "gelu", frozen), slide_of("odd")
     state = state_of(layer)
     for _ in range(3):
@@ -408,8 +463,9 @@ def test_training(rng):
 
 
 def test_patches_are_never_all_there(rng, monkeypatch):
-    """An image's patches take 18 MiB here; with pieces of 256 KiB a step holds little more than images of rows."""
+    """An image's patches take 18 MiB here; a step holds little more than images do."""
     monkeypatch.setattr(convolution, "PIECE", 1 << 18)
+    monkeypatch.setattr(convolution_cpu, "PACKED", 1 << 18)
     layer = nblora.LoRAAdapter(nblora.Conv2d.random(8, 4, 3, padding=1, seed=0), 2, seed=0)
     x = rng.normal(size=(1, 8, 256, 256)).astype("float32")
     grad = np.ones((1, 4, 256, 256), "float32")
@@ -422,4 +478,4 @@ def test_patches_are_never_all_there(rng, monkeypatch):
     tracemalloc.stop()
     patches = 256 * 256 * 72 * 4
     assert peak < patches / 2
-    assert convolution.PIECE <= 64 << 20
+    assert max(convolution.PIECE, convolution_cpu.PACKED) <= 64 << 20

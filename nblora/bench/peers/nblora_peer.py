@@ -45,10 +45,13 @@ class NbloraPeer(Peer):
             backend.from_host, backend.zeros_like, product, lambda source, target: target.__setitem__(..., source)
         )
 
+    def make_base(self, weight: np.ndarray, bias: np.ndarray) -> nblora.Dense | nblora.FullyConnected | nblora.Conv2d:
+        """The layer that the adapter goes around."""
+        return (nblora.FullyConnected if self.transposed else nblora.Dense)(weight, bias)
+
     def set_up(self, arrays: dict) -> None:
         self.x, self.g = arrays["x"], arrays["g"]
-        layer = nblora.FullyConnected if self.transposed else nblora.Dense
-        base = layer(arrays["W"], arrays["b"])
+        base = self.make_base(arrays["W"], arrays["b"])
         rank = self.case["rank"]
         self.adapter: nblora.LoRAAdapter | nblora.DeltaLoRAAdapter
         if self.has_delta:
@@ -83,3 +86,25 @@ class NbloraPeer(Peer):
             got |= {"D": D.T, "V": V.T} if self.transposed else {"D": D, "V": V}
         got |= {"y": self.y, "grad_input": self.grad_input}
         return {name: np.asarray(array) for name, array in got.items()}
+
+
+class NbloraConvolution(NbloraPeer):
+    """The adapters on `Conv2d`, and their parameters handed out as PyTorch stores them."""
+
+    def make_base(self, weight: np.ndarray, bias: np.ndarray) -> nblora.Conv2d:
+        return nblora.Conv2d(weight, bias, stride=self.case["stride"], padding=self.case["padding"])
+
+    def set_up(self, arrays: dict) -> None:
+        self.shapes = {name: arrays[name].shape for name in arrays}
+        matrices = {
+            name: arrays[name].reshape(len(arrays[name]), -1) for name in arrays if name in ("A", "B", "D", "V")
+        }
+        for name in ("A", "B"):
+            matrices[name] = np.ascontiguousarray(matrices[name].T)
+        super().set_up(arrays | matrices)
+
+    def results(self) -> dict[str, np.ndarray]:
+        got = super().results()
+        for name in ("A", "B"):
+            got[name] = np.ascontiguousarray(got[name].T)
+        return {name: array.reshape(self.shapes.get(name, array.shape)) for name, array in got.items()}

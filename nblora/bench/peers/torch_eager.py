@@ -32,10 +32,14 @@ class DeltaLoRALinear(nn.Module):
 class TorchEager(TorchPeer):
     """`SGD(momentum=m, dampening=m)` with a momentum buffer that holds V is the velocity's rule."""
 
+    def make_module(self, tensors: dict) -> nn.Module:
+        """The module around the case's tensors."""
+        return DeltaLoRALinear(tensors, self.s, self.c, self.transposed)
+
     def set_up(self, arrays: dict) -> None:
         tensors = self.tensors(arrays)
         self.x, self.g = tensors["x"], tensors["g"]
-        self.module = module = DeltaLoRALinear(tensors, self.s, self.c, self.transposed)
+        self.module = module = self.make_module(tensors)
         self.A, self.B = module.lora_A, module.lora_B
         groups = [{"params": [self.A, self.B]}]
         if self.has_delta:

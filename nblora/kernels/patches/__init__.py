@@ -1,1 +1,1 @@
-"""Patches of images as rows of a matrix, and the way back: what makes a convolution a linear step."""
+"""Convolutions: what the patches of images are multiplied with, forward and back, without making all patches."""

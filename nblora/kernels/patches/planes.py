@@ -1,0 +1,57 @@
+"""Planes of images copied into rows with padding between them, as a `Lattice` has them, and what places meet there."""
+
+from nblora.kernels.common.jit import part
+from nblora.kernels.common.microkernel import lanes, once
+from nblora.kernels.common.vectors import copy_vector
+
+
+@part
+def compacts(lattice, vector):
+    """Whether what the places meet is copied together: where rows are short, and vectors would compute many places that
+    are dropped. At 14 x 14 they would be one in eight."""
+    places, used = (lattice.rows - 1) * lattice.pitch + lattice.row, lattice.rows * lattice.row
+    return (places + vector - 1) // vector * vector * 32 > used * 33
+
+
+@part
+def fill(target, at, images, plane, lattice, phase, first, count):
+    """target[at : at + count] = the numbers from position `first` on of one phase of a plane, which begins at `plane`
+    in the flat `images`; zeros where there are none."""
+    once()
+    height, width, (down, across), pitch = lattice.height, lattice.width, lattice.step, lattice.pitch
+    a, b, columns = lattice.phases[phase, 0], lattice.phases[phase, 1], lattice.columns[phase]
+    row = first // pitch
+    x, done = first - row * pitch, 0
+    while done < count:
+        run = min(pitch - x, count - done)
+        y, to = row * down + a, at + done
+        live = max(0, min(run, columns - x)) if 0 <= y < height else 0
+        line = plane + y * width + x * across + b
+        if across == 1:
+            copied, source = target[to : to + live], images[line : line + live]
+            for i in range(copied.shape[0]):
+                copied[i] = source[i]
+        else:
+            for i in range(live):
+                target[to + i] = images[line + i * across]
+        for i in range(live, run):
+            target[to + i] = 0
+        done += run
+        row, x = row + 1, 0
+
+
+@part
+def copy_places(target, to, planes, at, lattice, q0, q1):
+    """target[to + i] = what place q0 + i meets, for places counted without those that are dropped: of planes from the
+    row of q0 on, `at` being where its first place's number is. Whole vectors are copied, beyond the end too."""
+    once()
+    vector, row, pitch = lanes(target), lattice.row, lattice.pitch
+    w = q0 % row
+    done, total = 0, q1 - q0
+    while done < total:
+        run = min(row - w, total - done)
+        for i in range(0, run, vector):
+            copy_vector(target, to + done + i, planes, at + w + i)
+        done += run
+        at += pitch
+        w = 0
