@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+FEW_CASES = 3  # bars of fewer are no thicker than of so many
+
+
 def benchmark_bars(
     times: Mapping[str, Mapping[str, Any]],
     *,
@@ -59,6 +62,8 @@ def benchmark_bars(
             )
         ax.set_yticks(range(len(times)), list(times))
         ax.invert_yaxis()
+        if len(times) < FEW_CASES:  # no bar is a wall
+            ax.set_ylim((len(times) + FEW_CASES) / 2 - 0.5, (len(times) - FEW_CASES) / 2 - 0.5)
         ax.grid(False, axis="y")
         ax.margins(x=0.12)
         if logarithmic:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .style import label_axes, legend_below, line_style, new_axes, style
+from .style import label_axes, legend_below, line_style, new_axes, style, whole_numbers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,6 +20,7 @@ def learning_curves(
     x_label: str = "epochs",
     y_label: str = "accuracy (fraction of samples)",
     title: str | None = None,
+    looks: Mapping[str, int] | None = None,
     ax: "Axes | None" = None,
 ) -> "Axes":
     """Draw the mean over seeds of each curve, with a band of one standard deviation.
@@ -32,6 +33,8 @@ def learning_curves(
         Places on the horizontal axis, shared by all curves; 1, 2, ... without it.
     x_label, y_label, title : str
         What stands at the figure's edges; labels carry their unit.
+    looks : mapping of names to int, optional
+        The number of each name's colour and marker, the same in figures side by side; without it they are counted.
     ax : Axes, optional
         Where to draw; a new figure without it.
 
@@ -48,7 +51,7 @@ def learning_curves(
             rows = np.atleast_2d(np.asarray(values, np.float64))
             x = np.arange(1, rows.shape[1] + 1) if steps is None else np.asarray(steps)[: rows.shape[1]]
             mean, spread = _mean_and_spread(rows)
-            look = line_style(place)
+            look = line_style((looks or {}).get(name, place))
             ax.plot(x, mean, label=name, markevery=max(1, len(x) // MANY_POINTS), **look)
             if len(rows) > 1:
                 ax.fill_between(x, mean - spread, mean + spread, color=look["color"], alpha=0.18, linewidth=0)
@@ -56,7 +59,7 @@ def learning_curves(
         several = max(seeds) > 1
         count = f"{min(seeds)}" if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
         legend_below(ax, f"mean ± 1 s.d. over {count} seeds" if several else None, curves)
-    _whole_numbers(ax)
+    whole_numbers(ax.xaxis)
     label_axes(ax, title, x_label, y_label)
     return ax
 
@@ -67,6 +70,7 @@ def accuracy_against_parameters(
     x_label: str = "trainable parameters (count, logarithmic)",
     y_label: str = "accuracy (fraction of samples)",
     title: str | None = None,
+    looks: Mapping[str, int] | None = None,
     ax: "Axes | None" = None,
 ) -> "Axes":
     """Draw what each method reached against what it had to train.
@@ -75,7 +79,7 @@ def accuracy_against_parameters(
     ----------
     points : mapping of names to pairs (parameter count, accuracies over seeds)
         The accuracies may be one number.
-    x_label, y_label, title, ax
+    x_label, y_label, title, looks, ax
         As in `learning_curves`.
 
     Returns
@@ -89,7 +93,7 @@ def accuracy_against_parameters(
         for place, (name, (parameters, accuracies)) in enumerate(points.items()):
             values = np.atleast_1d(np.asarray(accuracies, np.float64))
             mean, spread = _mean_and_spread(values[:, None])
-            look = line_style(place) | {"linestyle": "none", "markersize": 8}
+            look = line_style((looks or {}).get(name, place)) | {"linestyle": "none", "markersize": 8}
             ax.errorbar([parameters], mean, yerr=spread if len(values) > 1 else None, capsize=4, label=name, **look)
         several = any(np.size(accuracies) > 1 for _, accuracies in points.values())
         ax.set_xscale("log")
@@ -133,7 +137,7 @@ def singular_values(
             ax.plot(x, visible, label=name, markevery=max(1, len(x) // MANY_POINTS), **line_style(place))
         ax.set_yscale("log")
         legend_below(ax, None, spectra)
-    _whole_numbers(ax)
+    whole_numbers(ax.xaxis)
     label_axes(ax, title, x_label, y_label)
     return ax
 
@@ -178,12 +182,6 @@ def _mean_and_spread(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _rounding(spectrum: np.ndarray) -> float:
     """Below this a singular value of a float32 matrix is an accident of rounding."""
     return float(np.max(spectrum, initial=0.0)) * len(spectrum) * float(np.finfo(np.float32).eps) / 2
-
-
-def _whole_numbers(ax: "Axes") -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _plain_logarithmic_ticks(ax: "Axes") -> None:

@@ -1,7 +1,7 @@
 """From a result file to its figure: which panels each kind gets, and what they show."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +25,7 @@ MANY_CASES = 16  # of a benchmark in one figure; beyond, those with goals come f
 ASKED_FIRST = ("rank", "delta_scaling", "alpha", "lr")
 MANY_SPECTRA = 7  # lines in one panel, as many as there are styles
 MANY_MODULES = 60  # bars in one panel
+LONG_NAME = 60  # characters
 WIDE = 30  # a factor between times from which the axis is logarithmic
 Panel = Callable[["Axes"], object]
 
@@ -89,12 +90,13 @@ def _sweep(result: ResultFile, metric: str | None) -> tuple[list[Panel], str]:
     if not groups:
         raise FormatError(f"no run of this sweep has a result called {chosen!r}")
     best = best_of_each_method(records, chosen, chosen)
-    panels: list[Panel] = [lambda ax: _curves_of_best(ax, records, best, chosen)]
     points = _points(records, groups, chosen)
+    looks = {name: place for place, name in enumerate(dict.fromkeys([*map(_size, best.values()), *points]))}
+    panels: list[Panel] = [lambda ax: _curves_of_best(ax, records, best, chosen, looks)]
     if len({parameters for parameters, _ in points.values()}) > 1:
         panels.append(
             lambda ax: accuracy_against_parameters(
-                points, y_label=_metric_label(chosen), title="Best setting of each size", ax=ax
+                points, y_label=_metric_label(chosen), title="Best setting of each size", looks=looks, ax=ax
             )
         )
     maps = [_sweep_map(method, [group for group in groups if group[0]["method"] == method], chosen) for method in best]
@@ -102,18 +104,25 @@ def _sweep(result: ResultFile, metric: str | None) -> tuple[list[Panel], str]:
     return panels, f"Sweep of {len(records)} runs"
 
 
-def _curves_of_best(ax: "Axes", records: Any, best: Mapping[str, Any], metric: str) -> None:
+def _curves_of_best(ax: "Axes", records: Any, best: Mapping[str, Any], metric: str, looks: Mapping[str, int]) -> None:
     column = f"val_{metric.partition('_')[2]}"
     curves = {}
-    for method, (settings, _) in best.items():
+    for settings, values in best.values():
         rows = [
             record["history"][column]
             for record in records
             if record["status"] == "done" and {k: v for k, v in record["settings"].items() if k != "seed"} == settings
         ]
         if len({len(row) for row in rows}) == 1:
-            curves[method] = rows
-    learning_curves(curves, y_label=_metric_label(column), title="Best setting of each method", ax=ax)
+            curves[_size((settings, values))] = rows
+    learning_curves(curves, y_label=_metric_label(column), title="Best setting of each method", looks=looks, ax=ax)
+
+
+def _size(group: tuple[Mapping[str, Any], Any]) -> str:
+    """The method of a group of runs, and its rank: runs of one size."""
+    settings, _ = group
+    rank = settings.get("rank")
+    return settings["method"] if rank is None else f"{settings['method']}, rank {rank}"
 
 
 def _points(records: Any, groups: Any, metric: str) -> dict[str, tuple[int, list[float]]]:
@@ -125,9 +134,8 @@ def _points(records: Any, groups: Any, metric: str) -> dict[str, tuple[int, list
     }
     points: dict[str, tuple[int, list[float]]] = {}
     for settings, values in groups:  # the best come first
-        rank = settings.get("rank")
-        name = settings["method"] if rank is None else f"{settings['method']}, rank {rank}"
-        points.setdefault(name, (sizes[settings["method"], rank], list(values.values())))
+        size = sizes[settings["method"], settings.get("rank")]
+        points.setdefault(_size((settings, values)), (size, list(values.values())))
     return dict(sorted(points.items(), key=lambda point: point[1][0]))
 
 
@@ -298,8 +306,9 @@ def _inspection(result: ResultFile, metric: str | None) -> tuple[list[Panel], st
     if not modules:
         raise FormatError("this adapter has no module that changes anything, so there is no change to draw")
     largest = sorted(modules, key=lambda module: -module["norm"])[:MANY_SPECTRA]
-    spectra = {module["name"]: module["singular_values"] for module in modules if module in largest}
-    ranks = {module["name"]: {"stable rank": module["stable_rank"]} for module in modules[:MANY_MODULES]}
+    names = dict(zip((module["name"] for module in modules), _shortened(m["name"] for m in modules), strict=True))
+    spectra = {names[module["name"]]: module["singular_values"] for module in modules if module in largest}
+    ranks = {names[module["name"]]: {"stable rank": module["stable_rank"]} for module in modules[:MANY_MODULES]}
     among = f" ({len(spectra)} largest of {len(modules)} modules)" if len(spectra) < len(modules) else ""
     panels: list[Panel] = [
         lambda ax: singular_values(spectra, title=f"Singular values of each change{among}", ax=ax),
@@ -319,19 +328,26 @@ def _layer(result: ResultFile, metric: str | None) -> tuple[list[Panel], str]:
     found = {name: pair for name, pair in found.items() if np.any(pair[0])}
     if not found:
         raise FormatError("this model holds no adapter that has changed anything, so there is no change to draw")
-    first = next(iter(found))
+    found = dict(zip(_shortened(found), found.values(), strict=True))
+    names = sorted(found, key=lambda name: -np.linalg.norm(found[name][0]))
+    first, shown = names[0], [name for name in found if name in names[:MANY_SPECTRA]]
+    spectra = {name: found[name][0] for name in shown}
+    among = f" ({len(shown)} largest of {len(found)} layers)" if len(shown) < len(found) else ""
     panels: list[Panel] = [
         lambda ax: matrix_heat_map(
             found[first][0],
-            title=f"Change of {first} ({found[first][1]})",
+            title=f"Change of {first}" if len(first) > 20 else f"Change of {first} ({found[first][1]})",
             value_label="s A B + c D (weight units)",
             ax=ax,
         ),
-        lambda ax: singular_values(
-            {name: change for name, (change, _) in found.items()}, title="Singular values of each layer's change", ax=ax
-        ),
+        lambda ax: _spectra(ax, spectra, f"Singular values of each change{among}"),
     ]
     return panels, "What the adapters have learned"
+
+
+def _spectra(ax: "Axes", spectra: Mapping[str, Any], title: str) -> None:
+    _make_room(ax, 1, len(spectra) + 12)  # for the legend
+    singular_values(spectra, title=title, ax=ax)
 
 
 def _change(layer: Any) -> np.ndarray:
@@ -347,6 +363,15 @@ def _change(layer: Any) -> np.ndarray:
 
 
 # --- words -----------------------------------------------------------------------------------------------------------
+
+
+def _shortened(names: Iterable[str]) -> list[str]:
+    """Names of layers, of those that are long with the middle left out, and numbered where they are the same then."""
+    found: dict[str, None] = {}
+    for name in names:
+        short = name if len(name) <= LONG_NAME else f"{name[: LONG_NAME // 2 - 1]}…{name[-LONG_NAME // 2 :]}"
+        found[short if short not in found else f"{short} ({len(found) + 1})"] = None
+    return list(found)
 
 
 def _metric_label(metric: str) -> str:

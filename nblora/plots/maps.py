@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .style import COLOUR_MAP, label_axes, new_axes, style
+from .style import COLOUR_MAP, label_axes, new_axes, style, whole_numbers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,6 +46,7 @@ def matrix_heat_map(
         image = ax.imshow(values, cmap=COLOUR_MAP, vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
         ax.grid(False)
         ax.figure.colorbar(image, ax=ax, label=value_label)
+    whole_numbers(ax.xaxis, ax.yaxis)
     label_axes(ax, title, x_label, y_label)
     return ax
 

@@ -8,6 +8,7 @@ from nblora.errors import MissingExtraError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
 # Okabe and Ito's colours, which colour-blind readers tell apart, ordered so that neighbours differ in lightness;
 # where two are close all the same, dashes and markers tell them apart.
@@ -92,6 +93,14 @@ def legend_below(ax: "Axes", title: str | None, names: Iterable[str]) -> None:
         title=title, loc="upper left", bbox_to_anchor=(0, 0), borderaxespad=4.5, ncols=columns, columnspacing=1,
         alignment="left",
     )  # fmt: skip
+
+
+def whole_numbers(*axes: "Axis") -> None:
+    """Write no ticks between whole numbers, which count or number something, on these axes."""
+    from matplotlib.ticker import MaxNLocator
+
+    for axis in axes:
+        axis.set_major_locator(MaxNLocator(integer=True))
 
 
 def label_axes(ax: "Axes", title: str | None, x_label: str, y_label: str) -> None:

@@ -16,6 +16,8 @@ from nblora.weights.algebra import read_factors
 from nblora.weights.checkpoints import CheckpointReport, inspect_checkpoint
 from nblora.weights.report import plain
 
+MOST_LINES = 7  # of a picture
+
 
 @dataclass(frozen=True)
 class ModuleReport:
@@ -191,19 +193,24 @@ def _plot(modules: Sequence[ModuleReport], path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingExtraError("a picture needs matplotlib: pip install 'nblora[plot]'") from error
-    figure = Figure(figsize=(10, 4 + 0.12 * len(modules)), layout="constrained")
+    figure = Figure(figsize=(10, 4 + 0.16 * len(modules)), layout="constrained")
     canvas = FigureCanvasAgg(figure)
     formats = canvas.get_supported_filetypes()
     if path.suffix.lstrip(".").lower() not in formats:
         raise ValueError(f"{path}: expected a picture's name, ending in one of {', '.join(sorted(formats))}")
     values, ranks = figure.subplots(1, 2)
-    for module in modules:
-        values.plot(range(1, len(module.singular_values) + 1), module.singular_values, marker=".", alpha=0.6)
-    values.set(xlabel="index", ylabel="singular value of s·B·A", title="Singular values", yscale="log")
+    largest = sorted(modules, key=lambda module: -module.norm)[:MOST_LINES]
+    for module in (module for module in modules if module in largest):
+        values.plot(range(1, len(module.singular_values) + 1), module.singular_values, marker=".", label=module.name)
+    if modules:
+        values.legend(fontsize=6, loc="lower left")
+    among = f" of the {len(largest)} largest of {len(modules)} modules" if len(largest) < len(modules) else ""
+    values.set(xlabel="index", ylabel="singular value of s·B·A", title=f"Singular values{among}", yscale="log")
     values.xaxis.get_major_locator().set_params(integer=True)
     places = np.arange(len(modules))
     ranks.barh(places, [module.stable_rank for module in modules])
     ranks.set_yticks(places, [module.name for module in modules], fontsize=6)
+    ranks.set_ylim(-0.6, max(len(modules), 3) - 0.4)
     ranks.invert_yaxis()
     ranks.set(xlabel="stable rank", title="Stable rank")
     figure.savefig(path)

@@ -88,6 +88,9 @@ def test_matrix_heat_map_puts_zero_in_the_middle(rng):
     np.testing.assert_array_equal(image.get_array(), matrix)
     assert image.norm(0) == pytest.approx(0.5)
     assert image.get_clim() == (-np.abs(matrix).max(), np.abs(matrix).max())
+    ax.figure.canvas.draw()
+    assert all(float(text.get_position()[0]).is_integer() for text in ax.get_xticklabels())
+    assert all(float(text.get_position()[1]).is_integer() for text in ax.get_yticklabels())
     plots.matrix_heat_map(np.zeros((2, 2)))
     plots.matrix_heat_map([[np.nan, 1.0]])
     with pytest.raises(ValueError, match="two axes"):
@@ -122,6 +125,11 @@ def test_benchmark_bars():
     assert {text.get_text() for text in ax.texts} == {"1", "2", "40"}
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["nblora", "NumPy"]
     assert_labelled(ax)
+
+
+def test_a_single_bar_is_no_wall():
+    ax = plots.benchmark_bars({"forward": {"nblora": 1.0}})
+    assert ax.patches[0].get_height() < 0.4 * abs(np.subtract(*ax.get_ylim()))
 
 
 def test_difference_intervals_are_hollow_within_the_noise():

@@ -224,6 +224,54 @@ def test_no_figure_is_a_strip_and_no_text_covers_another_thing(kind, tmp_path, r
             assert box.width <= figure.bbox.width
 
 
+def deep_model_file(folder, rng):
+    """Two dozen layers with long names, the third of which has changed the most."""
+    names = [
+        f"transformer_blocks_{place}_attention_query_projection" + "_of_the_encoder" * (place % 2)
+        for place in range(24)
+    ]
+    model = nblora.Sequential({name: nblora.Dense.random(6, 6, seed=place) for place, name in enumerate(names)})
+    model.adapt("*", "lora", rank=2, seed=0)
+    for place in range(24):
+        model[place].set_parameter("lora_B", rng.normal(size=(2, 6)) * (10 if place == 2 else 1))
+    model.save(folder / "deep.safetensors")
+    return folder / "deep.safetensors"
+
+
+def deep_inspection_file(folder, rng):
+    model = nblora.load(deep_model_file(folder, rng))
+    nblora.save_peft(model, folder / "adapter")
+    return write_json(folder / "deep.json", nblora.inspect(folder / "adapter").as_dict())
+
+
+@pytest.mark.parametrize("make", [deep_model_file, deep_inspection_file])
+def test_many_layers_with_long_names(make, tmp_path, rng):
+    """Seven spectra, each named, and titles beside one another."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure = draw_file(make(tmp_path, rng))
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()  # a layout that does not work out is a warning
+    renderer = canvas.get_renderer()
+    left, right = panels(figure)
+    spectra = next(ax for ax in (left, right) if "7 largest of 24" in ax.get_title(loc="left"))
+    assert len({text.get_text() for text in spectra.get_legend().get_texts()}) == 7
+    titles = [ax._left_title.get_window_extent(renderer) for ax in (left, right)]
+    assert titles[0].x1 < titles[1].x0
+    assert spectra.yaxis.label.get_window_extent(renderer).height <= 1.05 * spectra.get_window_extent(renderer).height
+    if spectra is right:
+        assert "transformer_blocks_2_" in left.get_title(loc="left")
+
+
+def test_a_method_looks_the_same_in_both_panels(tmp_path, rng):
+    curves, sizes = panels(draw_file(sweep_file(tmp_path, rng)))[:2]
+    colours = {line.get_label(): line.get_color() for line in curves.get_lines()}
+    assert len(colours) == 3
+    points = {bars.get_label(): bars.lines[0].get_color() for bars in sizes.containers}
+    assert colours.items() <= points.items()
+    assert len(set(points.values())) == len(points) == 5
+
+
 @pytest.mark.parametrize("suffix", ["png", "svg"])
 def test_command_writes_the_same_file_again(suffix, tmp_path, rng):
     path, runner = demo_file(tmp_path, rng), CliRunner()
