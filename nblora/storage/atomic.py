@@ -19,22 +19,41 @@ except ImportError:  # Windows: there an open file cannot be removed, which serv
 
 
 @contextlib.contextmanager
-def replace_whole(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+def replace_whole(path: str | os.PathLike[str], mode: int | None = None) -> Iterator[BinaryIO]:
     """Open a temporary file beside `path` for binary writing; rename it to `path` when the block ends well.
 
     The bytes and the folder's entry are on the disk (fsync) when the block has ended. When the block raises, or the
-    process is killed at any moment, `path` is what it was before. Permissions are those of the file before, or what
-    `open` gives a new one.
+    process is killed at any moment, `path` is what it was before. Permissions are `mode`; without it those of the file
+    before, or what `open` gives a new one. An OSError names `path`, and not the temporary file.
     """
     target = Path(path)
+    with _named(target), _replaced(target, mode) as file:
+        yield file
+
+
+@contextlib.contextmanager
+def _named(target: Path) -> Iterator[None]:
+    """Name the target in an OSError that names its temporary file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None and Path(os.fsdecode(error.filename)).name.startswith(f".{target.name}."):
+            raise type(error)(error.errno, error.strerror, str(target)) from error
+        raise
+
+
+@contextlib.contextmanager
+def _replaced(target: Path, mode: int | None) -> Iterator[BinaryIO]:
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-    with _temporary(target, lambda name: os.open(name, flags, 0o666)) as (hidden, descriptor):
+    created = 0o666 if mode is None else mode
+    with _temporary(target, lambda name: os.open(name, flags, created)) as (hidden, descriptor):
         with os.fdopen(descriptor, "wb", closefd=False) as file:
             yield file
             file.flush()
             os.fsync(descriptor)
-        with contextlib.suppress(FileNotFoundError):
-            os.chmod(hidden, target.stat().st_mode & 0o777)
+        if mode is None:
+            with contextlib.suppress(FileNotFoundError):
+                os.chmod(hidden, target.stat().st_mode & 0o777)
         os.replace(hidden, target)
     fsync_folder(target.parent)
 

@@ -95,7 +95,7 @@ def test_a_user_without_a_home_is_no_error(package):
 
 
 def test_a_full_disk_is_no_error(package):
-    code = "from package.common import cache\nimport contextlib\n@contextlib.contextmanager\ndef full(path):\n"
+    code = "from package.common import cache\nimport contextlib\n@contextlib.contextmanager\ndef full(path, mode):\n"
     code += "    raise OSError(28, 'full')\n    yield\ncache.replace_whole = full\n" + CALL
     assert call(package, code)[:3] == (5, 0, 1)
 
@@ -197,9 +197,38 @@ def test_a_folder_of_another_user_is_never_read(package, tmp_path):
 
 
 @posix
+@pytest.mark.parametrize("why", ["others may write", "the group may write", "a link", "another user's"])
+def test_a_file_that_others_can_write_to_is_never_read(package, tmp_path, why):
+    """A folder that others may only read can hold such a file, where an umask lets everything through."""
+    if why == "another user's" and os.getuid() != 0:
+        pytest.skip("only root gives files away")
+    chosen = tmp_path / "chosen"
+    folder = Path(call(package, NUMBA_CACHE_DIR=str(chosen))[3])
+    folder.chmod(0o755)
+    assert call(package, NUMBA_CACHE_DIR=str(chosen))[:3] == (5, 1, 0)
+    run(PLANTED, folder, tmp_path / "evidence", path=package.parent)
+    for path in folder.glob("*.kernel"):
+        if why == "a link":
+            path.rename(tmp_path / path.name)
+            path.symlink_to(tmp_path / path.name)
+        elif why == "another user's":
+            os.chown(path, 65534, -1)
+        else:
+            path.chmod(0o646 if why == "others may write" else 0o664)
+    assert call(package, NUMBA_CACHE_DIR=str(chosen))[:3] == (5, 0, 1)
+    assert not (tmp_path / "evidence").exists()
+    assert call(package, NUMBA_CACHE_DIR=str(chosen))[:3] == (5, 1, 0)  # compiled anew, and kept in its place
+
+
+@posix
 def test_what_is_made_is_the_users_alone(package, tmp_path):
-    folder = Path(call(package, NUMBA_CACHE_DIR=str(tmp_path / "chosen"))[3])
+    before = os.umask(0)
+    try:
+        folder = Path(call(package, NUMBA_CACHE_DIR=str(tmp_path / "chosen"))[3])
+    finally:
+        os.umask(before)
     assert folder.stat().st_mode & 0o777 == 0o700
+    assert {path.stat().st_mode & 0o777 for path in folder.glob("*.kernel")} == {0o600}
 
 
 READ_ONLY = """

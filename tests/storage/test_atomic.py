@@ -47,6 +47,12 @@ def test_an_error_leaves_the_old_file_and_nothing_else(path):
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_an_error_names_the_file_and_not_its_temporary_one(path):
+    with pytest.raises(FileNotFoundError) as caught, replace_whole(path.parent / "nowhere" / "a.png"):
+        pass
+    assert caught.value.filename == str(path.parent / "nowhere" / "a.png")
+
+
 def test_a_missing_folder(path):
     with pytest.raises(FileNotFoundError), replace_whole(path / "file"):
         pass

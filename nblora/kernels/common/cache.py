@@ -8,7 +8,7 @@ time stamp, so that a helper edited in another file would leave a stale kernel. 
 3. the user's cache folder (`$XDG_CACHE_HOME/nblora`, `~/Library/Caches/nblora`, `%LOCALAPPDATA%\\nblora`).
 
 Files hold machine code and pickles, which are run, so a folder is used only if it is the user's own or root's and
-nobody else may write there; the folders made here are the user's alone. A file begins with a digest of its name and of
+nobody else may write there, and a file in it likewise; those made here are the user's alone. A file begins with a digest of its name and of
 what follows: a damaged one is compiled again. A warm folder that cannot be written to is read. Folders of older sources
 are taken away, but for the newest and for those that a process is using. With no folder at all kernels compile in every
 process, after one warning. Nothing is looked up before the first kernel is called.
@@ -84,13 +84,18 @@ def _is_trusted(folder: Path) -> bool:
         own, above = os.lstat(folder), os.stat(folder.parent)
     except OSError:
         return False
-    if not stat.S_ISDIR(own.st_mode):
+    if not stat.S_ISDIR(own.st_mode) or not _is_guarded(own):
         return False
     if not hasattr(os, "getuid"):
         return True
-    ours = (os.getuid(), 0)
-    guarded = above.st_uid in ours and (not above.st_mode & stat.S_IWOTH or bool(above.st_mode & stat.S_ISVTX))
-    return own.st_uid in ours and not own.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and guarded
+    return above.st_uid in (os.getuid(), 0) and (not above.st_mode & stat.S_IWOTH or bool(above.st_mode & stat.S_ISVTX))
+
+
+def _is_guarded(state: os.stat_result) -> bool:
+    """Whether a file or a folder is this user's or root's, and nobody else may write to it."""
+    if not hasattr(os, "getuid"):
+        return True
+    return state.st_uid in (os.getuid(), 0) and not state.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def _is_writable(folder: Path) -> bool:
@@ -108,7 +113,7 @@ def _folders() -> tuple[Path | None, tuple[Path, ...]]:
     for folder in _candidates():
         new = False
         with contextlib.suppress(OSError):
-            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
             new = not folder.exists()
             folder.mkdir(mode=0o700, exist_ok=True)
         if not _is_trusted(folder):
@@ -172,9 +177,14 @@ def _is_used(folder: Path) -> bool:
 
 
 def read_checked(path: Path) -> bytes | None:
-    """What `write_checked` wrote under this name; None where it is not there or not what it was."""
+    """What `write_checked` wrote under this name; None where it is not there, not what it was, or not ours alone."""
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
-        held = path.read_bytes()
+        with os.fdopen(os.open(path, flags), "rb") as file:
+            state = os.fstat(file.fileno())
+            if not stat.S_ISREG(state.st_mode) or not _is_guarded(state):
+                return None
+            held = file.read()
     except OSError:
         return None
     seal, payload = held[:32], held[32:]
@@ -183,7 +193,7 @@ def read_checked(path: Path) -> bytes | None:
 
 def write_checked(path: Path, payload: bytes) -> None:
     """Write a file whole, after a digest of its name and its contents; a full disk writes none."""
-    with contextlib.suppress(OSError), replace_whole(path) as file:
+    with contextlib.suppress(OSError), replace_whole(path, mode=0o600) as file:
         file.write(_seal(path, payload) + payload)
 
 
