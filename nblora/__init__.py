@@ -85,13 +85,18 @@ _ROOMS = (
     "adapters",
     "backends",
     "checks",
+    "compare",
     "errors",
+    "estimators",
     "formats",
     "kernels",
     "layers",
     "models",
+    "plots",
     "pretrained",
+    "results",
     "storage",
+    "sweep",
     "training",
     "weights",
 )
@@ -113,4 +118,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_ROOMS})
+    return sorted({*(name for name in globals() if name.startswith("__")), *__all__, *_ROOMS})

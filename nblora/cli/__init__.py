@@ -1,5 +1,6 @@
 """The `nblora` command. Each module of this folder is one command, its click object named `command`."""
 
+import difflib
 import importlib
 import pkgutil
 
@@ -22,6 +23,17 @@ class _CommandFolder(click.Group):
             return None
         command: click.Command = importlib.import_module(f"{__name__}.{cmd_name}").command
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            near = difflib.get_close_matches(args[0], self.list_commands(ctx), 1)
+            if near:
+                raise click.UsageError(f"{error.message} Did you mean '{near[0]}'?", ctx) from None
+            raise
 
     def invoke(self, ctx: click.Context) -> object:
         try:

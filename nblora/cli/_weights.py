@@ -115,9 +115,13 @@ def progress_bar() -> Iterator[Callable[[int, int], None]]:
 def show_warnings(warnings: list[str]) -> None:
     """Print what the user should know to standard error."""
     for warning in warnings:
-        click.echo(f"nblora: warning: {warning}", err=True)
+        click.echo(f"nblora: warning: {_printable(warning)}", err=True)
 
 
 def show(report: dict[str, Any], table: str, as_json: bool) -> None:
-    """Print a report to standard output."""
-    click.echo(json.dumps(report, indent=2) if as_json else table)
+    """Print a report to standard output; what a file's names would tell the terminal to do is written out."""
+    click.echo(json.dumps(report, indent=2) if as_json else "\n".join(map(_printable, table.split("\n"))))
+
+
+def _printable(line: str) -> str:
+    return line if line.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)

@@ -16,7 +16,7 @@ Settings = dict[str, Any]
 
 METHODS = ("head", "lora", "delta", "full")
 COMMON = ("method", "seed", "lr", "optimizer", "weight_decay", "schedule", "clip_norm", "epochs", "batch_size")
-OF_ADAPTERS = ("rank", "alpha", "use_rslora", "init", "lora_dropout", "lora_plus_ratio")
+OF_ADAPTERS = ("rank", "lower_rank", "alpha", "use_rslora", "init", "lora_dropout", "lora_plus_ratio")
 OF_DELTAS = ("delta_scaling", "momentum_factor", "delta_lr")
 NAMES = COMMON + OF_ADAPTERS + OF_DELTAS
 MOST_RUNS = 100_000

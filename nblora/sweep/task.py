@@ -24,7 +24,7 @@ DEFAULT_LOSS = "cross_entropy"
 MOST_CLASSES = 1_000_000
 """Of a network that is drawn: its last layer has an output for each number up to the largest label."""
 HISTORY = ("loss", "accuracy", "val_loss", "val_accuracy")
-OF_CONSTRUCTORS = ("rank", "alpha", "use_rslora", "init", "lora_dropout", "delta_scaling", "momentum_factor")
+OF_ADAPT = ("rank", "lower_rank", "alpha", "use_rslora", "init", "lora_dropout", "delta_scaling", "momentum_factor")
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def prepare(task: Task, settings: Mapping[str, Any]) -> Sequential:
     model = _plain_model(task, settings["seed"])
     method = settings["method"]
     if method in ("lora", "delta"):
-        chosen = {name: settings[name] for name in OF_CONSTRUCTORS if name in settings}
+        chosen = {name: settings[name] for name in OF_ADAPT if name in settings}
         return model.adapt(task.target, method, modules_to_save=task.modules_to_save, seed=settings["seed"], **chosen)
     leaves = [layer for _, layer in tree.units(model)]
     for layer in leaves:

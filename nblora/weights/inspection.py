@@ -143,7 +143,9 @@ def inspect(path: str | os.PathLike[str]) -> InspectReport | CheckpointReport:
     """
     place = Path(path)
     is_adapter = place.name == TENSORS_NAME or any((place / name).exists() for name in (CONFIG_NAME, TENSORS_NAME))
-    return _inspect_adapter(place) if is_adapter or not place.exists() else inspect_checkpoint(place)
+    if not is_adapter:
+        os.stat(place)  # or it says that there is no such file
+    return _inspect_adapter(place) if is_adapter else inspect_checkpoint(place)
 
 
 def _inspect_adapter(adapter: Path) -> InspectReport:

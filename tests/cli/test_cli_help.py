@@ -45,3 +45,12 @@ def test_an_unknown_option_is_an_error():
     result = CliRunner().invoke(main, ["info", "--no-such-option"])
     assert result.exit_code == 2
     assert "No such option" in result.output
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("merg", "merge"), ("plto", "plot"), ("comapre", "compare"), ("xyz", None)]
+)
+def test_a_misspelt_command_is_answered_with_the_one_that_was_meant(typed, meant):
+    result = CliRunner().invoke(main, [typed])
+    assert result.exit_code == 2
+    assert result.stderr.endswith(f"No such command '{typed}'." + (f" Did you mean '{meant}'?\n" if meant else "\n"))

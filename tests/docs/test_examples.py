@@ -151,3 +151,10 @@ def test_the_first_screen_says_who_should_take_something_else():
 
 def test_no_figure_of_a_busy_machine_is_shown_to_users():
     assert "do not hold" not in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_user_pages_speak_of_tasks():
+    """And not of how the source tree is furnished; its pages for contributors may."""
+    for page in ("quickstart", "training", "formats", "merge", "estimators", "sweeps", "plots", "files"):
+        text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+        assert not re.search(r"\b(rooms?|doors?|crews?|registers?)\b", text.replace("room for", "")), page

@@ -1,5 +1,6 @@
 """Models: how they are made, chained, adapted, merged, counted and kept."""
 
+import importlib
 import re
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 import nblora
 from nblora.errors import FormatError
+from nblora.sweep import expand_grid
 from tests import oracle
 from tests.helpers import (
     assert_close,
@@ -369,3 +371,12 @@ def test_a_layer_that_forgot_its_forward_leaves_the_others_as_they_were(model, x
     with pytest.raises(RuntimeError, match="needs a forward first"):
         model.backward_update(np.ones((5, 4)), 0.1)
     np.testing.assert_array_equal(model.get_parameters(), before)
+
+
+def test_plain_lora_is_what_one_gets_unasked():
+    """A delta trains more parameters than the layer holds, so it is asked for by name."""
+    model = nblora.Sequential(nblora.Dense.random(4, 3, seed=0)).adapt("*", rank=2)
+    assert type(model[0]) is nblora.LoRAAdapter
+    assert expand_grid({"rank": [2]})[0]["method"] == "lora"
+    estimators = pytest.importorskip("sklearn") and importlib.import_module("nblora.estimators")
+    assert estimators.LoRAClassifier().method == estimators.LoRARegressor().method == "lora"

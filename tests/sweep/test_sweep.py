@@ -290,3 +290,14 @@ def test_missing_extras_are_named(sweep, tmp_path, monkeypatch):
     path.write_text('[data]\nsklearn = "iris"\n[grid]\nrank = [1]\n')
     with pytest.raises(MissingExtraError, match=r"nblora\[sklearn\]"):
         Sweep.from_toml(path)
+
+
+def test_a_rank_that_is_too_large_for_one_layer_may_be_lowered_as_its_message_says(data, base, tmp_path):
+    grid = {"method": ["lora"], "rank": [base.out_features + 1]}
+    (record,) = Sweep.grid(data, grid, {"epochs": 1}, base=base).run(tmp_path / "a.jsonl", workers=1)
+    assert record["status"] == "failed"
+    assert "lower_rank=True" in record["error"]
+    lowered = Sweep.grid(data, grid, {"epochs": 1, "lower_rank": True}, base=base)
+    with pytest.warns(UserWarning, match="its adapter has rank"):
+        (record,) = lowered.run(tmp_path / "b.jsonl", workers=1)
+    assert record["status"] == "done"

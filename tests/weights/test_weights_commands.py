@@ -140,3 +140,19 @@ def test_no_command_imports_a_framework(trio, tmp_path):
         )
         assert done.returncode == 0, done.stderr
     assert (tmp_path / "back.safetensors").read_bytes() == base.read_bytes()
+
+
+def test_a_name_tells_the_terminal_nothing(tmp_path):
+    write_file(
+        tmp_path / "m.safetensors", {"a\x1b]0;owned\x07\x1b[2J.weight": np.ones((2, 2), "float32"), "é": np.ones(2)}
+    )
+    result = run("inspect", tmp_path / "m.safetensors")
+    assert result.exit_code == 0
+    assert r"a\x1b]0;owned\x07\x1b[2J.weight" in result.stdout
+    assert "é" in result.stdout
+    assert "\x1b" not in result.stdout
+
+
+def test_what_is_not_there_is_called_a_file_or_a_folder(tmp_path):
+    result = run("inspect", tmp_path / "nowhere")
+    assert (result.exit_code, "No such file or directory" in result.stderr) == (2, True)

@@ -8,10 +8,10 @@ time stamp, so that a helper edited in another file would leave a stale kernel. 
 3. the user's cache folder (`$XDG_CACHE_HOME/nblora`, `~/Library/Caches/nblora`, `%LOCALAPPDATA%\\nblora`).
 
 Files hold machine code and pickles, which are run, so a folder is used only if it is the user's own or root's and
-nobody else may write there, and a file in it likewise; those made here are the user's alone. A file begins with a digest of its name and of
-what follows: a damaged one is compiled again. A warm folder that cannot be written to is read. Folders of older sources
-are taken away, but for the newest and for those that a process is using. With no folder at all kernels compile in every
-process, after one warning. Nothing is looked up before the first kernel is called.
+nobody else may write there, and a file in it likewise; those made here are the user's alone. A file begins with a
+digest of its name and of what follows: a damaged one is compiled again. A warm folder that cannot be written to is
+read. Folders of older sources are taken away, but for the newest and for those that a process is using. With no folder
+at all kernels compile in every process, after one warning. Nothing is looked up before the first kernel is called.
 """
 
 import contextlib
