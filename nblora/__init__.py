@@ -87,7 +87,6 @@ _ROOMS = (
     "checks",
     "compare",
     "errors",
-    "estimators",
     "formats",
     "kernels",
     "layers",

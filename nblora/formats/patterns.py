@@ -22,7 +22,7 @@ LONGEST = 1 << 17
 MOST_STEPS = 1 << 18
 """Characters of an expression once its repetitions are written out."""
 PATIENCE = 10.0
-"""Seconds that all of a file's real expressions may take together."""
+"""Seconds of the processor that all of a file's real expressions may take together."""
 
 _SPECIAL = re.compile(r"[^\w.\-]")
 _TOKEN = re.compile(r"\\.|.", re.DOTALL)
@@ -86,7 +86,7 @@ class Patterns:
         )
 
     def _search(self, expression: "_Expression", module: str) -> bool:
-        began = time.perf_counter()
+        began = time.thread_time()
         try:
             return expression.matches(module, began + PATIENCE - self._spent)
         except TimeoutError:
@@ -94,7 +94,7 @@ class Patterns:
                 f"{self._place}: its expressions took more than {PATIENCE:g} s to match; write plain names"
             ) from None
         finally:
-            self._spent += time.perf_counter() - began
+            self._spent += time.thread_time() - began
 
     # --- reading an expression ---------------------------------------------------------------------------------
 
@@ -205,10 +205,10 @@ class _Expression:
             self._start = self._sequence(prefix, begin, 0)
 
     def matches(self, text: str, deadline: float) -> bool:
-        """Whether it matches all of `text`; TimeoutError where the clock passes `deadline` before that is known."""
+        """Whether it matches all of `text`; TimeoutError where the thread's clock passes `deadline` before that is known."""
         states = self._reachable([self._start], text, 0)
         for at, letter in enumerate(text, 1):
-            if time.perf_counter() > deadline:
+            if time.thread_time() > deadline:
                 raise TimeoutError
             taken = [state for state in states if (takes := self._takes[state]) and takes(letter)]
             states = self._reachable([self._next[state][0] for state in taken], text, at)
