@@ -205,7 +205,7 @@ class _Expression:
             self._start = self._sequence(prefix, begin, 0)
 
     def matches(self, text: str, deadline: float) -> bool:
-        """Whether it matches all of `text`; TimeoutError where the thread's clock passes `deadline` before that is known."""
+        """Whether it matches all of `text`; TimeoutError where this thread has computed until `deadline` before."""
         states = self._reachable([self._start], text, 0)
         for at, letter in enumerate(text, 1):
             if time.thread_time() > deadline:

@@ -197,9 +197,9 @@ interrupts.bombard(interrupts.Trial(), int(sys.argv[1]), int(sys.argv[2]), getat
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no interval timers here")
 @pytest.mark.parametrize("count", [15, pytest.param(1000, marks=pytest.mark.slow)])
 def test_signals_at_random_moments(count):
-    run(BOMBARD, count, 5, "run_with_alarm")
+    run(BOMBARD, count, 5, "run_with_alarm", timeout=1500)
 
 
 @pytest.mark.parametrize("count", [15, pytest.param(1000, marks=pytest.mark.slow)])
 def test_asynchronous_exceptions_at_random_moments(count):
-    run(BOMBARD, count, 6, "run_in_thread")
+    run(BOMBARD, count, 6, "run_in_thread", timeout=1500)
