@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     )
     from nblora.layers import read_layer as load
     from nblora.models import Sequential
-    from nblora.pretrained import load_pretrained
+    from nblora.pretrained import generate, load_pretrained
     from nblora.training import fit  # type: ignore[no-redef]  # a module of that name lies there too
     from nblora.weights import combine, inspect, merge, unmerge, verify
 
@@ -43,6 +43,7 @@ __all__ = [
     "devices",
     "errors",
     "fit",
+    "generate",
     "inspect",
     "load",
     "load_peft",
@@ -70,6 +71,7 @@ _PLACES = {
     "combine": "weights",
     "devices": "backends",
     "fit": "training",
+    "generate": "pretrained",
     "inspect": "weights",
     "load": "layers.read_layer",
     "load_peft": "formats",

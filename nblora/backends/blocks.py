@@ -17,9 +17,10 @@ Array = Any
 class Heads(NamedTuple):
     """How attention reads its rows: those of all sequences lie one after the other.
 
-    Queries of sequence s are rows begins[s] to begins[s + 1], its keys and values key_begins[s] to key_begins[s + 1];
-    both int64. `heads` read the queries, `key_heads`, of which `heads` is a multiple, the keys. A causal query sees the
-    keys up to its own place, the last query the last key; one that sees none gives zeros.
+    Queries of sequence s are rows begins[s] to begins[s + 1], its keys and values key_begins[s] to key_begins[s + 1],
+    or to key_ends[s] where there is room between; all int64. `heads` read the queries, `key_heads`, of which `heads`
+    is a multiple, the keys. A causal query sees the keys up to its own place, the last query the last key; one that
+    sees none gives zeros.
     """
 
     begins: np.ndarray
@@ -28,11 +29,13 @@ class Heads(NamedTuple):
     key_heads: int
     causal: bool
     scale: float
+    key_ends: np.ndarray | None = None
 
     def spans(self, sequence: int) -> tuple[slice, slice, np.ndarray]:
         """Rows of queries and of keys of a sequence, and which query sees which key."""
         rows = slice(int(self.begins[sequence]), int(self.begins[sequence + 1]))
-        keys = slice(int(self.key_begins[sequence]), int(self.key_begins[sequence + 1]))
+        ends = self.key_begins[1:] if self.key_ends is None else self.key_ends
+        keys = slice(int(self.key_begins[sequence]), int(ends[sequence]))
         count, known = rows.stop - rows.start, keys.stop - keys.start
         seen = np.ones((count, known), bool)
         return rows, keys, np.tril(seen, known - count) if self.causal else seen

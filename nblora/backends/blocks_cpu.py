@@ -70,7 +70,7 @@ class CPUBlocks(ReferenceBlocks):
         if size > attention_kernel.LARGEST:
             return super().attention_gradient(grad, q, k, v, o, sums, shape)
         gq, gk, gv = np.empty(q.shape, q.dtype), *(np.empty((len(k), q.shape[1]), q.dtype) for _ in range(2))
-        if len(shape.begins) and (shape.begins[1:] == shape.begins[:-1]).any():
+        if shape.key_ends is not None or (len(shape.begins) and (shape.begins[1:] == shape.begins[:-1]).any()):
             gk[:], gv[:] = 0, 0  # keys that no query has
         jobs = _jobs(shape.begins, shape.heads, None)
         lent = _plain(q), _plain(k), _plain(v), o, sums, _plain(grad), gq, gk, gv, jobs, *_sizes(shape)
@@ -161,8 +161,9 @@ class CPUBlocks(ReferenceBlocks):
 
 
 def _sizes(shape: Heads) -> tuple[np.ndarray, np.ndarray, float]:
-    begins = np.array([shape.begins, shape.key_begins], np.int64)
-    return begins, np.array([shape.heads, shape.heads // shape.key_heads, shape.causal], np.int64), float(shape.scale)
+    ends = shape.key_begins[1:] if shape.key_ends is None else shape.key_ends
+    spans = np.array([shape.begins[:-1], shape.begins[1:], shape.key_begins[:-1], ends], np.int64)
+    return spans, np.array([shape.heads, shape.heads // shape.key_heads, shape.causal], np.int64), float(shape.scale)
 
 
 def _jobs(begins: np.ndarray, heads: int, rows: int | None) -> np.ndarray:

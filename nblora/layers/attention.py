@@ -53,7 +53,8 @@ class Attention(Function):
 
     Scores are never held: backward computes them again. Queries, keys and values are projections of their own: `q`
     (N, heads·size), `k` and `v` (N, key_heads·size), with the rows of all sequences one after the other, as
-    `run.sequences` says. With rotary positions q and k are turned in place.
+    `run.sequences` says. With rotary positions q and k are turned in place. With `run.cache` the keys and values of the
+    sequences' earlier rows are read too.
 
     Parameters
     ----------
@@ -84,11 +85,14 @@ class Attention(Function):
         self.scale = None if scale is None else checks.check_positive("scale", scale)
 
     def _forward(self, q: Array, k: Array, v: Array, run: Run) -> Array:
-        sequences = self._check(q, k, v, run.sequences)
+        sequences = self._check(q, k, v, run)
         scale = self.scale or 1 / math.sqrt(q.shape[1] // self.heads)
-        shape = Heads(sequences.begins, sequences.key_begins, self.heads, self.key_heads, self.causal, scale)
+        begins, key_begins, _, key_ends = sequences
+        shape = Heads(begins, key_begins, self.heads, self.key_heads, self.causal, scale, key_ends)
         backend = cast(ReferenceBlocks, run.backend)
         self._turn(q, k, sequences, backend)
+        if run.cache is not None:
+            k, v = run.cache.extended(self, k, v)
         o, sums = backend.attention(q, k, v, shape)
         self._keep(run, q, k, v, o, sums, shape, sequences)
         return o
@@ -110,7 +114,8 @@ class Attention(Function):
             backend.rotate(q, positions, *tables, self.heads, back)
             backend.rotate(k, positions, *tables, self.key_heads, back)
 
-    def _check(self, q: Array, k: Array, v: Array, sequences: Sequences | None) -> Sequences:
+    def _check(self, q: Array, k: Array, v: Array, run: Run) -> Sequences:
+        sequences = run.sequences
         if sequences is None:
             raise RuntimeError(f"{self!r} needs to know where sequences begin: set run.sequences before the forward")
         rows, features = q.shape
@@ -120,10 +125,10 @@ class Attention(Function):
                 f"{self!r} takes q (rows, heads·size), k and v (rows, key_heads·size), got {q.shape}, {k.shape} and "
                 f"{v.shape}"
             )
-        if rows != sequences.begins[-1] or len(k) != sequences.key_begins[-1]:
+        keys = sequences.begins[-1] if run.cache is not None else sequences.key_begins[-1]
+        if rows != sequences.begins[-1] or len(k) != keys:
             raise ValueError(
-                f"{self!r} got {rows} queries and {len(k)} keys, and sequences of {sequences.begins[-1]} and "
-                f"{sequences.key_begins[-1]}"
+                f"{self!r} got {rows} queries and {len(k)} keys, and sequences of {sequences.begins[-1]} and {keys}"
             )
         if self.rotary is not None and self.rotary.size > size:
             raise ValueError(f"{self!r} turns {self.rotary.size} features of a head, which has {size}")

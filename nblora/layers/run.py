@@ -22,11 +22,13 @@ class Kept(NamedTuple):
 class Sequences(NamedTuple):
     """Where sequences lie among rows that hold one after the other: queries of sequence s are rows begins[s] to
     begins[s + 1], its keys rows key_begins[s] to key_begins[s + 1] of theirs, as many, but where keys of earlier
-    forwards are kept; `positions` (N,) is each row's place in its sequence. All int64."""
+    forwards are kept: there they end at key_ends[s], with room for more after them. `positions` (N,) is each row's
+    place in its sequence. All int64."""
 
     begins: np.ndarray
     key_begins: np.ndarray
     positions: np.ndarray
+    key_ends: np.ndarray | None = None
 
     @classmethod
     def of(cls, lengths: Any) -> "Sequences":
@@ -62,6 +64,8 @@ class Run:
         Of the output.
     sequences : Sequences or None
         Where sequences begin, for attention, which alone knows of them.
+    cache : Cache or None
+        Keys and values of earlier forwards, which the attention of this one reads and adds to.
     recompute : bool
         Whether blocks keep their input alone and compute themselves again on the way back.
     in_pieces : bool
@@ -69,6 +73,7 @@ class Run:
     """
 
     sequences: Sequences | None = None
+    cache: Any = None
     recompute = in_pieces = False
     sink: Any = None
     tokens: Any = None  # of a model of text, what the forward was called with

@@ -17,6 +17,18 @@ def heads_of(lengths, key_lengths, heads, key_heads, causal, scale):
     return Heads(begins(lengths), begins(key_lengths), heads, key_heads, causal, scale)
 
 
+def apart(shape, k, v, room):
+    """The same keys and values, `room` rows that nobody may read after those of each sequence."""
+    lengths = np.diff(shape.key_begins)
+    starts = begins(lengths + room)
+    rows = np.concatenate([np.arange(length) + start for length, start in zip(lengths, starts, strict=False)])
+    spread = []
+    for array in (k, v):
+        spread.append(np.full((starts[-1], array.shape[1]), np.nan, array.dtype))
+        spread[-1][rows] = array
+    return shape._replace(key_begins=starts, key_ends=starts[:-1] + lengths), rows, *spread
+
+
 def each_head(shape, size):
     """Slices of rows and columns of queries, and those of the keys, of each sequence and head."""
     for s in range(len(shape.begins) - 1):

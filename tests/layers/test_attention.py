@@ -9,7 +9,7 @@ from nblora.layers.run import Run, Sequences
 from tests import oracle
 from tests.helpers import DTYPES, assert_close
 
-from .support import BACKENDS, each_head, heads_of
+from .support import BACKENDS, apart, each_head, heads_of
 
 small = pytest.mark.small
 
@@ -92,6 +92,24 @@ def test_central_differences(rng):
                 values.append(float((backend.attention(q, k, v, shape)[0] * grad).sum()))
             array[place] = kept
             assert abs((values[0] - values[1]) / 2e-6 - gradient[place]) <= 1e-6
+
+
+@small
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_keys_with_room_between(rng, backend, dtype):
+    shape = heads_of([3, 1, 0, 5], [7, 40, 2, 5], 4, 2, True, 0.4)
+    q, grad = rng.normal(size=(2, 9, 24)).astype(dtype)
+    k, v = rng.normal(size=(2, 54, 12)).astype(dtype)
+    spread, rows, *wide = apart(shape, k, v, 3)
+    o, sums = BACKENDS[backend].attention(q, k, v, shape)
+    np.testing.assert_array_equal(BACKENDS[backend].attention(q, *wide, spread)[0], o)
+    expected = BACKENDS[backend].attention_gradient(grad, q, k, v, o, sums, shape)
+    found = BACKENDS[backend].attention_gradient(grad, q, *wide, o, sums, spread)
+    np.testing.assert_array_equal(found[0], expected[0])
+    for one, other in zip(found[1:], expected[1:], strict=True):
+        np.testing.assert_array_equal(one[rows], other)
+        assert not np.delete(one, rows, axis=0).any()
 
 
 # --- rotary positions ----------------------------------------------------------------------------------------------

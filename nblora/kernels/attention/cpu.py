@@ -33,7 +33,7 @@ LARGEST = DEPTH
 
 
 class AttentionTask(NamedTuple):
-    """One forward. Queries of sequence s are rows begins[0, s] to begins[0, s + 1], its keys begins[1, s] to ..."""
+    """One forward. Queries of sequence s are rows spans[0, s] to spans[1, s], its keys spans[2, s] to spans[3, s]."""
 
     q: object  # (N, heads·size)
     k: object  # (M, key heads·size)
@@ -41,7 +41,7 @@ class AttentionTask(NamedTuple):
     o: object  # (N, heads·size), written
     sums: object  # (N, heads), written: log Σ exp(score)
     jobs: object  # (jobs, 3): sequence, head, first query
-    begins: object  # (2, sequences + 1): of queries and of keys
+    spans: object  # (4, sequences): begins and ends of queries, and of keys
     sizes: object  # (heads, heads for each key head, whether causal)
     scale: float
     scratch: object  # (workers, PARTS·PART)
@@ -62,7 +62,7 @@ class AttentionGradientTask(NamedTuple):
     gk: object  # (M, heads·size), written: a head's own
     gv: object  # (M, heads·size), written
     jobs: object
-    begins: object
+    spans: object
     sizes: object
     scale: float
     scratch: object
@@ -87,9 +87,9 @@ class _Place(NamedTuple):
 @part
 def _place(task, job):
     sequence, head = task.jobs[job, 0], task.jobs[job, 1]
-    begins, heads = task.begins, task.sizes[0]
+    spans, heads = task.spans, task.sizes[0]
     size = task.q.shape[1] // heads
-    q0, q1, k0, k1 = begins[0, sequence], begins[0, sequence + 1], begins[1, sequence], begins[1, sequence + 1]
+    q0, q1, k0, k1 = spans[0, sequence], spans[1, sequence], spans[2, sequence], spans[3, sequence]
     key_column = head // task.sizes[1] * size
     return _Place(q0, q1, k0, k1, head * size, key_column, size, task.sizes[2] != 0, (k1 - k0) - (q1 - q0))
 
