@@ -1,8 +1,10 @@
 """A sweep as a TOML file."""
 
+import contextlib
 import os
+import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,13 @@ from .task import DEFAULT_LOSS, Data
 
 LONGEST = 1 << 20
 """Bytes of a TOML file."""
+
+MOST_PARTS = 100
+"""Parts of a dotted key that are left to the parser."""
+_TEXT = re.compile(
+    r"""#[^\n]*|\"{3}(?:[^\\]|\\.)*?\"{3}|'{3}.*?'{3}|"(?:[^"\\\n]|\\.)*"|'[^'\n]*'""", re.DOTALL
+)  # comments and strings
+_BETWEEN_KEYS = re.compile(r"[=,\[\]{}\r\n]")
 
 TABLES = {"data", "base", "grid", "random", "fixed"}
 OPTIONS = {"loss", "metric", "threads"}
@@ -31,20 +40,37 @@ def read_specification(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     name = os.fspath(path)
     try:
-        content = tomllib.loads(read_bounded(Path(path), LONGEST, follow_links=True).decode())
+        text = read_bounded(Path(path), LONGEST, follow_links=True).decode()
+        _check_keys_are_short(text)
+        content = tomllib.loads(text)
     except FormatError:
         raise
     except RecursionError:
         raise FormatError(f"{name}: not a TOML file of a sweep: nested too deeply") from None
-    except ValueError as error:  # TOMLDecodeError, UnicodeDecodeError, and of a number with too many digits
+    except ValueError as error:  # TOMLDecodeError, UnicodeDecodeError, of too long a key or number
         raise FormatError(f"{name}: not a TOML file: {error}") from error
-    try:
+    with named(path):
         return _arguments(content, Path(path).parent)
+
+
+@contextlib.contextmanager
+def named(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Raise what is wrong with a file's settings as a FormatError that names the file."""
+    try:
+        yield
     except FormatError:
         raise
     except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
         reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
-        raise FormatError(f"{name}: {reason}") from error
+        raise FormatError(f"{os.fspath(path)}: {reason}") from error
+
+
+def _check_keys_are_short(text: str) -> None:
+    """FormatError for a key of many dotted parts: Python's parser takes the square of their number, in memory too."""
+    bare = _TEXT.sub("", text).translate({ord(" "): None, ord("\t"): None})
+    parts = max(chunk.count(".") + 1 for chunk in _BETWEEN_KEYS.split(bare))
+    if parts > MOST_PARTS:
+        raise ValueError(f"a key of {parts} parts; a sweep's have at most two")
 
 
 def _arguments(content: Mapping[str, Any], folder: Path) -> dict[str, Any]:

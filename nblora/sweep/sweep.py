@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +77,8 @@ class Sweep:
             raise ValueError("runs must not be empty: give at least one combination of settings")
         checked = data if isinstance(data, Data) else _as_data(data)
         arrays: dict[str, Any] = {name: v if v is None else np.asarray(v) for name, v in vars(checked).items()}
+        if isinstance(hidden, str) or not isinstance(hidden, Iterable):
+            raise TypeError(f"hidden must be a list of widths, got {hidden!r}")
         widths = tuple(checks.check_integer("hidden", width, 1) for width in hidden)
         threads = checks.check_integer("threads", threads, 1)
         self.task = Task(Data(**arrays), base, widths, loss, target, modules_to_save, threads)
@@ -117,10 +119,11 @@ class Sweep:
     @classmethod
     def from_toml(cls, path: str | os.PathLike[str], *, threads: int | None = None) -> "Sweep":
         """Make the sweep that a TOML file describes; docs/sweeps.md shows one."""
-        from .specification import read_specification
+        from .specification import named, read_specification
 
         options = read_specification(path)
-        return cls(**options if threads is None else options | {"threads": threads})
+        with named(path):
+            return cls(**options if threads is None else options | {"threads": threads})
 
     def run(
         self,

@@ -14,7 +14,7 @@ from nblora.formats.model_files import ORIGINALS_SUFFIX, open_model
 from nblora.pretrained.gguf_tokenizer import tokenizer_files
 from nblora.storage.safetensors_reader import SafetensorsFile
 from nblora.storage.safetensors_writer import write_safetensors
-from nblora.sweep import read_results
+from nblora.sweep import Sweep, read_data, read_results
 from nblora.sweep.specification import read_specification
 from nblora.weights import combine, inspect, merge, unmerge
 
@@ -86,6 +86,11 @@ def _make_demo(folder: Path) -> None:
 def _make_curves(folder: Path) -> None:
     rows = ["method,seed,epoch,loss,val_accuracy", "lora,0,1,0.5,0.75", "lora,0,2,0.25,0.875", "delta,0,1,0.5,0.5"]
     (folder / "curves.csv").write_text("\n".join(rows))
+
+
+def _make_table(folder: Path) -> None:
+    rows = ["length;width;label", *(f"{place};{place % 7}.5;{'wide' if place % 3 else 'long'}" for place in range(40))]
+    (folder / "own.csv").write_text("\n".join(rows))
 
 
 def _make_sweep(folder: Path) -> None:
@@ -178,8 +183,9 @@ READERS = {
         "data.npz", _make_sweep, lambda folder: read_specification(folder / "sweep.toml"), mutation.damage_npz
     ),
     "toml": Reader(
-        "sweep.toml", _make_sweep, lambda folder: read_specification(folder / "sweep.toml"), mutation.damage_toml
+        "sweep.toml", _make_sweep, lambda folder: Sweep.from_toml(folder / "sweep.toml"), mutation.damage_toml
     ),
+    "table": Reader("own.csv", _make_table, lambda folder: read_data(folder / "own.csv")),
     "results": Reader("results.jsonl", _make_results, _read_results, mutation.damage_lines),
     "demo": Reader(
         "results.json",

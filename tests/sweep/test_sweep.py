@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 
 import numba
 import numpy as np
@@ -263,6 +264,10 @@ def test_toml_with_random_draws_and_scikit_learn_data(tmp_path):
         (('file = "data.npz"', "validation = 0.1"), "must have file"),
         (('file = "data.npz"', 'sklearn = "mnist"'), "data.sklearn must be one of"),
         (('file = "data.npz"', 'sklearn = "iris"\nvalidation = 0.6\ntest = 0.5'), "leave samples for training"),
+        (('"cross_entropy"', '"msee"'), "loss must be one of 'mse'"),
+        (('"cross_entropy"', "3"), "loss must be a name"),
+        (("[data]", 'metric = "speed"\n[data]'), "metric must be one of 'val_accuracy'"),
+        (("[data]", "threads = 0\n[data]"), "threads must be at least 1"),
     ],
 )
 def test_bad_files(folder, change, message):
@@ -273,6 +278,38 @@ def test_bad_files(folder, change, message):
     assert str(folder) in str(caught.value)
     result = CliRunner().invoke(main, ["sweep", str(path)])
     assert result.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("widths", "message"),
+    [("3", "hidden must be a list of widths"), ('"ab"', "hidden must be a list of widths"), ("[0]", "at least 1"),
+     ('["a"]', "hidden must be an integer"), ("[true]", "hidden must be an integer")],
+)  # fmt: skip
+def test_bad_widths(widths, message, tmp_path, data):
+    np.savez(tmp_path / "data.npz", **{name: array for name, array in vars(data).items() if array is not None})
+    path = tmp_path / "sweep.toml"
+    path.write_text(f'[data]\nfile = "data.npz"\n[base]\nhidden = {widths}\n[grid]\nmethod = ["full"]\n')
+    with pytest.raises(FormatError, match=rf"sweep\.toml: .*{message}"):
+        Sweep.from_toml(path)
+    assert CliRunner().invoke(main, ["sweep", str(path)]).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "x." * 20000 + "y = 1", f"[{'a.' * 20000}a]", f"[[{'a . ' * 20000}a]]", '"a".' * 20000 + "b = 1",
+        '# """\n' + "x." * 20000 + 'y = 1\n# """', 'b = """x"y"""\n' + "x." * 20000 + "y = 1",
+        'a = {b="""x"y""",' + "k." * 20000 + 'k=1,c="z"}',
+    ],
+    ids=range(7),
+)  # fmt: skip
+def test_a_key_of_many_parts_costs_nothing(text, tmp_path):
+    path = tmp_path / "sweep.toml"
+    path.write_text(text)
+    before = time.thread_time()
+    with pytest.raises(FormatError, match=r"sweep\.toml: not a TOML file: a key of 20001 parts"):
+        Sweep.from_toml(path)
+    assert time.thread_time() - before < 2
 
 
 def test_records_are_json(sweep, tmp_path):
