@@ -81,6 +81,15 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
     return value
 
 
+def check_name(name: str, value: Any) -> str:
+    """A string that is not empty and has no dot; TypeError for what is not a string."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a string, got {_describe(value)}")
+    if not value or "." in value:
+        raise ValueError(f"{name} must be a string that is not empty and has no dot, got {value!r}")
+    return value
+
+
 def check_flag(name: str, value: Any) -> bool:
     """A truth value; TypeError for anything else."""
     if not isinstance(value, bool | np.bool_):

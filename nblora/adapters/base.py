@@ -199,6 +199,11 @@ class Adapter(Projection, abstract=True):
         of_base = {name.removeprefix("base."): t for name, t in tensors.items() if name.startswith("base.")}
         base = layer_from_state(config["base"]["kind"], config["base"]["config"], of_base)
         check_base(base)
+        return cls._on_base(base, config, tensors)
+
+    @classmethod
+    def _on_base(cls, base: Any, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Self:
+        """An adapter of a saved state around a base layer."""
         rank = checks.check_integer("rank", config["rank"], 1)
         A = take_tensor(tensors, "lora_A", base.dtype, (base.in_features, rank))
         B = take_tensor(tensors, "lora_B", base.dtype, (rank, base.out_features))

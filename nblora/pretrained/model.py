@@ -12,8 +12,6 @@ import numpy as np
 from nblora import checks
 from nblora.adapters import DEFAULT_ADAPTER, Adapter
 from nblora.backends.protocol import Array
-from nblora.formats import load_peft
-from nblora.formats.peft import PeftAdapter
 from nblora.formats.peft_export import ExportedModule
 from nblora.layers import Dense, FullyConnected, Layer, tree
 from nblora.layers.base import layer_from_state
@@ -26,6 +24,7 @@ from .blocks import Block
 from .config import Config
 from .families import FAMILIES
 from .heads import Classifier, Head, LanguageHead, Pooled
+from .shelf import DEFAULT, Shelf
 from .source import Source
 
 ALL_LINEAR = "all-linear"
@@ -94,6 +93,7 @@ class PretrainedModel(Model, abstract=True):
         self.dtype = self.body.dtype
         self.in_features, self.out_features = self.body.in_features, self.head.out_features
         self._adapter_config: dict[str, Any] | None = None
+        self._shelf = Shelf(self)
         self._open(self.body._backend)
         self.freeze()
         self._training = False
@@ -213,6 +213,8 @@ class PretrainedModel(Model, abstract=True):
         ValueError
             As `Sequential.adapt`, and for a layer that has no weight to adapt. Nothing is changed then.
         """
+        if self._shelf.active and self._shelf.in_tree is None:
+            raise ValueError("a sum of adapters is active: make one of them active first, by set_adapter")
         slots = self._slots()
         trained = self._modules_to_save(modules_to_save, slots)
         chosen = [name for name in self._named("target", target, list(slots)) if name not in trained]
@@ -230,6 +232,8 @@ class PretrainedModel(Model, abstract=True):
             owner, key, layer = slots[name]
             if any(parameter.shared for parameter in layer._own_parameters().values()):
                 owner._set_child(key, layer.clone())
+                self._shelf.plain.setdefault(name, layer)
+        self._shelf.begin()
         self._adapter_config = None
         return self
 
@@ -291,28 +295,79 @@ class PretrainedModel(Model, abstract=True):
 
     # --- adapters of PEFT --------------------------------------------------------------------------------------
 
-    def load_adapter(self, folder: Any) -> Self:
+    @property
+    def adapter_names(self) -> list[str]:
+        """Of all adapters, the active ones first."""
+        return self._shelf.names
+
+    @property
+    def active_adapters(self) -> dict[str, float]:
+        """The adapters that the model computes with, and their weights."""
+        return dict(self._shelf.active)
+
+    def load_adapter(self, folder: Any, name: str = DEFAULT) -> Self:
         """Load a PEFT adapter of this base, in place, and return self: its modules become trainable adapters.
+
+        A model can have several, of other layers and ranks. The first is active; `set_adapter` makes others active.
 
         Parameters
         ----------
         folder : path-like
             With `adapter_config.json` and `adapter_model.safetensors`.
+        name : str
+            What to call it; one that `adapt` makes is called "default".
 
         Raises
         ------
         FormatError
             For a broken folder, and an adapter of another base. Nothing is changed then.
         ValueError
-            Where a layer has an adapter already.
+            Where there is an adapter of this name, and for a further adapter that changes the base's own layers (DoRA,
+            `lora_bias`).
         """
-        load_peft(folder, self)
-        with PeftAdapter(folder) as opened:
-            self._adapter_config = dict(opened.config.raw)
+        self._shelf.load(folder, name)
+        return self
+
+    def set_adapter(self, name: str | Mapping[str, float]) -> Self:
+        """Compute with another adapter, or with a weighted sum of several, and return self.
+
+        y = base(x) + Σ weight s (x A) B, in one step of the layer, whose base is neither copied nor changed. One
+        adapter of weight 1 is trained as it was when it was active last; nothing of a sum is trained. What
+        `modules_to_save` brings of a layer is in force while its adapter is active.
+
+        Parameters
+        ----------
+        name : str, or dict of names and weights
+            `{"french": 0.7, "medical": 0.3}`.
+
+        Raises
+        ------
+        ValueError
+            For an unknown name, a weight that is not finite, and a sum that there is not: of dense deltas, or of two
+            adapters that bring the same layer whole. Nothing is changed then.
+        """
+        self._shelf.set(name)
+        return self
+
+    def delete_adapter(self, name: str) -> Self:
+        """Forget an adapter that is not active, and return self.
+
+        Raises
+        ------
+        ValueError
+            For an unknown name, and an active adapter.
+        """
+        self._shelf.drop(name)
         return self
 
     def save_adapter(
-        self, folder: Any, *, fold_delta: int | None = None, dtype: str | None = None, force: bool = False
+        self,
+        folder: Any,
+        *,
+        name: str | None = None,
+        fold_delta: int | None = None,
+        dtype: str | None = None,
+        force: bool = False,
     ) -> list[ExportedModule]:
         """Write the adapters, and the layers that are trained as they are, to a folder that PEFT loads on this base.
 
@@ -322,6 +377,8 @@ class PretrainedModel(Model, abstract=True):
         ----------
         folder : path-like
             What nblora wrote there before is replaced.
+        name : str, optional
+            Which adapter; by default the active one.
         fold_delta : int, optional
             Rank of the best approximation of each dense delta that is appended to the factors. By default deltas are
             left out, with a warning that says the share of the change that is lost; `save` keeps everything.
@@ -337,11 +394,20 @@ class PretrainedModel(Model, abstract=True):
         Raises
         ------
         ValueError
-            For a model without adapters.
+            For a model without adapters, an unknown name, and without a name where a sum of adapters is active.
         FormatError
             For a folder that is someone else's, and where what was read back computes something else.
         """
-        return saving.save_adapter(self, folder, fold_delta, dtype, force)
+        before = self.active_adapters
+        if name is None and before and self._shelf.in_tree is None:
+            raise ValueError(f"a sum of {', '.join(before)} is active: say by name=... which of them to save")
+        try:
+            if name is not None:
+                self.set_adapter(name)
+            return saving.save_adapter(self, folder, fold_delta, dtype, force)
+        finally:
+            if self.active_adapters != before:
+                self.set_adapter(before)
 
     def save_pretrained(self, folder: Any, *, dtype: str | None = None, force: bool = False) -> None:
         """Write the model to a folder that transformers loads, with every other file of the folder that it came from.
@@ -441,7 +507,10 @@ class PretrainedModel(Model, abstract=True):
         turned = tree.turned(self)
         tied = {name: [first, (name in turned) != (first in turned)] for name, first in tree.ties(self).items()}
         held = {"origin": self._origin.as_dict(), "dtype": self.dtype.name, "layers": layers, "training": self.training}
-        return {**held, "tied": tied, "adapter_config": self._adapter_config}
+        return {**held, "tied": tied, "adapter_config": self._adapter_config, "adapters": self._shelf.config()}
+
+    def _tensors(self) -> dict[str, np.ndarray]:
+        return super()._tensors() | self._shelf.tensors()
 
     @classmethod
     def _from_state(cls, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Self:
@@ -468,6 +537,7 @@ class PretrainedModel(Model, abstract=True):
         for _, layer, _ in tree.walk(model):
             if isinstance(layer, Block):
                 layer._training = model._training
+        model._shelf.restore(config["adapters"], tensors)
         return model
 
     def __repr__(self) -> str:
