@@ -11,17 +11,19 @@ from nblora.kernels.norm import cpu as norm_kernel
 from nblora.kernels.pointwise import cpu as pointwise_kernel
 from nblora.kernels.pool import cpu as pool_kernel
 
+from .arena import Arena
 from .blocks import Array, Heads, Pooling, ReferenceBlocks
 from .host import plain as _plain
 from .host import workers_for as _workers
 
 
 class CPUBlocks(ReferenceBlocks):
-    """What `CPUBackend` has of them; it lends the crew, the scratch and the register tiles."""
+    """What `CPUBackend` has of them; it lends the crew, the scratch, the arena and the register tiles."""
 
     _crew: Any
     _scratch: Any
     _tiles: Any
+    arena: Arena
 
     def _share(self, kernel: Any, task: Any, work: int) -> None:
         """Run a kernel whose task ends with its counters."""
@@ -31,7 +33,7 @@ class CPUBlocks(ReferenceBlocks):
     # --- norms -------------------------------------------------------------------------------------------------
 
     def norm(self, x: Array, weight: Array, bias: Array | None, eps: float, centred: bool) -> tuple[Array, Array]:
-        y, stats = np.empty(x.shape, x.dtype), np.empty((len(x), 2), x.dtype)
+        y, stats = self.arena.empty(x.shape, x.dtype), np.empty((len(x), 2), x.dtype)
         weight = _plain(weight)
         shift = weight if bias is None else _plain(bias)
         task = norm_kernel.NormTask(_plain(x), weight, shift, y, stats, float(eps), centred, bias is not None, None)
@@ -42,7 +44,7 @@ class CPUBlocks(ReferenceBlocks):
         self, grad: Array, x: Array, stats: Array, weight: Array, centred: bool, wanted: tuple[bool, bool]
     ) -> tuple[Array | None, Array | None, Array | None]:
         grad = _plain(grad)
-        gx = np.empty(x.shape, x.dtype) if wanted[0] else grad
+        gx = self.arena.empty(x.shape, x.dtype) if wanted[0] else grad
         shares = norm_kernel.SHARES if wanted[1] else 0
         parts = np.zeros((2, shares, x.shape[1]), x.dtype)
         task = norm_kernel.NormGradientTask(
@@ -57,7 +59,7 @@ class CPUBlocks(ReferenceBlocks):
     def attention(self, q: Array, k: Array, v: Array, shape: Heads) -> tuple[Array, Array]:
         if q.shape[1] // shape.heads > attention_kernel.LARGEST:
             return super().attention(q, k, v, shape)
-        o, sums = np.empty(q.shape, q.dtype), np.empty((len(q), shape.heads), q.dtype)
+        o, sums = self.arena.empty(q.shape, q.dtype), np.empty((len(q), shape.heads), q.dtype)
         jobs = _jobs(shape.begins, shape.heads, attention_kernel.QUERIES)
         lent = _plain(q), _plain(k), _plain(v), o, sums, jobs, *_sizes(shape)
         self._attend(attention_kernel.attention, attention_kernel.AttentionTask, lent, q)
@@ -69,7 +71,8 @@ class CPUBlocks(ReferenceBlocks):
         size = q.shape[1] // shape.heads
         if size > attention_kernel.LARGEST:
             return super().attention_gradient(grad, q, k, v, o, sums, shape)
-        gq, gk, gv = np.empty(q.shape, q.dtype), *(np.empty((len(k), q.shape[1]), q.dtype) for _ in range(2))
+        empty, pairs = self.arena.empty, (len(k), q.shape[1])
+        gq, gk, gv = empty(q.shape, q.dtype), empty(pairs, q.dtype), empty(pairs, q.dtype)
         if shape.key_ends is not None or (len(shape.begins) and (shape.begins[1:] == shape.begins[:-1]).any()):
             gk[:], gv[:] = 0, 0  # keys that no query has
         jobs = _jobs(shape.begins, shape.heads, None)
@@ -95,7 +98,7 @@ class CPUBlocks(ReferenceBlocks):
     # --- element by element ------------------------------------------------------------------------------------
 
     def _pointwise(self, what: int, code: int, x: Array, u: Array | None, g: Array | None, outputs: int) -> Any:
-        y, *more = (np.empty(x.shape, x.dtype) for _ in range(outputs))
+        y, *more = (self.arena.empty(x.shape, x.dtype) for _ in range(outputs))
         flat = _plain(x).reshape(-1)
         second, third = (flat if array is None else _plain(array).reshape(-1) for array in (u, g))
         other = more[0].reshape(-1) if more else y.reshape(-1)
@@ -120,14 +123,14 @@ class CPUBlocks(ReferenceBlocks):
 
     def pool(self, x: Array, shape: Pooling) -> tuple[Array, Array]:
         planes = math.prod(x.shape[:2])
-        y = np.empty((*x.shape[:2], *shape.reach(*x.shape[2:])), x.dtype)
-        places = np.empty((planes, *y.shape[2:]) if shape.maximum else (0, 0, 0), np.int64)
+        y = self.arena.empty((*x.shape[:2], *shape.reach(*x.shape[2:])), x.dtype)
+        places = self.arena.empty((planes, *y.shape[2:]) if shape.maximum else (0, 0, 0), np.int64)
         self._pool(False, _plain(x).reshape(planes, *x.shape[2:]), y.reshape(planes, *y.shape[2:]), places, shape)
         return y, places
 
     def pool_gradient(self, grad: Array, places: Array, shape: Pooling, height: int, width: int) -> Array:
         planes = math.prod(grad.shape[:2])
-        gx = np.empty((*grad.shape[:2], height, width), grad.dtype)
+        gx = self.arena.empty((*grad.shape[:2], height, width), grad.dtype)
         g = _plain(grad).reshape(planes, *grad.shape[2:])
         self._pool(True, gx.reshape(planes, height, width), g, places, shape)
         return gx
@@ -138,14 +141,14 @@ class CPUBlocks(ReferenceBlocks):
         self._share(pool_kernel.pool, task, 4 * y.size * math.prod(shape.kernel))
 
     def channels(self, x: Array, scale: Array, shift: Array, code: int) -> Array:
-        y = np.empty(x.shape, x.dtype)
+        y = self.arena.empty(x.shape, x.dtype)
         self._channels(False, code, x, scale, shift, y, y)
         return y
 
     def channels_gradient(
         self, grad: Array, x: Array, scale: Array, shift: Array, code: int
     ) -> tuple[Array, Array, Array]:
-        gx = np.empty(x.shape, x.dtype)
+        gx = self.arena.empty(x.shape, x.dtype)
         along, plain = self._channels(True, code, x, scale, shift, _plain(grad), gx).sum(axis=1)
         return gx, along, plain
 

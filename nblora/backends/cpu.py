@@ -4,6 +4,7 @@ Every array is C-contiguous, aligned and of one dtype. What a task lacks is fill
 that each kernel has one specialisation a dtype. Scratch is kept between calls, one set for each caller at a time.
 """
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from typing import Any, cast
@@ -23,6 +24,7 @@ from nblora.kernels.losses import cpu as loss_kernel
 from nblora.kernels.patches.window import Slide
 from nblora.kernels.update import cpu as update_kernel
 
+from .arena import Arena
 from .blocks_cpu import CPUBlocks
 from .convolution_cpu import CPUConvolution
 from .crew import Crew
@@ -85,12 +87,16 @@ class CPUBackend(CPUBlocks, ReferenceBackend):
     """The operations of `protocol.Backend` on NumPy arrays, by kernels where there are."""
 
     def __init__(self) -> None:
-        self._crew = Crew()
+        self._crew, self.arena = Crew(), Arena()
         self._scratch = _Scratch()
         self._tile_functions: dict[np.dtype, tuple[int, int]] = {}
         self._shifted_tiles: dict[np.dtype, int] = {}
         self._row_tile_addresses: dict[np.dtype, tuple[int, int, int]] = {}
         self._stand_ins = {np.dtype(t): (np.zeros((1, 1), t), np.zeros(1, t)) for t in ("float32", "float64")}
+
+    def lending(self) -> contextlib.AbstractContextManager[None]:
+        """While it is open, arrays take the memory of others that are gone."""
+        return self.arena.open()
 
     def _tiles(self, dtype: np.dtype) -> tuple[int, int]:
         """Addresses of the register tiles of a dtype."""
@@ -122,9 +128,10 @@ class CPUBackend(CPUBlocks, ReferenceBackend):
             outputs = weight.shape[0] if transposed else weight.shape[1]
         samples, inputs = x.shape
         x_low = x if mask is None or low_rank is None else self._masked(x, mask)
-        y = np.empty((samples, outputs), dtype)
-        z = np.empty((samples, outputs), dtype) if keep and activation else y
-        u = np.empty((samples, rank), dtype)
+        empty = self.arena.empty
+        y = empty((samples, outputs), dtype)
+        z = empty((samples, outputs), dtype) if keep and activation else y
+        u = empty((samples, rank), dtype)
         if samples:
             inner = (inputs if base is not None else 0) + rank
             workers = _workers(samples * outputs * inner)
@@ -206,7 +213,8 @@ class CPUBackend(CPUBlocks, ReferenceBackend):
         transposed = base is not None and base.transposed
         samples, outputs = grad_output.shape
         inputs = x.shape[1] if x is not None else weight.shape[1 if transposed else 0]
-        gx = np.empty((samples, inputs), dtype) if input_gradient else None
+        empty = self.arena.empty
+        gx = empty((samples, inputs), dtype) if input_gradient else None
         x = cast(np.ndarray, gx if x is None else x)  # where no x was kept none is read
         dA = dB = db = dD = dW = None
         A = B = none
@@ -219,12 +227,12 @@ class CPUBackend(CPUBlocks, ReferenceBackend):
             masked = mask is not None
             if masked:
                 x_low = self._masked(x, mask)
-        t = np.empty((samples, rank), dtype)
+        t = empty((samples, rank), dtype)
         if train and has_bias:
             db = np.empty(outputs, dtype)
         if not update:
-            dD = np.empty(weight.shape, dtype) if delta is not None else None
-            dW = np.empty(weight.shape, dtype) if train else None
+            dD = empty(weight.shape, dtype) if delta is not None else None
+            dW = empty(weight.shape, dtype) if train else None
         gy = _plain(grad_output)
         work = samples * outputs * ((inputs if base is not None else 0) + rank) + (weight.size if delta else 0)
         workers = _workers(work)
@@ -245,7 +253,7 @@ class CPUBackend(CPUBlocks, ReferenceBackend):
             delta.velocity if delta is not None else none,
             A,
             B,
-            np.empty((samples, outputs), dtype) if activation else gy,
+            empty((samples, outputs), dtype) if activation else gy,
             t,
             none if gx is None else gx,
             none if dA is None else dA,
@@ -404,7 +412,7 @@ class CPUBackend(CPUBlocks, ReferenceBackend):
 
     def softmax_cross_entropy(self, logits: Array, labels: Array) -> tuple[float, Array]:
         """Softmax cross-entropy with integer labels and its gradient."""
-        gradient, losses = np.empty(logits.shape, logits.dtype), np.empty(len(logits))
+        gradient, losses = self.arena.empty(logits.shape, logits.dtype), np.empty(len(logits))
         scale = 1 / max(1, int(np.count_nonzero(labels >= 0)))
         workers = _workers(8 * logits.size)
         counters = np.zeros(workers, np.int64)

@@ -1,5 +1,6 @@
 """The CUDA backend: which kernel, on which tile, on which grid. Arrays stay on the device from one call to the next."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -115,6 +116,10 @@ class CUDABackend:
         self._device.settle()
         self._numbers = None
         self._device.release()
+
+    def lending(self) -> contextlib.AbstractContextManager[None]:
+        """Nothing to do: the device keeps a free list of its own."""
+        return contextlib.nullcontext()
 
     def zeros_like(self, array: Array) -> Array:
         """A new array of zeros, same shape and dtype."""

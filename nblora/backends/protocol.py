@@ -4,6 +4,7 @@ Shapes: N samples, `in` and `out` features, `rank`. Arrays are C-contiguous, ali
 float64. "Stored" arrays have the layout of the base weight: (in, out), or (out, in) where it is transposed.
 """
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -137,6 +138,10 @@ class Backend(Product, Protocol):
 
     def release(self) -> None:
         """Free memory that nothing refers to any more."""
+        ...
+
+    def lending(self) -> contextlib.AbstractContextManager[None]:
+        """While it is open, new arrays may take the memory of others that are gone."""
         ...
 
     def zeros_like(self, array: Array) -> Array:

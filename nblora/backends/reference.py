@@ -4,6 +4,7 @@ The kernels are tested against this one, with the operands in float64. A new ope
 arrays are NumPy's inherits it until it has a kernel of its own.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -109,6 +110,10 @@ class ReferenceBackend(ReferenceBlocks):
 
     def release(self) -> None:
         """Free memory that nothing refers to: Python does."""
+
+    def lending(self) -> contextlib.AbstractContextManager[None]:
+        """Nothing to do: NumPy's own memory."""
+        return contextlib.nullcontext()
 
     def zeros_like(self, array: Array) -> Array:
         """A new array of zeros, same shape and dtype, C-contiguous."""

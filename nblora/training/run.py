@@ -82,7 +82,8 @@ class Run:
         modes, safe = tree.modes(self.model), Snapshot(self.model, slots)
         back = AtEnd(safe.restore, failed=True)
         tidy = AtEnd(self.model._forget_forward, lambda: restore_modes(modes))
-        with tidy, tidy, back, back:  # twice each: see AtEnd
+        lending = self.model._backend.lending()
+        with lending, tidy, tidy, back, back:  # twice each: see AtEnd
             if resume is not None:
                 self._resume(resume)
                 safe.take()
