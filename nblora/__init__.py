@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from nblora.layers import read_layer as load
     from nblora.models import Sequential
     from nblora.pretrained import generate, load_pretrained
+    from nblora.text import encode, load_tokenizer
     from nblora.training import fit  # type: ignore[no-redef]  # a module of that name lies there too
     from nblora.weights import combine, inspect, merge, unmerge, verify
 
@@ -41,6 +42,7 @@ __all__ = [
     "__version__",
     "combine",
     "devices",
+    "encode",
     "errors",
     "fit",
     "generate",
@@ -48,6 +50,7 @@ __all__ = [
     "load",
     "load_peft",
     "load_pretrained",
+    "load_tokenizer",
     "merge",
     "save_peft",
     "set_device",
@@ -70,12 +73,14 @@ _PLACES = {
     "Sequential": "models",
     "combine": "weights",
     "devices": "backends",
+    "encode": "text",
     "fit": "training",
     "generate": "pretrained",
     "inspect": "weights",
     "load": "layers.read_layer",
     "load_peft": "formats",
     "load_pretrained": "pretrained",
+    "load_tokenizer": "text",
     "merge": "weights",
     "save_peft": "formats",
     "set_device": "backends",
@@ -98,6 +103,7 @@ _ROOMS = (
     "results",
     "storage",
     "sweep",
+    "text",
     "training",
     "weights",
 )

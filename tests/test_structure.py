@@ -23,12 +23,14 @@ ROOMS = {
     "models": 5,
     "formats": 6,
     "pretrained": 8,
+    "text": 9,
     "training": 7,
     "weights": 7,
 }
 DOORS = {"nblora", "cli", "demo", "estimators", "sweep", "plots", "bench", "info", "compare", "results"}
 LEAVES = {"errors", "checks", "linalg", "storage", "_version"}
 HEAVY = {"scipy", "click", "tqdm", "matplotlib", "sklearn", "torch", "onnx", "safetensors.torch", "dask", "pandas"}
+HEAVY |= {"tokenizers", "jinja2", "gguf"}
 
 PACKAGE = ROOT / "nblora"
 SOURCES = sorted(PACKAGE.rglob("*.py"))

@@ -112,6 +112,11 @@ class PretrainedModel(Model, abstract=True):
         return self._origin.model_type
 
     @property
+    def source(self) -> str:
+        """The folder or file that it was loaded from."""
+        return self._origin.folder
+
+    @property
     def config(self) -> dict[str, Any]:
         """A copy of its `config.json`."""
         return dict(self._origin.config)
