@@ -14,6 +14,7 @@ MODULES = (
     "nblora",
     "nblora.layers",
     "nblora.pretrained",
+    "nblora.text",
     "nblora.training",
     "nblora.errors",
     "nblora.sweep",

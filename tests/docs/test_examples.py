@@ -14,12 +14,15 @@ from click.testing import CliRunner
 
 import nblora
 from nblora.cli import main
+from tests.text.folders import chat_file, sentence_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 MODELS = {"encoder": "bert_cls_qv", "llama": "llama_clm_all"}
 """Folders of models that pages load, and the tiny ones that stand for them."""
+MADE = {"text.md": {"minilm": sentence_folder, "smollm2.gguf": chat_file}}
+"""Those that have to be made."""
 LINK = re.compile(r"\[[^\]]*\]\(([^)#:]+)(?:#[^)]*)?\)")
 
 
@@ -60,6 +63,8 @@ def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, case in MODELS.items():
         shutil.copytree(ROOT / "tests" / "data" / "models" / case / "base", tmp_path / name)
+    for name, make in MADE.get(page.name, {}).items():
+        make(tmp_path / name)
     namespace = {"__name__": "page"}
     for line, text in blocks(page, "python"):
         code = compile("\n" * (line - 1) + text, str(page), "exec")  # a failure names the page's own line

@@ -8,14 +8,12 @@ import pytest
 
 import nblora
 from nblora.errors import FormatError
-from nblora.storage.safetensors_reader import SafetensorsFile
-from nblora.storage.safetensors_writer import write_safetensors
 from tests.pretrained.support import FIXTURES
+from tests.text.folders import LETTERS as WORDS
+from tests.text.folders import sentence_folder
 
 pytest.importorskip("tokenizers")
 
-BERT = FIXTURES / "bert_embedding_all" / "base"
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
 TEXTS = ["a b c", "", "z", "q r s t u v w x y z a b c d e f", "b", "A B C", "k l m n o p q"]
 
 
@@ -24,13 +22,7 @@ def model(tmp_path):
     """Load the fixture with a vocabulary and with what sentence-transformers would say of it."""
 
     def make(longest=None, modules=("Transformer", "Pooling", "Normalize"), prompts=None, pooling=None, **settings):
-        folder = tmp_path / "model"
-        bare_folder(folder)
-        (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
-        paths = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}
-        held = [{"type": f"sentence_transformers.models.{name}", "path": paths[name]} for name in modules]
-        (folder / "modules.json").write_text(json.dumps(held))
-        (folder / "1_Pooling").mkdir(exist_ok=True)
+        folder = sentence_folder(tmp_path / "model", WORDS, modules)
         rows = {"pooling_mode_mean_tokens": True, **(pooling or {})}
         (folder / "1_Pooling" / "config.json").write_text(json.dumps(rows))
         (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": longest, **settings}))
@@ -39,14 +31,6 @@ def model(tmp_path):
         return nblora.load_pretrained(folder, dtype="float64")
 
     return make
-
-
-def bare_folder(folder):
-    """The fixture without its head."""
-    shutil.copytree(BERT, folder, dirs_exist_ok=True)
-    with SafetensorsFile(BERT / "model.safetensors") as file:
-        held = {name: file.array(name) for name in file.tensors if not name.startswith("classifier")}
-    write_safetensors(folder / "model.safetensors", held, {"format": "pt"})
 
 
 def ids_of(text, longest=10**6):
