@@ -15,7 +15,7 @@ PARTS = {"pretraining": 700, "adaptation": 250, "validation": 350}  # images; th
 class Split(NamedTuple):
     """Images and their labels."""
 
-    x: np.ndarray  # (N, PIXELS) float32
+    x: np.ndarray  # (N, PIXELS), or (N, 1, 8, 8) for convolutions; float32
     y: np.ndarray  # (N,) int64
 
     def first(self, count: int) -> "Split":
@@ -36,6 +36,11 @@ class Digits(NamedTuple):
         """The first `learnt` images of each part that is trained on, and the first `judged` of the others."""
         trained_on = ("pretraining", "adaptation")
         return Digits(**{k: split.first(learnt if k in trained_on else judged) for k, split in self._asdict().items()})
+
+    def as_images(self) -> "Digits":
+        """The same with every x as images of one channel, (N, 1, 8, 8)."""
+        side = int(PIXELS**0.5)
+        return Digits(*(Split(split.x.reshape(-1, 1, side, side), split.y) for split in self))
 
 
 def load_digits(seed: int) -> Digits:

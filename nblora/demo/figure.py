@@ -9,7 +9,7 @@ import numpy as np
 from nblora.errors import MissingExtraError
 from nblora.storage.atomic import replace_whole
 
-from .results import DemoResult, MethodResult, mean
+from .results import DemoResult, MethodResult, NetworkResult, mean
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,10 +39,14 @@ def write_figure(result: DemoResult) -> Path:
         raise MissingExtraError(
             "the figure needs matplotlib, which is not installed: pip install 'nblora[demo]'"
         ) from error
-    figure = Figure(figsize=(12, 4.8), layout="constrained")
+    networks = {"dense": result.dense}
+    if result.convolutional is not None:
+        networks["convolutional"] = result.convolutional
+    figure = Figure(figsize=(6 + 6 * len(networks), 4.8), layout="constrained")
     FigureCanvasAgg(figure)  # no window system, whatever the user's matplotlib is set to
-    curves, heat_map = figure.subplots(1, 2, width_ratios=(1.15, 1))
-    _draw_curves(curves, result)
+    *curves, heat_map = figure.subplots(1, len(networks) + 1, width_ratios=(*[1.15] * len(networks), 1))
+    for axes, (name, network) in zip(curves, networks.items(), strict=True):
+        _draw_curves(axes, name, network)
     _draw_delta(figure, heat_map, result)
     path = result.settings.output / "figure.png"
     picture = io.BytesIO()
@@ -52,7 +56,7 @@ def write_figure(result: DemoResult) -> Path:
     return path
 
 
-def _draw_curves(axes: "Axes", result: DemoResult) -> None:
+def _draw_curves(axes: "Axes", name: str, result: NetworkResult) -> None:
     for row in result.methods:
         _draw_band(axes, row)
     start = 100 * mean(result.before.test_accuracy)
@@ -62,7 +66,7 @@ def _draw_curves(axes: "Axes", result: DemoResult) -> None:
     seeds = len(result.before.test_accuracy)
     axes.set_xlabel("epoch of adaptation")
     axes.set_ylabel("accuracy on the shifted validation split [%]")
-    axes.set_title(f"Learning curves: mean and range over {seeds} seed{'' if seeds == 1 else 's'}")
+    axes.set_title(f"The {name} network: mean and range over {seeds} seed{'' if seeds == 1 else 's'}")
     axes.set_ylim(0, 100)
     axes.grid(color="0.9", linewidth=0.6)
     axes.set_axisbelow(True)
@@ -81,7 +85,7 @@ def _draw_band(axes: "Axes", row: MethodResult) -> None:
 
 def _draw_delta(figure: "Figure", axes: "Axes", result: DemoResult) -> None:
     delta = result.learned_delta
-    axes.set_title(f"Learned delta $c\\,D$ of the first hidden layer, seed {result.settings.seed}")
+    axes.set_title(f"Learned delta $c\\,D$ of the first dense hidden layer, seed {result.settings.seed}")
     axes.set_xlabel("output: hidden unit")
     axes.set_ylabel("input: pixel, row by row")
     # cividis rises evenly in lightness, so a grey print shows the same order of values.

@@ -74,14 +74,37 @@ def text_table(result: Mapping[str, Any]) -> str:
 
 
 def markdown_table(result: Mapping[str, Any]) -> str:
-    """The table and what it was measured on, for README.md."""
+    """The tables and what they were measured on, for README.md."""
+    parts = [_markdown_rows(result)]
+    if result["convolutional"] is not None:
+        parts += ["The convolutional network:", _markdown_rows(result["convolutional"])]
+    return "\n\n".join([*parts, f"{best_text(result)} {budget_text(result)} {machine_text(result)}"])
+
+
+def _markdown_rows(network: Mapping[str, Any]) -> str:
     lines = [_markdown_line(HEADINGS), _markdown_line(["---", *["---:"] * (len(HEADINGS) - 2), "---"])]
-    lines += [_markdown_line(row) for row in table_rows(result)]
-    return "\n".join([*lines, "", budget_text(result) + " " + machine_text(result)])
+    return "\n".join([*lines, *map(_markdown_line, table_rows(network))])
 
 
 def _markdown_line(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cells) + " |"
+
+
+def networks(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The results of each network, by its name."""
+    found = {"dense": result, "convolutional": result["convolutional"]}
+    return {name: network for name, network in found.items() if network is not None}
+
+
+def best_text(result: Mapping[str, Any]) -> str:
+    """Which method did best on each network, by its mean accuracy on shifted test images."""
+    said = []
+    for name, network in networks(result).items():
+        best = max(network["methods"], key=lambda row: row["test_accuracy_mean"])
+        accuracy = _percent(best["test_accuracy_mean"], best["test_accuracy_std"])
+        said.append(f"{best['method']} on the {name} network ({accuracy} %)")
+    left_out = "" if len(said) > 1 else " The convolutional network was left out: the device has no kernels for it."
+    return f"Best on shifted test images: {'; '.join(said)}.{left_out}"
 
 
 def budget_text(result: Mapping[str, Any]) -> str:
@@ -110,7 +133,7 @@ def machine_text(result: Mapping[str, Any]) -> str:
 
 def merge_text(result: Mapping[str, Any]) -> str:
     """How far merged and unmerged predictions lie apart."""
-    rows = result["methods"]
+    rows = [row for network in networks(result).values() for row in network["methods"]]
     worst = max(rows, key=lambda row: row["merge_relative_difference"])
     changed = sum(row["merge_changed_labels"] for row in rows)
     return (
@@ -140,17 +163,25 @@ def write_report(result: DemoResult) -> dict[str, Path]:
 
 
 def _csv_rows(content: Mapping[str, Any]) -> Iterable[Sequence[Any]]:
-    for row in (content["not_adapted"], *content["methods"]):
-        flat = row | (row["candidate"] or {})
-        yield [flat.get(column) for column in CSV_COLUMNS]
+    for name, network in networks(content).items():
+        for row in (network["not_adapted"], *network["methods"]):
+            flat = row | (row["candidate"] or {}) | {"method": _long_name(row["method"], name)}
+            yield [flat.get(column) for column in CSV_COLUMNS]
+
+
+def _long_name(method: str, network: str) -> str:
+    """A method's name where rows of both networks stand in one table."""
+    return method if network == "dense" else f"{method}, {network}"
 
 
 def _curve_rows(content: Mapping[str, Any]) -> Iterable[Sequence[Any]]:
     first = content["settings"]["seed"]
-    for row in content["methods"]:
-        for place, curve in enumerate(row["curves"]):
-            for epoch in curve:
-                yield [row["method"], first + place, *(epoch[column] for column in CURVE_COLUMNS[2:])]
+    for name, network in networks(content).items():
+        for row in network["methods"]:
+            for place, curve in enumerate(row["curves"]):
+                for epoch in curve:
+                    method = _long_name(row["method"], name)
+                    yield [method, first + place, *(epoch[column] for column in CURVE_COLUMNS[2:])]
 
 
 def _csv(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

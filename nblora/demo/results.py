@@ -63,15 +63,27 @@ class MethodResult:
 
 
 @dataclass
+class NetworkResult:
+    """What was measured on one network."""
+
+    before: MethodResult
+    methods: list[MethodResult]
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        return {"not_adapted": _row_dict(self.before), "methods": [_row_dict(row) for row in self.methods]}
+
+
+@dataclass
 class DemoResult:
-    """Everything that was measured."""
+    """Everything that was measured: on the dense network, and on the convolutional one, None where it was left out."""
 
     settings: Settings
     machine: dict[str, Any]
     samples: dict[str, int]
     steps: int
-    before: MethodResult
-    methods: list[MethodResult]
+    dense: NetworkResult
+    convolutional: NetworkResult | None
     learned_delta: np.ndarray  # c D of the heat map's layer, (in, out), first seed
     seconds: float
     compiled: bool  # whether the seconds include compiling the kernels
@@ -87,8 +99,8 @@ class DemoResult:
             "steps": self.steps,
             "seconds": self.seconds,
             "compiled": self.compiled,
-            "not_adapted": _row_dict(self.before),
-            "methods": [_row_dict(row) for row in self.methods],
+            **self.dense.as_dict(),
+            "convolutional": None if self.convolutional is None else self.convolutional.as_dict(),
         }
 
 

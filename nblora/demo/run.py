@@ -1,4 +1,5 @@
-"""The experiment: pretrain, choose settings on the validation split, adapt with each seed, measure on the test split.
+"""The experiment: pretrain, choose settings on the validation split, adapt with each seed, measure on the test split;
+with a dense network, and with a convolutional one.
 
 Everything that is drawn comes from the seeds, so a second run measures the same, but for the seconds.
 """
@@ -11,13 +12,14 @@ from typing import Any
 import numpy as np
 
 from nblora import DeltaLoRAAdapter, Sequential
+from nblora.backends import default_backend, resolve
 from nblora.errors import NbloraError
 from nblora.kernels.common import cache, jit
 from nblora.training import AdamW, Optimizer, fit
 
 from .data import Digits, Split, load_digits
-from .methods import DELTA_LORA, LORA, METHODS, Candidate, Method, new_network
-from .results import DemoResult, MethodResult, Settings, mean
+from .methods import CONVOLUTIONAL, DELTA_LORA, DENSE, LORA, METHODS, Candidate, Method, Network
+from .results import DemoResult, MethodResult, NetworkResult, Settings, mean
 
 PRETRAIN_LR = 0.003
 TUNING_SEEDS = 2
@@ -50,14 +52,31 @@ def run_demo(settings: Settings, progress: bool = True) -> DemoResult:
     from tqdm import tqdm
 
     start = time.perf_counter()
-    experiment = _Experiment(settings, load_digits(settings.seed))
-    runs = experiment.run_count()
+    digits = load_digits(settings.seed)
+    networks = (DENSE, CONVOLUTIONAL) if runs_convolutions(settings.device) else (DENSE,)
+    experiments = [_Experiment(settings, digits, network) for network in networks]
+    runs = sum(experiment.run_count() for experiment in experiments)
     # disable=None: silent where standard error is no terminal
     with one_thread(), tqdm(total=runs, unit="run", disable=None if progress else True) as bar:
         compiled = cache_is_empty()
-        result = experiment.run(bar)
-    result.seconds, result.compiled = time.perf_counter() - start, compiled
-    return result
+        found, machine = [experiment.run(bar) for experiment in experiments], _machine()
+    first, dense = experiments[0], found[0]
+    return DemoResult(
+        settings,
+        machine,
+        first.samples(),
+        first.steps(),
+        dense,
+        found[1] if len(found) > 1 else None,
+        learned_delta(first.first_models[DELTA_LORA.name]),
+        time.perf_counter() - start,
+        compiled,
+    )
+
+
+def runs_convolutions(device: str | None) -> bool:
+    """Whether the device has kernels for the convolutional network."""
+    return (default_backend() if device is None else resolve(device)).device == "cpu"
 
 
 def cache_is_empty() -> bool:
@@ -81,11 +100,11 @@ def one_thread() -> Iterator[None]:
 
 
 class _Experiment:
-    def __init__(self, settings: Settings, digits: Digits) -> None:
-        self.settings = settings
+    def __init__(self, settings: Settings, digits: Digits, network: Network = DENSE) -> None:
+        self.settings, self.network = settings, network
         self.digits = digits
         self.methods: tuple[Method, ...] = METHODS
-        self.candidates = {method.name: method.candidates for method in METHODS}
+        self.candidates = {method.name: network.candidates(method) for method in METHODS}
         self.seeds = [settings.seed + place for place in range(settings.seeds)]
         self.epochs, self.pretrain_epochs = settings.epochs, settings.pretrain_epochs
         if settings.tiny:
@@ -94,7 +113,10 @@ class _Experiment:
             self.seeds = self.seeds[:1]
             self.epochs = self.pretrain_epochs = 1
             self.digits = digits.first(TINY_STEPS * settings.batch_size, settings.batch_size)
+        if network.convolutional:
+            self.digits = self.digits.as_images()
         self.bases: dict[int, Sequential] = {}
+        self.first_models: dict[str, Sequential] = {}
 
     def tuning_seeds(self) -> list[int]:
         return self.seeds[:TUNING_SEEDS]
@@ -103,33 +125,41 @@ class _Experiment:
         tuning = sum(len(self.candidates[method.name]) for method in self.methods) * len(self.tuning_seeds())
         return len(self.seeds) * (1 + len(self.methods)) + tuning
 
-    def run(self, bar: Any) -> DemoResult:
+    def samples(self) -> dict[str, int]:
+        """Images of each split."""
+        return {name: len(split.y) for name, split in self.digits._asdict().items() if name != "upright_test"}
+
+    def steps(self) -> int:
+        """Steps of an adaptation."""
+        return self.epochs * -(-len(self.digits.adaptation.y) // self.settings.batch_size)
+
+    def say(self, bar: Any, what: str) -> None:
+        bar.set_description(f"{self.network.name}: {what}")
+
+    def run(self, bar: Any) -> NetworkResult:
         before = MethodResult("Not adapted")
         for seed in self.seeds:
-            bar.set_description("pretraining")
+            self.say(bar, "pretraining")
             base = self.bases[seed] = self.pretrain(seed)
             before.test_accuracy.append(accuracy(base, self.digits.test))
             before.upright_accuracy.append(accuracy(base, self.digits.upright_test))
             bar.update()
         folder = self.settings.output / "adapters"
         folder.mkdir(parents=True, exist_ok=True)
-        self.bases[self.seeds[0]].save(folder / "pretrained.safetensors")
-        before.adapter_file = str(folder / "pretrained.safetensors")
-        rows, models = [], {}
+        before.adapter_file = str(folder / f"{self.network.prefix}pretrained.safetensors")
+        self.bases[self.seeds[0]].save(before.adapter_file)
+        rows = []
         for method in self.methods:
             row, first_model = self.measure(method, bar)
-            row.adapter_file = str(folder / f"{method.slug}.safetensors")
+            row.adapter_file = str(folder / f"{self.network.prefix}{method.slug}.safetensors")
             first_model.save(row.adapter_file)
             check_merge(first_model, row, self.digits.test)
-            models[method.name] = first_model
+            self.first_models[method.name] = first_model
             rows.append(row)
-        delta = learned_delta(models[DELTA_LORA.name])
-        steps = self.epochs * -(-len(self.digits.adaptation.y) // self.settings.batch_size)
-        samples = {name: len(split.y) for name, split in self.digits._asdict().items() if name != "upright_test"}
-        return DemoResult(self.settings, _machine(), samples, steps, before, rows, delta, 0.0, False)
+        return NetworkResult(before, rows)
 
     def pretrain(self, seed: int) -> Sequential:
-        model = new_network(seed)
+        model = self.network.make(seed)
         if self.settings.device is not None:
             model.to(self.settings.device)
         self.train(model, self.digits.pretraining, Candidate(PRETRAIN_LR), self.pretrain_epochs, seed)
@@ -164,7 +194,7 @@ class _Experiment:
         scores: dict[Candidate, float] = {}
         best: dict[int, Adapted] = {}
         for candidate in self.candidates[method.name]:
-            bar.set_description(f"{method.name}, choosing settings")
+            self.say(bar, f"{method.name}, choosing settings")
             found, runs = [], {}
             for seed in self.tuning_seeds():
                 runs[seed] = self.adapt(method, candidate, seed)
@@ -181,7 +211,7 @@ class _Experiment:
         row = MethodResult(method.name, candidate=candidate, validation_accuracy=scores)
         models = []
         for seed in self.seeds:
-            bar.set_description(method.name)
+            self.say(bar, method.name)
             model, rows, seconds = made[seed] if seed in made else self.adapt(method, candidate, seed)
             row.test_accuracy.append(accuracy(model, self.digits.test))
             row.upright_accuracy.append(accuracy(model, self.digits.upright_test))

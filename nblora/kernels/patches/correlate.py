@@ -19,7 +19,7 @@ from nblora.kernels.common.machine import DEPTH, TILE_ROWS, VECTOR_BITS
 from nblora.kernels.common.microkernel import At, lanes, once
 from nblora.kernels.common.threads import entry, launch
 
-from .planes import compacts, copy_places, fill
+from .planes import compacts, copy_places, fill, plane_of
 from .tile import Size, shifted_tile
 
 BLOCK = 1 << 19
@@ -136,44 +136,47 @@ def _pack(task, tile, tiles, c0, c1):
 
 
 @part
-def _store_row(task, n, row, q0, q1, pitch, c):
-    """One row of C, of the places q0 <= q < q1 of an image, to where it belongs."""
+def _store(task, n, q0, q1, pitch, c, c_pitch):
+    """Rows of C, of the places q0 <= q < q1 of an image, to where they belong."""
     once()
-    lattice, rows = task.lattice, task.weights.rows
+    lattice, rows, low_rows = task.lattice, task.weights.rows, task.low_weights.rows
     columns, (down, across), (a, b) = lattice.row, lattice.spread, lattice.origin
-    size = lattice.out_height * lattice.out_width
-    low = row >= rows
-    y, z = (task.low.reshape(-1), task.low.reshape(-1)) if low else (task.y.reshape(-1), task.z.reshape(-1))
-    plane = (n * task.low.shape[1] + row - rows if low else n * rows + row) * size
-    shift = task.bias[row] if task.has_bias and not low else task.y.dtype.type(0)
-    if pitch == lattice.out_width and down == 1 and across == 1:  # one run, whatever the rows
+    y, z, low, zero = task.y.reshape(-1), task.z.reshape(-1), task.low.reshape(-1), task.y.dtype.type(0)
+    width, size = lattice.out_width, lattice.out_height * lattice.out_width
+    if pitch == width and down == 1 and across == 1:  # one run, whatever the rows
         columns = pitch = max(q1, 1)
-    q = q0
-    while q < q1:
-        h, w = q // pitch, q % pitch
-        end = min(q1, h * pitch + columns)
-        if w < columns:
-            at, count = plane + (h * down + a) * lattice.out_width + w * across + b, end - q
-            block = c[q - q0 : end - q0]
-            if across == 1:
-                _store_run(y[at : at + count], z[at : at + count], block, shift, task.add)
-                if task.activation != elementwise.IDENTITY and not low:
-                    activate_row(y[at : at + count], z[at : at + count], task.activation)
-            else:
-                for i in range(count):
-                    z[at + i * across] = block[i] + shift
-        q = (h + 1) * pitch
+    for row in range(rows + low_rows):
+        is_low = row >= rows
+        plane = (n * low_rows + row - rows if is_low else n * rows + row) * size
+        shift = task.bias[row] if task.has_bias and not is_low else zero
+        q = q0
+        while q < q1:
+            h, w = q // pitch, q % pitch
+            end = min(q1, h * pitch + columns)
+            if w < columns:
+                at, count, start = plane + (h * down + a) * width + w * across + b, end - q, row * c_pitch + q - q0
+                if is_low:
+                    _store_run(low, at, c, start, count, shift, False)
+                elif across == 1:
+                    _store_run(z, at, c, start, count, shift, task.add)
+                    if task.activation != elementwise.IDENTITY:
+                        activate_row(y[at : at + count], z[at : at + count], task.activation)
+                else:
+                    for i in range(count):
+                        z[at + i * across] = c[start + i] + shift
+            q = (h + 1) * pitch
 
 
 @part
-def _store_run(y, z, block, shift, add):
+def _store_run(target, at, c, start, count, shift, add):
     once()
+    run, block = target[at : at + count], c[start : start + count]
     if add:
         for i in range(block.shape[0]):
-            z[i] += block[i] + shift
+            run[i] += block[i] + shift
     else:
         for i in range(block.shape[0]):
-            z[i] = block[i] + shift
+            run[i] = block[i] + shift
 
 
 @part
@@ -197,7 +200,7 @@ def _fill_block(task, plan, n, first, count, c0, c1, b):
     for channel in range(c0, c1):
         for phase in range(phases):
             at, begin = ((channel - c0) * phases + phase) * span, (n * channels + channel) * plane
-            fill(b, at, images, begin, lattice, phase, first + lattice.low, count + span - plan.places)
+            fill(b, at, images, begin, plane_of(lattice, phase), first + lattice.low, count + span - plan.places)
 
 
 @part
@@ -216,10 +219,11 @@ def _gather_block(task, plan, p0, p1, c0, c1, b, planes):
             first, count = h0 * lattice.pitch + lattice.low, (h1 - h0) * lattice.pitch + lattice.row
             for phase in range(lattice.phases.shape[0]):
                 begin = (n * channels + channel) * plane
-                fill(planes, phase * span, images, begin, lattice, phase, first, count + lattice.high - lattice.low)
+                reach = count + lattice.high - lattice.low
+                fill(planes, phase * span, images, begin, plane_of(lattice, phase), first, reach)
             for t in range(taps.shape[0]):
                 to = ((channel - c0) * taps.shape[0] + t) * pitch + p - p0
-                copy_places(b, to, planes, taps[t, 0] * span + taps[t, 1], lattice, q0, q1)
+                copy_places(b, to, planes, taps[t, 0] * span + taps[t, 1], lattice.row, lattice.pitch, q0, q1)
             p += q1 - q0
 
 
@@ -253,10 +257,7 @@ def _job(task, plan, n, p0, p1, block, table, scratch):
         if plan.compact:
             image, q0 = p // every, p % every
             q1 = min(every, q0 + p1 - p)
-        for row in range(rows):
-            _store_row(
-                task, image, row, q0, q1, lattice.row if plan.compact else lattice.pitch, c[row * pitch + p - p0 :]
-            )
+        _store(task, image, q0, q1, lattice.row if plan.compact else lattice.pitch, c[p - p0 :], pitch)
         p += q1 - q0
 
 

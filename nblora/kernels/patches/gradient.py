@@ -16,7 +16,7 @@ from nblora.kernels.common.microkernel import Ahead, At, Tile, lanes, once, tile
 from nblora.kernels.common.threads import entry, launch
 from nblora.kernels.common.vectors import copy_vector, transpose_square
 
-from .planes import compacts, copy_places, fill
+from .planes import compacts, copy_places, fill, plane_of
 
 ROWS = 72
 """Rows of a job, about: packed g is read once for so many."""
@@ -102,7 +102,7 @@ def _pack(task, panel, p0, p1, scratch):
         run = min(every - q, p1 - p)
         for channel in range(channels):
             begin, to = (n * outputs + panel * width + channel) * plane, channel * line + p - p0
-            fill(scratch, to, flat, begin, task.g_lattice, 0, q, run)
+            fill(scratch, to, flat, begin, plane_of(task.g_lattice, 0), q, run)
         p += run
     to = (panel * (task.p1 - task.p0) + p0 - task.p0) * width
     whole = count // vector * vector
@@ -132,20 +132,12 @@ def _fill_rows(task, p0, p1, c0, c1, rows_of, b):
         for c in range(c0, c1):
             for phase in range(phases):
                 begin = (n * channels + c) * plane
-                fill(
-                    b,
-                    phase * span,
-                    images,
-                    begin,
-                    lattice,
-                    phase,
-                    first + lattice.low,
-                    count + lattice.high - lattice.low,
-                )
+                reach = count + lattice.high - lattice.low
+                fill(b, phase * span, images, begin, plane_of(lattice, phase), first + lattice.low, reach)
             for t in range(taps.shape[0]):
                 to, at = ((c - c0) * taps.shape[0] + t) * ROW_STRIDE + p - p0, taps[t, 0] * span + taps[t, 1]
                 if compact:
-                    copy_places(rows_of, to, b, at, lattice, q0, q1)
+                    copy_places(rows_of, to, b, at, lattice.row, lattice.pitch, q0, q1)
                 else:
                     _copy(rows_of, to, b, at, count, vector)
         p += q1 - q0
