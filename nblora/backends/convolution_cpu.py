@@ -248,9 +248,12 @@ class CPUConvolution:
         taps, phases = len(lattice.taps), len(lattice.phases)
         workers = _workers(len(g) * lattice.places * features * outputs)
         channels, panels = gradient_kernel.channels_of_job(window.channels, taps, outputs, workers, vector)
-        span = gradient_kernel.span_of(lattice, vector)
+        span = gradient_kernel.span_of(lattice, outputs, vector)
         size = gradient_kernel.gradient_scratch(channels, panels, taps, phases, span, vector)
-        total, most = len(g) * gradient_kernel.places_of_image(lattice, vector), PACKED // (outputs * dtype.itemsize)
+        total, most = (
+            len(g) * gradient_kernel.places_of_image(lattice, outputs, vector),
+            PACKED // (outputs * dtype.itemsize),
+        )
         step = max(1, most // DEPTH) * DEPTH
         for start in range(0, total, step):
             stop = min(start + step, total)
@@ -260,7 +263,7 @@ class CPUConvolution:
                 _plain(images),
                 lattice,
                 g,
-                places_lattice(window, gradient_kernel.compacts(lattice, vector)),
+                places_lattice(window, gradient_kernel.compacts(lattice, outputs, vector)),
                 out.reshape(-1),
                 packed,
                 _at_least(lent, size),

@@ -78,7 +78,7 @@ class Plan(NamedTuple):
 def plan_of(lattice, rows, images, workers, vector):
     """The plan for so many rows: jobs of whole panels, of what a block of C holds, and of many of them equal ones."""
     width = 2 * vector
-    compact = compacts(lattice, vector)
+    compact = compacts(lattice, rows, vector)
     total = images * lattice.rows * lattice.row if compact else (lattice.rows - 1) * lattice.pitch + lattice.row
     runs = 1 if compact else images
     panels = (total + width - 1) // width

@@ -53,18 +53,18 @@ def channels_of_job(channels, taps, outputs, workers, vector):
 
 
 @part
-def places_of_image(lattice, vector):
+def places_of_image(lattice, outputs, vector):
     """Places of an image, with those that are dropped unless they are compact."""
-    if compacts(lattice, vector):
+    if compacts(lattice, outputs, vector):
         return lattice.rows * lattice.row
     return (lattice.rows - 1) * lattice.pitch + lattice.row
 
 
 @part
-def span_of(lattice, vector):
+def span_of(lattice, outputs, vector):
     """Numbers of one phase of a channel that `DEPTH` places of an image meet, and vectors behind them."""
     places = DEPTH
-    if compacts(lattice, vector):
+    if compacts(lattice, outputs, vector):
         places = min(DEPTH // lattice.row + 2, lattice.rows) * lattice.pitch
     return places + lattice.high - lattice.low + 2 * vector
 
@@ -93,7 +93,11 @@ def packed_places(outputs, places, vector):
 def _pack(task, panel, p0, p1, scratch):
     """One panel of g for the places p0 <= p < p1, at most `DEPTH`."""
     once()
-    vector, outputs, every = lanes(task.packed), task.g.shape[1], places_of_image(task.lattice, lanes(task.packed))
+    vector, outputs, every = (
+        lanes(task.packed),
+        task.g.shape[1],
+        places_of_image(task.lattice, task.g.shape[1], lanes(task.packed)),
+    )
     width, line = 2 * vector, DEPTH + vector
     flat, plane = task.g.reshape(-1), task.g.shape[2] * task.g.shape[3]
     channels, count, p = min(width, outputs - panel * width), p1 - p0, p0
@@ -118,10 +122,11 @@ def _pack(task, panel, p0, p1, scratch):
 def _fill_rows(task, p0, p1, c0, c1, rows_of, b):
     """What the channels c0 <= c < c1 have at the places p0 <= p < p1, a row for each element of the kernel."""
     once()
-    lattice, vector, channels = task.lattice, lanes(task.packed), task.images.shape[1]
-    taps, phases, span = lattice.taps, lattice.phases.shape[0], span_of(lattice, vector)
+    lattice, vector = task.lattice, lanes(task.packed)
+    channels, outputs = task.images.shape[1], task.g.shape[1]
+    taps, phases, span = lattice.taps, lattice.phases.shape[0], span_of(lattice, outputs, vector)
     images, plane = task.images.reshape(-1), lattice.height * lattice.width
-    compact, every, p = compacts(lattice, vector), places_of_image(lattice, vector), p0
+    compact, every, p = compacts(lattice, outputs, vector), places_of_image(lattice, outputs, vector), p0
     while p < p1:
         n, q0 = p // every, p % every
         q1 = min(every, q0 + p1 - p)

@@ -6,13 +6,17 @@ from nblora.kernels.common.jit import part
 from nblora.kernels.common.microkernel import lanes, once
 from nblora.kernels.common.vectors import copy_vector
 
+COPY = 15
+"""What copying a vector costs, in multiply-adds of vectors."""
+
 
 @part
-def compacts(lattice, vector):
-    """Whether what the places meet is copied together: where rows are short, and vectors would compute many places that
-    are dropped. At 14 x 14 they would be one in eight."""
+def compacts(lattice, outputs, vector):
+    """Whether what the places meet is copied together: where it costs less than computing, for so many outputs, the
+    places that are dropped, since rows are short. At 14 x 14 they would be one in eight."""
     places, used = (lattice.rows - 1) * lattice.pitch + lattice.row, lattice.rows * lattice.row
-    return (places + vector - 1) // vector * vector * 32 > used * 33
+    dropped = (places + vector - 1) // vector * vector - used
+    return dropped * outputs > COPY * vector * lattice.rows * ((lattice.row + vector - 1) // vector)
 
 
 class Plane(NamedTuple):
