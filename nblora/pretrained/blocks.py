@@ -7,7 +7,7 @@ import numpy as np
 
 from nblora.backends.protocol import Array
 from nblora.layers import Layer, tree
-from nblora.layers.functions import Function
+from nblora.layers.functions import Function, join
 from nblora.layers.run import Run
 
 
@@ -93,6 +93,18 @@ class Stack(Block, abstract=True):
 def _set_states(generators: Mapping[str, np.random.Generator], states: Mapping[str, Any]) -> None:
     for name, state in states.items():
         generators[name].bit_generator.state = state
+
+
+def gathered(tables: Mapping[Any, Array], run: Run) -> Array:
+    """The sum of the rows that integers name in several tables."""
+    live, wanted, total = run.live, False, None
+    for table, places in tables.items():
+        run.live = live
+        rows = table._forward(places, run)
+        total = rows if total is None else join(total, rows, run)
+        wanted = wanted or run.live
+    run.live = wanted
+    return total
 
 
 class Split(Function):

@@ -1,6 +1,7 @@
 """BERT (Devlin et al., 2019): encoder with norms after each residual. RoBERTa is one with other positions and head."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from nblora.layers.attention import Attention
 from nblora.layers.functions import fan_in, fan_out, join, rejoin
 from nblora.layers.run import Run
 
-from ..blocks import Block, Stack
+from ..blocks import Block, Stack, gathered
 from ..config import Config
 from ..rows import Tokens
 from ..source import Source
@@ -49,17 +50,8 @@ class Embeddings(Block, abstract=True):
         if self.padding is not None:
             places = counted_past(tokens, self.padding)
         kinds = np.zeros(len(tokens.ids), np.int64) if tokens.kinds is None else tokens.kinds
-        words, positions, types = self._parts_of(tokens.ids, places, kinds, run)
-        return self.norm._forward(join(join(words, positions, run), types, run), run)
-
-    def _parts_of(self, ids: Array, places: Array, kinds: Array, run: Run) -> list[Array]:
-        found, live, wanted = [], run.live, False
-        for table, rows in ((self.words, ids), (self.positions, places), (self.types, kinds)):
-            run.live = live
-            found.append(table._forward(rows, run))
-            wanted = wanted or run.live
-        run.live = wanted
-        return found
+        tables = {self.words: tokens.ids, self.positions: places, self.types: kinds}
+        return self.norm._forward(gathered(tables, run), run)
 
     def _backward(self, grad: Array, run: Run) -> None:
         below = self.norm._backward(grad, run)
@@ -131,6 +123,8 @@ class Encoder(TextBody, abstract=True):
     """BERT without its pooler, which belongs to the head."""
 
     NAMES = {"layers": "encoder.layer"}
+
+    embeddings: Any
 
     def __init__(self, config: Config, source: Source, name: str, padding: int | None = None) -> None:
         config.expect("position_embedding_type", "absolute", None)

@@ -3,16 +3,15 @@
 from collections.abc import Mapping
 
 from nblora.backends.protocol import Array
-from nblora.layers import Embedding, Layer
-from nblora.layers.functions import join
+from nblora.layers import Layer
 from nblora.layers.run import Run
 
-from ..blocks import Block, Stack
+from ..blocks import Block, Stack, gathered
 from ..config import Config
 from ..rows import Tokens
 from ..source import Source
 from . import bert
-from .family import Family, TextBody
+from .family import Family
 
 
 class Embeddings(Block, abstract=True):
@@ -28,12 +27,8 @@ class Embeddings(Block, abstract=True):
         self._begin()
 
     def _forward(self, tokens: Tokens, run: Run) -> Array:
-        live = run.live
-        words = self.words._forward(tokens.ids, run)
-        wanted, run.live = run.live, live
-        positions = self.positions._forward(run.sequences.positions, run)  # type: ignore[union-attr]  # set by the model
-        run.live = run.live or wanted
-        return self.norm._forward(join(words, positions, run), run)
+        places = run.sequences.positions  # type: ignore[union-attr]  # set by the model
+        return self.norm._forward(gathered({self.words: tokens.ids, self.positions: places}, run), run)
 
     def _backward(self, grad: Array, run: Run) -> None:
         below = self.norm._backward(grad, run)
@@ -61,7 +56,7 @@ class EncoderLayer(bert.EncoderLayer, abstract=True):
         return width, heads, config.integer("hidden_dim"), 1e-12, config.activation("activation", "gelu")
 
 
-class Encoder(TextBody, abstract=True):
+class Encoder(bert.Encoder, abstract=True):
     """DistilBERT's body."""
 
     NAMES = {"layers": "transformer.layer"}
@@ -72,18 +67,6 @@ class Encoder(TextBody, abstract=True):
         self.layers = Stack(EncoderLayer(config, source, f"{name}.transformer.layer.{i}") for i in range(count))
         self._begin()
         self.longest = self.embeddings.longest
-
-    @property
-    def table(self) -> Embedding:
-        return self.embeddings.words
-
-    def _forward(self, tokens: Tokens, run: Run) -> Array:
-        return self.layers._forward(self.embeddings._forward(tokens, run), run)
-
-    def _backward(self, grad: Array, run: Run) -> None:
-        below = self.layers._backward(grad, run)
-        if below is not None:
-            self.embeddings._backward(below, run)
 
 
 def classifier(config: Config, source: Source, labels: int) -> Mapping[str, Layer]:

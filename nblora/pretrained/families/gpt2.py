@@ -9,7 +9,7 @@ from nblora.layers.attention import Attention
 from nblora.layers.functions import join, rejoin
 from nblora.layers.run import Run
 
-from ..blocks import Block, Split, Stack
+from ..blocks import Block, Split, Stack, gathered
 from ..config import Config
 from ..rows import Tokens
 from ..source import Source
@@ -74,12 +74,9 @@ class Decoder(TextBody, abstract=True):
         return self.words
 
     def _forward(self, tokens: Tokens, run: Run) -> Array:
-        live = run.live
-        words = self.words._forward(tokens.ids, run)
-        wanted, run.live = run.live, live
-        positions = self.positions._forward(run.sequences.positions, run)  # type: ignore[union-attr]  # set by the model
-        run.live = run.live or wanted
-        return self.norm._forward(self.layers._forward(join(words, positions, run), run), run)
+        places = run.sequences.positions  # type: ignore[union-attr]  # set by the model
+        x = gathered({self.words: tokens.ids, self.positions: places}, run)
+        return self.norm._forward(self.layers._forward(x, run), run)
 
     def _backward(self, grad: Array, run: Run) -> None:
         below = self.layers._backward(self.norm._backward(grad, run), run)
