@@ -158,8 +158,6 @@ class _Translated:
         for info in file.tensors.values():
             own = self._own_name(info.name)
             shape = info.shape[::-1] if self._is_turned(info.name) else info.shape
-            if own in self.tensors:
-                raise self.fault(f"the tensors {self._names[own]!r} and {info.name!r} are the same")
             self._names[own] = info.name
             self.tensors[own] = TensorInfo(own, "F32", shape, info.start, info.stop)
         tied = self._drop_tied_head()
@@ -177,19 +175,12 @@ class _Translated:
             return np.ascontiguousarray(array.T)
         if self._kind.permuted and (found := re.search(r"\.attn_([qk])\.", stored)):
             field = "num_attention_heads" if found[1] == "q" else "num_key_value_heads"
-            return self._in_halves(stored, array, self.config[field])
+            return _in_halves(array, self.config[field])
         return array
 
     def mapped(self, name: str) -> np.ndarray:
         """The same in float32: what is quantised cannot be mapped."""
         return self.read_as(name, np.dtype("float32"))
-
-    def _in_halves(self, stored: str, array: np.ndarray, heads: int) -> np.ndarray:
-        """Rows of each head, of which llama.cpp has those that turn together side by side, as two halves."""
-        if len(array) % (2 * heads):
-            raise self.fault(f"the tensor {stored!r} has {len(array)} rows, which are not {heads} heads of pairs")
-        pairs = array.reshape(heads, len(array) // heads // 2, 2, *array.shape[1:])
-        return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(array.shape)
 
     # --- names -------------------------------------------------------------------------------------------------
 
@@ -297,6 +288,13 @@ class _Translated:
         if value is not None and (type(value) not in (int, float)):
             raise self.fault(f"{self._prefix}{name} is {shortened(value)}; expected a number")
         return _shortest(value) if isinstance(value, float) else value
+
+
+def _in_halves(array: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of each head, of which llama.cpp has those that turn together side by side, as two halves; the model's sizes
+    were asked for, so that they are pairs."""
+    pairs = array.reshape(heads, -1, 2, *array.shape[1:])
+    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(array.shape)
 
 
 def _shortest(value: float) -> float:

@@ -84,7 +84,7 @@ def load_pretrained(
         if not folder.exists():
             raise FileNotFoundError(2, "no such model folder", str(folder))
         raise FormatError(f"{folder}: expected a folder with config.json and its weights")
-    _check_no_pickles(folder)
+    _check_weights(folder)
     with open_model(folder) as model:
         if not model.config:
             raise FormatError(f"{folder}: holds no config.json; expected a folder as transformers saves it")
@@ -222,11 +222,15 @@ def _with_labels(raw: Mapping[str, Any], count: int) -> dict[str, Any]:
     return result
 
 
-def _check_no_pickles(folder: Path) -> None:
-    """FormatError with the remedy where a folder's weights are pickles alone."""
+def _check_weights(folder: Path) -> None:
+    """FormatError with the remedy where a folder's weights are pickles or GGUF files alone."""
     names = sorted(entry.name for entry in folder.iterdir())
+    if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
+        return
+    if files := [name for name in names if name.endswith(gguf.SUFFIX)]:
+        raise FormatError(f"{folder}: holds no safetensors file but {files[0]}: pass that file, {folder / files[0]}")
     pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".bin.index.json"))]
-    if pickles and not any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
+    if pickles:
         raise FormatError(
             f"{folder}: holds {pickles[0]}, a pickle, which could run foreign code: save it as safetensors with "
             "transformers, AutoModel.from_pretrained(...).save_pretrained(..., safe_serialization=True)"

@@ -220,6 +220,39 @@ def test_what_changes_nothing_is_not_refused(tmp_path):
     np.testing.assert_array_equal(nblora.load_pretrained(path)(IDS), nblora.load_pretrained(LLAMA)(IDS))
 
 
+def set_entry(writer, key, value):
+    kind = gguf.GGUFValueType.get_type(value)
+    writer.kv_data[0].pop(key, None)
+    writer.add_key_value(key, value, kind)
+
+
+def test_entries_for_each_layer_count_where_all_are_the_same(tmp_path):
+    def more(writer, values):
+        set_entry(writer, "llama.attention.head_count_kv", values)
+
+    path = tmp_path / "model.gguf"
+    found = nblora.load_pretrained(write_gguf(path, LLAMA, more=lambda writer: more(writer, [2, 2])))
+    np.testing.assert_array_equal(found(IDS), nblora.load_pretrained(LLAMA)(IDS))
+    with pytest.raises(FormatError, match=r"attention.head_count_kv differs between layers"):
+        nblora.load_pretrained(write_gguf(path, LLAMA, more=lambda writer: more(writer, [2, 4])))
+
+
+def test_missing_entries_are_named(tmp_path):
+    path = tmp_path / "model.gguf"
+    for key in ("llama.block_count", "llama.attention.layer_norm_rms_epsilon", "llama.context_length"):
+        with pytest.raises(FormatError, match=f"{key} is missing"):
+            nblora.load_pretrained(write_gguf(path, LLAMA, more=lambda writer, key=key: writer.kv_data[0].pop(key)))
+    qwen = FIXTURES / "qwen2_clm_tied" / "base"
+    with pytest.raises(FormatError, match=r"attention.key_length is 8, not 24 / 4"):
+        nblora.load_pretrained(write_gguf(path, qwen, more=lambda writer: (
+            writer.add_key_length(8), set_entry(writer, "qwen2.rope.dimension_count", 8))))  # fmt: skip
+
+
+def test_mapping_changes_nothing(tmp_path):
+    path = write_gguf(tmp_path / "model.gguf", LLAMA)
+    same_parameters(nblora.load_pretrained(path, mmap=True), nblora.load_pretrained(LLAMA))
+
+
 def test_factors_of_a_rope_scaling_are_named(tmp_path):
     path = write_gguf(
         tmp_path / "m.gguf", LLAMA, tensors=lambda held: held.update({"rope_freqs.weight": np.ones(3, "f4")})
@@ -266,6 +299,12 @@ def test_a_file_that_is_none(tmp_path):
         nblora.load_pretrained(tmp_path / "folder.gguf")
 
 
+def test_a_folder_of_a_file_names_the_file(tmp_path):
+    write_gguf(tmp_path / "model.gguf", LLAMA)
+    with pytest.raises(FormatError, match=r"holds no safetensors file but model.gguf: pass that file"):
+        nblora.load_pretrained(tmp_path)
+
+
 def entry(key, kind, value):
     return struct.pack("<Q", len(key)) + key + struct.pack("<I", kind) + value
 
@@ -287,6 +326,21 @@ def test_a_header_that_lies(tmp_path, content, message):
     path = tmp_path / "model.gguf"
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + content)
     with pytest.raises(FormatError, match=message):
+        nblora.load_pretrained(path)
+
+
+def test_an_entry_that_occurs_twice(tmp_path):
+    path, one = tmp_path / "model.gguf", entry(b"key", 8, struct.pack("<Q", 1) + b"x")
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + one + one)
+    with pytest.raises(FormatError, match="the entry 'key' occurs twice"):
+        nblora.load_pretrained(path)
+
+
+def test_the_memory_of_strings_is_bounded(tmp_path):
+    path = tmp_path / "model.gguf"
+    strings = struct.pack("<IQ", 8, 2_100_000) + bytes(8 * 2_100_000)
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + entry(b"key", 9, strings))
+    with pytest.raises(FormatError, match="holds more than the 2000000 strings"):
         nblora.load_pretrained(path)
 
 

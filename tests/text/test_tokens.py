@@ -217,6 +217,25 @@ def test_vocabularies_that_are_none(tmp_path, change, message):
         nblora.load_tokenizer(path)
 
 
+def test_sentencepiece_needs_scores_or_merges(tmp_path):
+    path = write_vocabulary(
+        tmp_path / "m.gguf", "sentencepiece", HELD, more=lambda w: w.kv_data[0].pop("tokenizer.ggml.scores")
+    )
+    with pytest.raises(FormatError, match="scores is None; expected scores, or merges"):
+        nblora.load_tokenizer(path)
+
+
+def test_tokens_that_are_not_written_in_bytes_are(tmp_path):
+    """Some files write tokens of the byte level as they read, a blank as a blank."""
+    tokens = [t.replace("Ġ", " ") if t.strip("Ġ").isascii() else t for t in HELD["byte_level"]["tokens"]]
+    assert " the" in tokens
+    byte_level = {**HELD["byte_level"], "tokens": tokens}
+    path = write_vocabulary(tmp_path / "model.gguf", "default", {**HELD, "byte_level": byte_level})
+    found = nblora.load_tokenizer(path).encode(HELD["texts"])
+    for ids, theirs in zip(found.ids, HELD["ids"]["default"], strict=False):
+        assert ids.tolist() == theirs
+
+
 def test_a_file_without_a_tokenizer(tmp_path):
     from tests.pretrained.gguf_files import write_gguf
     from tests.pretrained.support import FIXTURES
