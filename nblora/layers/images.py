@@ -9,10 +9,12 @@ from nblora import checks
 from nblora.backends import default_backend
 from nblora.backends.blocks import Pooling, ReferenceBlocks
 from nblora.backends.protocol import Array
+from nblora.backends.reference import ReferenceBackend
 from nblora.storage.checkpoint import take_tensor
 
 from .activations import ACTIVATIONS, activation_code
 from .base import Layer
+from .conv import Conv2d
 from .diagnostics import describe_own
 from .parameters import Parameter
 from .run import Run
@@ -234,6 +236,10 @@ class GlobalAvgPool2d(_Images):
         return cls(config["channels"], dtype=config["dtype"])
 
 
+FOLDED = "folded"
+"""What a norm keeps that its convolution computed: its gradient goes by it as it is."""
+
+
 class _KeptNorm(NamedTuple):
     x: Array
     scale: Array
@@ -293,10 +299,13 @@ class BatchNorm2d(_Images):
     def _gain(self) -> Array:
         return 1 / np.sqrt(self._variance.array + self.dtype.type(self.eps))
 
+    def _scale_and_shift(self) -> tuple[Array, Array]:
+        scale = self._weight.array * self._gain()
+        return scale, self._bias.array - self._mean.array * scale
+
     def _forward(self, x: Array, run: Run) -> Array:
         self._output_shape("x", x.shape)
-        scale = self._weight.array * self._gain()
-        shift = self._bias.array - self._mean.array * scale
+        scale, shift = self._scale_and_shift()
         images = _batch(x)
         y = cast(ReferenceBlocks, run.backend).channels(images, scale, shift, self._activation)
         if run.training:
@@ -307,9 +316,9 @@ class BatchNorm2d(_Images):
         return y.reshape(x.shape)
 
     def _backward(self, grad: Array, run: Run) -> Array | None:
-        kept: _KeptNorm | None = run.recall(self)
-        if kept is None:
-            return None
+        kept: _KeptNorm | str | None = run.recall(self)
+        if kept is None or isinstance(kept, str):
+            return None if kept is None else grad
         backend = cast(ReferenceBlocks, run.backend)
         gx, along, plain = backend.channels_gradient(_batch(grad), kept.x, kept.scale, kept.shift, self._activation)
         if kept.trained:
@@ -325,3 +334,36 @@ class BatchNorm2d(_Images):
         dtype, names = checks.check_dtype(config["dtype"]), ("weight", "bias", "running_mean", "running_var")
         arrays = [take_tensor(tensors, name, dtype, (config["channels"],)) for name in names]
         return cls(*arrays, eps=config["eps"], activation=config["activation"])
+
+
+def convolve_and_norm(convolution: Layer, norm: BatchNorm2d, x: Array, run: Run) -> Array:
+    """act(norm(convolution(x))): in the convolution's own step, unless the norm is trained, or is not right behind it.
+
+    What either keeps is kept for `convolution_and_norm_gradient`.
+    """
+    if not _folds(convolution, norm, run):
+        return norm._forward(convolution._forward(x, run), run)
+    run.epilogue = (*norm._scale_and_shift(), norm._activation)
+    try:
+        y = convolution._forward(x, run)
+    finally:
+        run.epilogue = None
+    if run.training:
+        run.keep(norm, FOLDED)
+    run.passed(norm, y)
+    return y
+
+
+def convolution_and_norm_gradient(convolution: Layer, norm: BatchNorm2d, grad: Array, run: Run) -> Array | None:
+    """The way back of `convolve_and_norm`."""
+    through = norm._backward(grad, run)
+    return None if through is None else convolution._backward(through, run)
+
+
+def _folds(convolution: Layer, norm: BatchNorm2d, run: Run) -> bool:
+    """Whether the norm is computed with its convolution: on the CPU, of a convolution or an adapter on one that have no
+    activation of their own, and where no gradient of the norm's own parameters is wanted."""
+    base = getattr(convolution, "base_layer", convolution)
+    trained = run.training and norm.trainable and not run.frozen
+    plain = isinstance(base, Conv2d) and base.activation == "identity"
+    return plain and not trained and isinstance(run.backend, ReferenceBackend)

@@ -1,6 +1,7 @@
 """`Projection`: y = act(x M + b), the one step that plain layers, low-rank layers and adapters share."""
 
 from nblora import checks
+from nblora.backends.normalized import Normalized
 from nblora.backends.protocol import Array, Backend, Gradients, Operands, Product
 
 from .base import Layer
@@ -66,6 +67,8 @@ class Projection(Layer, abstract=True):
         trained = self.trainable and not run.frozen and (operands.train_base or operands.low_rank is not None)
         keep = run.training and (run.live or trained)
         product = self._product(run.backend)
+        if run.epilogue is not None:
+            product = Normalized(product, run.backend, *run.epilogue)
         y, saved = product.forward(batch, operands, self._dropout_mask(batch) if run.training else None, keep)
         if run.training:
             run.keep(self, Kept(saved, x.shape, operands, product, run.live, trained) if saved is not None else None)

@@ -70,12 +70,15 @@ class Run:
         Whether blocks keep their input alone and compute themselves again on the way back.
     in_pieces : bool
         Whether the run is one of several over pieces of one batch, so that gradients are known at the end of the last.
+    epilogue : tuple or None
+        Scale, shift and activation of a norm that the convolution at hand computes with its own step.
     """
 
     sequences: Sequences | None = None
     cache: Any = None
     recompute = in_pieces = False
     sink: Any = None
+    epilogue: tuple[Any, Any, int] | None = None
     tokens: Any = None  # of a model of text, what the forward was called with
     shape: tuple[int, ...] = ()
 

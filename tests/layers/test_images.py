@@ -4,11 +4,16 @@ import numpy as np
 import pytest
 
 import nblora
+from nblora.backends import resolve
 from nblora.backends.blocks import Pooling
+from nblora.backends.reference import ReferenceBackend
 from nblora.kernels.common.elementwise import IDENTITY, QUICK_GELU, SILU
 from nblora.layers import AvgPool2d, BatchNorm2d, GlobalAvgPool2d, MaxPool2d
+from nblora.layers.images import convolution_and_norm_gradient, convolve_and_norm
+from nblora.layers.run import Run
+from nblora.layers.sinks import Held, Sweep
 from tests import oracle
-from tests.helpers import DTYPES, assert_close, assert_unchanged, snapshot
+from tests.helpers import DTYPES, assert_close, assert_unchanged, make_adapter, snapshot
 
 from .support import BACKENDS
 
@@ -111,6 +116,68 @@ def test_batch_norm_by_its_formula(rng):
     before = layer.get_parameter("running_mean")
     layer.backward_update(np.ones(x.shape), 0.1)
     np.testing.assert_array_equal(layer.get_parameter("running_mean"), before)
+
+
+@pytest.mark.parametrize("backend", [resolve("cpu"), ReferenceBackend()], ids=["cpu", "reference"])
+@pytest.mark.parametrize("kind", [None, nblora.LoRAAdapter, nblora.DeltaLoRAAdapter])
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "held"])
+def test_a_norm_in_its_convolutions_epilogue(rng, monkeypatch, backend, kind, frozen, bias, fused):
+    """Against the two one after the other: values, gradients, three updates; nothing of the norm changes."""
+    layer = nblora.Conv2d.random(3, 4, 3, stride=2, padding=1, bias=bias, dtype="float64", seed=0)
+    if kind is not None:
+        layer = make_adapter(rng, kind, layer, frozen=frozen)
+    layer.trainable = not frozen or kind is not None
+    norm = batch_norm(rng, activation="gelu")
+    norm.trainable = False
+    twin, before, calls = layer.clone(), snapshot(norm), []
+    separate = type(backend).channels
+    monkeypatch.setattr(backend, "channels", lambda *a: calls.append(1) or separate(backend, *a))
+    for _ in range(3):
+        x, grad = rng.normal(size=(2, 3, 9, 8)), rng.normal(size=(2, 4, 5, 4))
+        found = []
+        for convolution in (layer, twin):
+            run = Run(backend, training=True)
+            if convolution is layer:
+                y = convolve_and_norm(convolution, norm, x, run)
+                assert not calls
+            else:
+                y = norm._forward(convolution._forward(x, run), run)
+            sink = Sweep(0.05, 0.05) if fused else Held()
+            run.back(sink)
+            if convolution is layer:
+                gx = convolution_and_norm_gradient(convolution, norm, grad, run)
+            else:
+                gx = convolution._backward(norm._backward(grad, run), run)
+            if fused:
+                sink.finish(backend, [each.parameter for each in convolution._trainable()])
+            trained = [each.parameter for each in convolution._trainable()]
+            found.append([y, gx, *(p.array.copy() for p in trained), *(p.gradient for p in trained if not fused)])
+            if not fused:
+                assert len(found[-1]) == 2 + 2 * len(trained)
+        calls.clear()
+        for value, wanted in zip(*found, strict=True):
+            assert (value is None) == (wanted is None)
+            if value is not None:
+                assert_close(value, wanted)
+    assert_unchanged(norm, before)
+
+
+def test_a_trained_norm_or_an_activation_between_is_not_folded(rng):
+    norm = batch_norm(rng)
+    for activation, trained in (("identity", True), ("relu", False)):
+        layer = nblora.Conv2d.random(3, 4, 3, dtype="float64", activation=activation, seed=0)
+        norm.trainable = trained
+        x, run, apart = rng.normal(size=(2, 3, 5, 6)), Run(resolve("cpu"), training=True), Run(resolve("cpu"))
+        np.testing.assert_array_equal(
+            convolve_and_norm(layer, norm, x, run), norm._forward(layer._forward(x, apart), apart)
+        )
+        sink = Held()
+        grad = rng.normal(size=(2, 4, 3, 4))
+        convolution_and_norm_gradient(layer, norm, grad, run.back(sink))
+        assert (norm._weight.gradient is not None) is trained
+        norm._weight.gradient = norm._bias.gradient = None
 
 
 def test_files_clones_compiling_and_one_sample(rng, tmp_path):

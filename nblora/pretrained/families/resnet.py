@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from nblora.backends.protocol import Array
 from nblora.layers import Layer
 from nblora.layers.functions import Activation, join, rejoin
-from nblora.layers.images import GlobalAvgPool2d, MaxPool2d
+from nblora.layers.images import GlobalAvgPool2d, MaxPool2d, convolution_and_norm_gradient, convolve_and_norm
 from nblora.layers.run import Run
 
 from ..blocks import Block, Stack
@@ -27,10 +27,10 @@ class Convolved(Block, abstract=True):
         self._begin()
 
     def _forward(self, x: Array, run: Run) -> Array:
-        return self.normalization._forward(self.convolution._forward(x, run), run)
+        return convolve_and_norm(self.convolution, self.normalization, x, run)
 
     def _backward(self, grad: Array, run: Run) -> Array | None:
-        return self.convolution._backward(self.normalization._backward(grad, run), run)
+        return convolution_and_norm_gradient(self.convolution, self.normalization, grad, run)
 
 
 class ResidualLayer(Block, abstract=True):
