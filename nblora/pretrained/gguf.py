@@ -215,7 +215,12 @@ class _Translated:
     # --- config.json -------------------------------------------------------------------------------------------
 
     def _check_entries(self) -> None:
-        """FormatError for what changes the arithmetic and is not supported."""
+        """FormatError for what is no whole model, and for what changes the arithmetic and is not supported."""
+        kind, parts = (self._file.metadata.get(key) for key in ("general.type", "split.count"))
+        if kind not in (None, "model"):
+            raise self.fault(f"general.type is {shortened(kind)}; expected a model")
+        if parts not in (None, 0, 1):
+            raise self.fault(f"is one of {shortened(parts)} parts: join them first (llama-gguf-split --merge)")
         scaling = self._entry("rope.scaling.type")
         if scaling not in (None, "none"):
             raise self.fault(f"{self._prefix}rope.scaling.type is {shortened(scaling)}: no RoPE scaling is supported")

@@ -197,6 +197,8 @@ REFUSED = {
     "logit_scale is 0.5": lambda w: w.add_logit_scale(0.5),
     "attention.key_length is 8, which|attention.value_length is 8, and": lambda w: w.add_value_length(8),
     "attention.causal is False": lambda w: w.add_causal_attention(False),
+    "is one of 3 parts: join them first": lambda w: w.add_uint16("split.count", 3),
+    "general.type is 'adapter'; expected a model": lambda w: w.add_type("adapter"),
 }
 
 

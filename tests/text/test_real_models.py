@@ -1,25 +1,16 @@
 """Real models against what transformers and sentence-transformers made of them (tests/data/text/make_text.py)."""
 
 import json
-import random
 
 import numpy as np
 import pytest
 
 import nblora
-from tests.text.support import DATA, real_model
+from tests.text.support import DATA, real_model, sentences
 
 pytest.importorskip("tokenizers")
 pytestmark = pytest.mark.slow
 SMOLLM2 = json.loads((DATA / "smollm2.json").read_text())
-
-
-def sentences():
-    """As in make_text.py."""
-    rng, words = random.Random(3), (DATA / "page.txt").read_text().split()
-    lengths = [rng.choice([1, 3, 10, 40, 120, 400]) for _ in range(92)]
-    odd = ["", " ", "  padded  text \n", "a" * 500, "日本語のテキスト", "😀", "[CLS] [SEP]", "MiXeD Ünïcode"]
-    return [" ".join(rng.choice(words) for _ in range(length)) for length in lengths] + odd
 
 
 @pytest.fixture(scope="module")

@@ -217,6 +217,13 @@ def test_vocabularies_that_are_none(tmp_path, change, message):
         nblora.load_tokenizer(path)
 
 
+def test_no_blank_is_put_before_a_text_where_the_file_says_so(tmp_path):
+    path = write_vocabulary(tmp_path / "m.gguf", "sentencepiece", HELD, more=lambda w: w.add_add_space_prefix(False))
+    tokenizer, tokens = nblora.load_tokenizer(path), HELD["sentencepiece"]["tokens"]
+    assert [tokens[place] for place in tokenizer.encode(["a"]).ids[0]] == ["<s>", "a"]
+    assert tokenizer.decode(tokenizer.encode([" a"]).ids[0]) == " a"
+
+
 def test_sentencepiece_needs_scores_or_merges(tmp_path):
     path = write_vocabulary(
         tmp_path / "m.gguf", "sentencepiece", HELD, more=lambda w: w.kv_data[0].pop("tokenizer.ggml.scores")

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from transformers import AutoTokenizer
 
+from tests.text.support import sentences
 from tests.text.vocabularies import KINDS, learn_byte_level, learn_sentencepiece, write_vocabulary
 
 HERE = Path(__file__).parent
@@ -53,14 +54,6 @@ def texts(count, seed):
         else:
             found.append("".join(rng.choice("ab 12\n\t'.,!-") for _ in range(rng.randint(1, 30))))
     return found
-
-
-def sentences():
-    """A hundred of uneven lengths, some longer than the model takes."""
-    rng, words = random.Random(3), (HERE / "page.txt").read_text().split()
-    lengths = [rng.choice([1, 3, 10, 40, 120, 400]) for _ in range(92)]
-    odd = ["", " ", "  padded  text \n", "a" * 500, "日本語のテキスト", "😀", "[CLS] [SEP]", "MiXeD Ünïcode"]
-    return [" ".join(rng.choice(words) for _ in range(length)) for length in lengths] + odd
 
 
 def tokens():
