@@ -1,5 +1,6 @@
 """`Run`: one forward and its backward, and what the layers keep in between."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -68,6 +69,9 @@ class Run:
         Keys and values of earlier forwards, which the attention of this one reads and adds to.
     recompute : bool
         Whether blocks keep their input alone and compute themselves again on the way back.
+    reads : callable or None
+        From `sequences` to the rows that are read of the last block: a head's own. The block then computes no others
+        once their keys and values are known.
     in_pieces : bool
         Whether the run is one of several over pieces of one batch, so that gradients are known at the end of the last.
     epilogue : tuple or None
@@ -76,6 +80,7 @@ class Run:
 
     sequences: Sequences | None = None
     cache: Any = None
+    reads: Callable[[Sequences], np.ndarray] | None = None
     recompute = in_pieces = False
     sink: Any = None
     epilogue: tuple[Any, Any, int] | None = None
@@ -114,6 +119,7 @@ class Run:
         """A run of a part of the model, with its own memory."""
         run = Run(self.backend, self.training, self.live)
         run.frozen, run.sequences, run.in_pieces = self.frozen, self.sequences, self.in_pieces
+        run.reads = self.reads
         return run
 
     @property

@@ -8,7 +8,7 @@ import numpy as np
 from nblora.backends.protocol import Array
 from nblora.layers import Layer, tree
 from nblora.layers.functions import Function, join
-from nblora.layers.run import Run
+from nblora.layers.run import Run, Sequences
 
 
 class Block(Layer, abstract=True):
@@ -39,7 +39,8 @@ class Block(Layer, abstract=True):
 class Stack(Block, abstract=True):
     """Blocks one after the other, called by their places.
 
-    With `run.recompute` a block keeps its input alone, and computes itself again on the way back.
+    With `run.recompute` a block keeps its input alone, and computes itself again on the way back. Only the last one is
+    told which rows are read.
     """
 
     def __init__(self, blocks: Iterable[Layer]) -> None:
@@ -53,8 +54,10 @@ class Stack(Block, abstract=True):
         self._blocks[int(name)] = layer
 
     def _forward(self, x: Array, run: Run) -> Array:
+        reads, lightly = run.reads, run.recompute and run.training
         for block in self._blocks:
-            x = block._forward(x, run) if not (run.recompute and run.training) else self._lightly(block, x, run)
+            run.reads = reads if block is self._blocks[-1] else None
+            x = self._lightly(block, x, run) if lightly else block._forward(x, run)
         return x
 
     def _backward(self, grad: Array, run: Run) -> Array | None:
@@ -84,6 +87,7 @@ class Stack(Block, abstract=True):
         after = {name: generator.bit_generator.state for name, generator in generators.items()}
         inner = run.inner()
         inner.live = live
+        inner.reads = run.reads if block is self._blocks[-1] else None
         _set_states(generators, before)
         block._forward(x, inner)
         _set_states(generators, after)
@@ -121,26 +125,57 @@ class Split(Function):
         return None if run.recall(self) is None or grads is None else np.concatenate(list(grads), axis=1)
 
 
+class Narrow(Function):
+    """Of what attention gives, and of the rows beside it, those that are read: nothing more is computed of others."""
+
+    def _forward(self, a: Array, x: Array, run: Run) -> tuple[Array, Array]:
+        if run.reads is None or run.sequences is None:
+            if run.training:
+                run.keep(self, None)
+            return a, x
+        rows = run.reads(run.sequences)
+        if run.training:
+            run.keep(self, (rows, len(x)))
+        return a[rows], x[rows]
+
+    def _backward(self, a: Array | None, x: Array | None, run: Run) -> tuple[Array | None, Array | None]:
+        kept = run.recall(self)
+        if kept is None:
+            return a, x
+        return _spread(a, *kept), _spread(x, *kept)
+
+
+def _spread(grad: Array | None, rows: np.ndarray, count: int) -> Array | None:
+    """The gradient of all rows of which some were read."""
+    if grad is None:
+        return None
+    below = np.zeros((count, grad.shape[1]), grad.dtype)
+    below[rows] = grad
+    return below
+
+
 class Pick(Function):
-    """One row of each sequence: its first, or its last."""
+    """One row of each sequence: its first, or its last; nothing to do where the last block gave no others."""
 
     def __init__(self, place: str) -> None:
         self._last = place == "last"
 
+    def rows(self, sequences: Sequences) -> np.ndarray:
+        """Which rows these are."""
+        return sequences.begins[1:] - 1 if self._last else sequences.begins[:-1]
+
     def _forward(self, x: Array, run: Run) -> Array:
-        begins = run.sequences.begins  # type: ignore[union-attr]  # models of text and of patches set them
-        rows = begins[1:] - 1 if self._last else begins[:-1]
-        self._keep(run, rows, x.shape)
+        if run.reads is not None:
+            return x
+        rows = self.rows(run.sequences)  # type: ignore[arg-type]  # models of text and of patches set them
+        self._keep(run, rows, len(x))
         return np.ascontiguousarray(x[rows])
 
     def _backward(self, grad: Array, run: Run) -> Array | None:
+        if run.reads is not None:
+            return grad
         kept = run.recall(self)
-        if kept is None:
-            return None
-        rows, shape = kept
-        below = np.zeros(shape, grad.dtype)
-        below[rows] = grad
-        return below
+        return None if kept is None else _spread(grad, *kept)
 
 
 class Mean(Function):

@@ -1,11 +1,13 @@
 """Heads: what makes a task's outputs of the rows of all tokens."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
+
+import numpy as np
 
 from nblora.backends.protocol import Array
 from nblora.layers import Layer
-from nblora.layers.run import Run
+from nblora.layers.run import Run, Sequences
 
 from .blocks import Block, Mean, Normalised, Pick
 
@@ -17,6 +19,11 @@ class Head(Block, abstract=True):
     """Whether there is an output for every token, and not one for every sequence."""
     own: tuple[str, ...] = ()
     """Names of the layers that are a task's own."""
+
+    @property
+    def reads(self) -> Callable[[Sequences], np.ndarray] | None:
+        """Which rows it reads of the last block, None for all."""
+        return None
 
 
 class Classifier(Head, abstract=True):
@@ -37,6 +44,10 @@ class Classifier(Head, abstract=True):
         self.own = own or tuple(layers)
         self._pick = None if place is None else Pick(place)
         self._begin()
+
+    @property
+    def reads(self) -> Callable[[Sequences], np.ndarray] | None:
+        return None if self._pick is None else self._pick.rows
 
     def children(self) -> dict[str, Layer]:
         return dict(self._layers)
@@ -94,6 +105,11 @@ class Pooled(Head, abstract=True):
         self._steps += [Normalised()] if normalised else []
         self.dtype, self.in_features, self.out_features = features.dtype, features.out_features, features.out_features
         self._open(features._backend)
+
+    @property
+    def reads(self) -> Callable[[Sequences], np.ndarray] | None:
+        first = self._steps[0]
+        return first.rows if isinstance(first, Pick) else None
 
     def children(self) -> dict[str, Layer]:
         return dict(self._idle)

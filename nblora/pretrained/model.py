@@ -151,6 +151,7 @@ class PretrainedModel(Model, abstract=True):
     # --- computing ---------------------------------------------------------------------------------------------
 
     def _forward(self, x: Any, run: Run) -> Array:
+        run.reads = self.head.reads
         return self.head._forward(self.body._forward(x, run), run)
 
     def _backward(self, grad: Array, run: Run) -> Array | None:

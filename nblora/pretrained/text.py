@@ -160,21 +160,21 @@ class TextModel(PretrainedModel):
         """As `Layer._learn`; of a causal model logits are made only where there is a label, and in pieces."""
         if not self.head.by_token:
             return super()._learn(x, target, loss, run)
-        run.sequences = x.sequences
+        run.sequences, learnt = x.sequences, np.flatnonzero(target.values != IGNORED)
+        run.reads = lambda _: learnt
         rows = self.body._forward(x, run)
         if run.training:
             run.keep(self, False)
-        learnt = np.flatnonzero(target.values != IGNORED)
         wanted = run.training and run.live
         grad = np.zeros_like(rows) if wanted else None
         value, figures, size = 0.0, dict.fromkeys(loss.metrics, 0.0), max(1, PIECE // self.out_features)
         for start in range(0, len(learnt), size):
-            places = learnt[start : start + size]
+            places = slice(start, start + size)
             piece = run.inner()
             piece.in_pieces = True
-            logits, labels = self.head._forward(rows[places], piece), target.values[places]
+            logits, labels = self.head._forward(rows[places], piece), target.values[learnt[places]]
             part, slopes = loss.value_and_gradient(logits, labels, run.backend)
-            share = len(places) / len(learnt)
+            share = len(labels) / len(learnt)
             value += share * float(part)
             for metric, figure in loss.measure(logits, labels).items():
                 figures[metric] += share * figure

@@ -11,7 +11,7 @@ from nblora.layers.attention import Attention
 from nblora.layers.functions import fan_in, fan_out, join, rejoin
 from nblora.layers.run import Run
 
-from ..blocks import Block, Stack, gathered
+from ..blocks import Block, Narrow, Stack, gathered
 from ..config import Config
 from ..rows import Tokens
 from ..source import Source
@@ -94,7 +94,7 @@ class EncoderLayer(Block, abstract=True):
         self.up = linear("up", width, inner, activation)
         self.down = linear("down", inner, width)
         self.norm = source.layer_norm(f"{name}.{self.NAMES['norm']}", width, eps)
-        self._attention = Attention(heads)
+        self._attention, self._narrow = Attention(heads), Narrow()
         self._begin()
 
     @classmethod
@@ -106,7 +106,8 @@ class EncoderLayer(Block, abstract=True):
 
     def _forward(self, x: Array, run: Run) -> Array:
         q, k, v = fan_out((self.query, self.key, self.value), x, run)
-        y = self.output._forward(self._attention._forward(q, k, v, run), run)
+        a, x = self._narrow._forward(self._attention._forward(q, k, v, run), x, run)
+        y = self.output._forward(a, run)
         x = self.attention_norm._forward(join(y, x, run), run)
         y = self.down._forward(self.up._forward(x, run), run)
         return self.norm._forward(join(y, x, run), run)
@@ -115,7 +116,8 @@ class EncoderLayer(Block, abstract=True):
         grad = self.norm._backward(grad, run)
         grad = rejoin(self.up._backward(self.down._backward(grad, run), run), grad, run)
         grad = self.attention_norm._backward(grad, run)
-        below = self._attention._backward(self.output._backward(grad, run), run)
+        below, grad = self._narrow._backward(self.output._backward(grad, run), grad, run)
+        below = self._attention._backward(below, run)
         return rejoin(fan_in((self.query, self.key, self.value), below, run), grad, run)
 
 

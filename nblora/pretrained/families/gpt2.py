@@ -9,7 +9,7 @@ from nblora.layers.attention import Attention
 from nblora.layers.functions import join, rejoin
 from nblora.layers.run import Run
 
-from ..blocks import Block, Split, Stack, gathered
+from ..blocks import Block, Narrow, Split, Stack, gathered
 from ..config import Config
 from ..rows import Tokens
 from ..source import Source
@@ -39,18 +39,21 @@ class DecoderLayer(Block, abstract=True):
         self.up = source.turned_linear(f"{name}.mlp.c_fc", width, inner, activation=activation)
         self.down = source.turned_linear(f"{name}.mlp.c_proj", inner, width)
         scale = 1 / math.sqrt(width // heads) if config.flag("scale_attn_weights", True) else 1.0
-        self._split, self._attention = Split(3), Attention(heads, causal=True, scale=scale)
+        self._split, self._narrow = Split(3), Narrow()
+        self._attention = Attention(heads, causal=True, scale=scale)
         self._begin()
 
     def _forward(self, x: Array, run: Run) -> Array:
         q, k, v = self._split._forward(self.qkv._forward(self.norm._forward(x, run), run), run)
-        x = join(self.output._forward(self._attention._forward(q, k, v, run), run), x, run)
+        a, x = self._narrow._forward(self._attention._forward(q, k, v, run), x, run)
+        x = join(self.output._forward(a, run), x, run)
         return join(self.down._forward(self.up._forward(self.mlp_norm._forward(x, run), run), run), x, run)
 
     def _backward(self, grad: Array, run: Run) -> Array | None:
         below = self.mlp_norm._backward(self.up._backward(self.down._backward(grad, run), run), run)
         rejoined = rejoin(below, grad, run)
-        below = self._split._backward(self._attention._backward(self.output._backward(rejoined, run), run), run)
+        below, rejoined = self._narrow._backward(self.output._backward(rejoined, run), rejoined, run)
+        below = self._split._backward(self._attention._backward(below, run), run)
         return rejoin(self.norm._backward(self.qkv._backward(below, run), run), rejoined, run)
 
 

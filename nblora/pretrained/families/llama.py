@@ -8,7 +8,7 @@ from nblora.layers.attention import Attention, Rotary
 from nblora.layers.functions import Gate, fan_in, fan_out, join, rejoin
 from nblora.layers.run import Run
 
-from ..blocks import Block, Stack
+from ..blocks import Block, Narrow, Stack
 from ..config import Config
 from ..rows import Tokens
 from ..source import Source
@@ -54,12 +54,13 @@ class DecoderLayer(Block, abstract=True):
         self.gate, self.up = (linear(key, width, config.integer(inner), mlp_bias) for key in ("gate", "up"))
         self.down = linear("down", config.integer(inner), width, mlp_bias)
         self._attention = Attention(heads, key_heads, causal=True, rotary=rotary)
-        self._gated = Gate(config.activation("hidden_act", "silu"))
+        self._narrow, self._gated = Narrow(), Gate(config.activation("hidden_act", "silu"))
         self._begin()
 
     def _forward(self, x: Array, run: Run) -> Array:
         q, k, v = fan_out((self.q, self.k, self.v), self.norm._forward(x, run), run)
-        x = join(self.o._forward(self._attention._forward(q, k, v, run), run), x, run)
+        a, x = self._narrow._forward(self._attention._forward(q, k, v, run), x, run)
+        x = join(self.o._forward(a, run), x, run)
         gate, up = fan_out((self.gate, self.up), self.mlp_norm._forward(x, run), run)
         return join(self.down._forward(self._gated._forward(gate, up, run), run), x, run)
 
@@ -67,7 +68,8 @@ class DecoderLayer(Block, abstract=True):
         gates = self._gated._backward(self.down._backward(grad, run), run)
         below = self.mlp_norm._backward(fan_in((self.gate, self.up), gates, run), run)
         rejoined = rejoin(below, grad, run)
-        heads = self._attention._backward(self.o._backward(rejoined, run), run)
+        below, rejoined = self._narrow._backward(self.o._backward(rejoined, run), rejoined, run)
+        heads = self._attention._backward(below, run)
         return rejoin(self.norm._backward(fan_in((self.q, self.k, self.v), heads, run), run), rejoined, run)
 
 

@@ -17,7 +17,7 @@ from nblora.layers.parameters import Parameter
 from nblora.layers.run import Run, Sequences
 from nblora.storage.checkpoint import take_tensor
 
-from ..blocks import Block, Stack
+from ..blocks import Block, Narrow, Stack
 from ..config import Config
 from ..source import Source
 from .family import Family
@@ -142,18 +142,20 @@ class EncoderLayer(Block, abstract=True):
         self.output = source.linear(f"{name}.{self.NAMES['output']}", width, width)
         self.up = source.linear(f"{name}.{self.NAMES['up']}", width, inner, activation=activation)
         self.down = source.linear(f"{name}.{self.NAMES['down']}", inner, width)
-        self._attention = Attention(heads)
+        self._attention, self._narrow = Attention(heads), Narrow()
         self._begin()
 
     def _forward(self, x: Array, run: Run) -> Array:
         q, k, v = fan_out((self.query, self.key, self.value), self.norm._forward(x, run), run)
-        x = join(self.output._forward(self._attention._forward(q, k, v, run), run), x, run)
+        a, x = self._narrow._forward(self._attention._forward(q, k, v, run), x, run)
+        x = join(self.output._forward(a, run), x, run)
         return join(self.down._forward(self.up._forward(self.mlp_norm._forward(x, run), run), run), x, run)
 
     def _backward(self, grad: Array, run: Run) -> Array | None:
         below = self.mlp_norm._backward(self.up._backward(self.down._backward(grad, run), run), run)
         rejoined = rejoin(below, grad, run)
-        below = self._attention._backward(self.output._backward(rejoined, run), run)
+        below, rejoined = self._narrow._backward(self.output._backward(rejoined, run), rejoined, run)
+        below = self._attention._backward(below, run)
         return rejoin(self.norm._backward(fan_in((self.query, self.key, self.value), below, run), run), rejoined, run)
 
 
