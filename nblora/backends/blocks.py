@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nblora.kernels.common.elementwise import activate, activation_slope
+from nblora.kernels.common.mixing import FIRST_MIX, HEAD_STEP, KEY_STEP, ROW_STEP, SECOND_MIX
 
 Array = Any
 
@@ -20,7 +21,8 @@ class Heads(NamedTuple):
     Queries of sequence s are rows begins[s] to begins[s + 1], its keys and values key_begins[s] to key_begins[s + 1],
     or to key_ends[s] where there is room between; all int64. `heads` read the queries, `key_heads`, of which `heads`
     is a multiple, the keys. A causal query sees the keys up to its own place, the last query the last key; one that
-    sees none gives zeros.
+    sees none gives zeros. Each weight of the softmax is dropped with the probability `dropout`, the others scaled by
+    1/(1 - dropout); `seed` says which, by `weights_kept`.
     """
 
     begins: np.ndarray
@@ -30,6 +32,13 @@ class Heads(NamedTuple):
     causal: bool
     scale: float
     key_ends: np.ndarray | None = None
+    dropout: float = 0.0
+    seed: int = 0
+
+    @property
+    def bar(self) -> int:
+        """What a weight's number of 53 bits must reach for it to be kept."""
+        return round(self.dropout * 2**53)
 
     def spans(self, sequence: int) -> tuple[slice, slice, np.ndarray]:
         """Rows of queries and of keys of a sequence, and which query sees which key."""
@@ -89,7 +98,7 @@ class ReferenceBlocks:
         o, sums = np.zeros_like(q), np.zeros((len(q), shape.heads), q.dtype)
         for rows, columns, head, _, score, values in _scores(q, k, v, shape):
             weights, sums[rows, head] = _softmax(score)
-            o[rows, columns] = weights @ values
+            o[rows, columns] = (weights * _drops(shape, rows, head, score)) @ values
         return o, sums
 
     def attention_gradient(
@@ -97,13 +106,13 @@ class ReferenceBlocks:
     ) -> tuple[Array, Array, Array]:
         """Gradients of q, k and v."""
         gq, gk, gv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
-        for rows, columns, _, places, score, values in _scores(q, k, v, shape):
-            weights, g = _softmax(score)[0], grad[rows, columns]
-            slope = g @ values.T
+        for rows, columns, head, places, score, values in _scores(q, k, v, shape):
+            weights, g, drops = _softmax(score)[0], grad[rows, columns], _drops(shape, rows, head, score)
+            slope = (g @ values.T) * drops
             slope = shape.scale * weights * (slope - (weights * slope).sum(axis=1, keepdims=True))
             gq[rows, columns] = slope @ k[places]
             gk[places] += slope.T @ q[rows, columns]
-            gv[places] += weights.T @ g
+            gv[places] += (weights * drops).T @ g
         return gq, gk, gv
 
     def rotate(
@@ -199,6 +208,30 @@ def _scores(q: Array, k: Array, v: Array, shape: Heads) -> Any:
             places = keys, slice(start, start + size)
             score = np.where(seen, q.dtype.type(shape.scale) * (q[rows, columns] @ k[places].T), -np.inf)
             yield rows, columns, head, places, score.astype(q.dtype), v[places]
+
+
+def _drops(shape: Heads, rows: slice, head: int, score: np.ndarray) -> Any:
+    """What the weights of a sequence's head are multiplied with: 0, or 1/(1 - dropout)."""
+    if not shape.bar:
+        return score.dtype.type(1)
+    kept = weights_kept(shape.seed, np.arange(rows.start, rows.stop), head, score.shape[1], shape.bar)
+    return kept * score.dtype.type(1 / (1 - shape.dropout))
+
+
+def weights_kept(seed: int, rows: np.ndarray, head: int, keys: int, bar: int) -> np.ndarray:
+    """Which weights of a head attention keeps, (rows, keys): those whose number, a mix of the seed and of their place
+    (Steele et al., 2014, `SplitMix64`), is at least `bar` of 2^53. Rows are those of q, keys are counted from the
+    sequence's first."""
+    first, second = np.uint64(ROW_STEP), np.uint64(HEAD_STEP)
+    of_rows = _mixed(np.uint64(seed) + rows.astype(np.uint64) * first + np.array([head], np.uint64) * second)
+    numbers = _mixed(of_rows[:, None] + np.arange(keys, dtype=np.uint64) * np.uint64(KEY_STEP))
+    return (numbers >> np.uint64(11)).astype(np.int64) >= bar
+
+
+def _mixed(z: np.ndarray) -> np.ndarray:
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(FIRST_MIX)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(SECOND_MIX)
+    return z ^ (z >> np.uint64(31))
 
 
 def _softmax(score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -163,10 +163,11 @@ class CPUBlocks(ReferenceBlocks):
         return sums
 
 
-def _sizes(shape: Heads) -> tuple[np.ndarray, np.ndarray, float]:
+def _sizes(shape: Heads) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
     ends = shape.key_begins[1:] if shape.key_ends is None else shape.key_ends
     spans = np.array([shape.begins[:-1], shape.begins[1:], shape.key_begins[:-1], ends], np.int64)
-    return spans, np.array([shape.heads, shape.heads // shape.key_heads, shape.causal], np.int64), float(shape.scale)
+    sizes = np.array([shape.heads, shape.heads // shape.key_heads, shape.causal], np.int64)
+    return spans, sizes, np.array([shape.seed, shape.bar], np.int64), float(shape.scale)
 
 
 def _jobs(begins: np.ndarray, heads: int, rows: int | None) -> np.ndarray:

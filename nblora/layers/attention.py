@@ -66,6 +66,9 @@ class Attention(Function):
     rotary : Rotary, optional
     scale : float, optional
         By default 1 / √size.
+    dropout : float
+        In training, the probability with which a weight of the softmax is dropped, where the forward is given a
+        generator. Which are is a function of one number drawn from it, so that the way back finds the same.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class Attention(Function):
         causal: bool = False,
         rotary: Rotary | None = None,
         scale: float | None = None,
+        dropout: float = 0.0,
     ) -> None:
         self.heads = checks.check_integer("heads", heads, 1)
         self.key_heads = self.heads if key_heads is None else checks.check_integer("key_heads", key_heads, 1)
@@ -83,12 +87,15 @@ class Attention(Function):
             raise ValueError(f"heads must be a multiple of key_heads, got {heads} and {key_heads}")
         self.causal, self.rotary = checks.check_flag("causal", causal), rotary
         self.scale = None if scale is None else checks.check_positive("scale", scale)
+        self.dropout = checks.check_fraction("dropout", dropout)
 
-    def _forward(self, q: Array, k: Array, v: Array, run: Run) -> Array:
+    def _forward(self, q: Array, k: Array, v: Array, run: Run, rng: np.random.Generator | None = None) -> Array:
         sequences = self._check(q, k, v, run)
         scale = self.scale or 1 / math.sqrt(q.shape[1] // self.heads)
         begins, key_begins, _, key_ends = sequences
         shape = Heads(begins, key_begins, self.heads, self.key_heads, self.causal, scale, key_ends)
+        if rng is not None and run.training and self.dropout:
+            shape = shape._replace(dropout=self.dropout, seed=int(rng.integers(1 << 62)))
         backend = cast(ReferenceBlocks, run.backend)
         self._turn(q, k, sequences, backend)
         if run.cache is not None:

@@ -261,6 +261,10 @@ class Layer(NamedParameters):
         value, grad = loss.value_and_gradient(output, target, run.backend)
         return value, grad, lambda: loss.measure(run.backend.to_host(output), target) if loss.metrics else {}
 
+    def _drop_base(self, rng: np.random.Generator | None) -> None:
+        """Have the dropout that a pretrained model's configuration says draw from children of `rng`, or none: None."""
+        raise ValueError("base_dropout is for pretrained models, whose config.json says what is dropped: leave it out")
+
     # --- modes and life ----------------------------------------------------------------------------------------
 
     @property

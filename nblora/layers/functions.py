@@ -18,6 +18,9 @@ that nobody wants it, or what is below: it is handed on.
 from collections.abc import Sequence
 from typing import Any, cast
 
+import numpy as np
+
+from nblora import checks
 from nblora.backends.blocks import ReferenceBlocks
 from nblora.backends.protocol import Array
 
@@ -71,6 +74,41 @@ class Function:
     def _keep(self, run: Run, *values: Any) -> None:
         if run.training:
             run.keep(self, values if run.live else None)
+
+
+class Dropout(Function):
+    """x / (1 - share) for each element that is kept, 0 for one that is dropped, with the probability `share`.
+
+    Parameters
+    ----------
+    share : float
+        In [0, 1).
+    """
+
+    def __init__(self, share: float) -> None:
+        self.share = checks.check_fraction("share", share)
+
+    def _forward(self, x: Array, run: Run, rng: np.random.Generator | None) -> Array:
+        """x itself where nothing draws, and out of training."""
+        drops = rng is not None and run.training and self.share > 0
+        kept = rng.random(x.shape, np.float32) >= self.share if drops else None  # type: ignore[union-attr]  # it drops
+        self._keep(run, kept)
+        return x if kept is None else self._scaled(x, kept)
+
+    def _backward(self, grad: Array, run: Run) -> Array | None:
+        held = run.recall(self)
+        if held is None or grad is None:
+            return None
+        (kept,) = held
+        return grad if kept is None else self._scaled(grad, kept)
+
+    def _scaled(self, x: Array, kept: np.ndarray) -> Array:
+        y = x * kept
+        y *= x.dtype.type(1 / (1 - self.share))
+        return y
+
+    def __repr__(self) -> str:
+        return f"Dropout({self.share:g})"
 
 
 class Activation(Function):

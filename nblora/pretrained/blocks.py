@@ -7,7 +7,8 @@ import numpy as np
 
 from nblora.backends.protocol import Array
 from nblora.layers import Layer, tree
-from nblora.layers.functions import Function, join
+from nblora.layers.attention import Attention
+from nblora.layers.functions import Dropout, Function, join
 from nblora.layers.run import Run, Sequences
 
 
@@ -19,6 +20,14 @@ class Block(Layer, abstract=True):
     """
 
     NAMES: ClassVar[Mapping[str, str]] = {}
+
+    @property
+    def drops(self) -> bool:
+        """Whether it has dropout of its own, which draws from `_rng` where one is: in `fit(base_dropout=True)`."""
+        return any(
+            (isinstance(step, Dropout) and step.share > 0) or (isinstance(step, Attention) and step.dropout > 0)
+            for step in vars(self).values()
+        )
 
     def _begin(self) -> None:
         """Begin life, all layers set."""

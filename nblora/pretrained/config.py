@@ -61,6 +61,13 @@ class Config:
             raise self.fault(f"{name} is {shortened(value)}; expected a number that is not negative")
         return float(value)
 
+    def share(self, name: str, default: float) -> float:
+        """A field that is a probability below 1, of dropout."""
+        value = self.number(name, default)
+        if value >= 1:
+            raise self.fault(f"{name} is {shortened(value)}; expected a number in [0, 1)")
+        return value
+
     def flag(self, name: str, default: bool) -> bool:
         """A field that is true or false."""
         value = self._given(name, default)

@@ -9,7 +9,7 @@ from nblora import checks
 from nblora.errors import NonFiniteError
 from nblora.formats.model_files import MAX_JSON
 from nblora.layers.cache import Cache
-from nblora.layers.run import Run
+from nblora.layers.run import Run, Sequences
 from nblora.storage.bounded import parse_object, read_bounded
 
 from .config import Config
@@ -119,14 +119,18 @@ class Decoding:
         """Logits after the next tokens of each text, (texts, vocabulary); so many of each, one after the other."""
         run = Run(self._model._backend)
         run.cache, run.sequences = self._cache, self._cache.next_rows(counts)
-        begins = run.sequences.begins
-        rows = self._model.body._forward(Tokens(ids, None, begins, int(counts.max())), run)
-        logits: np.ndarray = self._model.head._forward(np.ascontiguousarray(rows[begins[1:] - 1]), run)
+        run.reads = _last
+        rows = self._model.body._forward(Tokens(ids, None, run.sequences.begins, int(counts.max())), run)
+        logits: np.ndarray = self._model.head._forward(rows, run)
         return logits
 
     def keep(self, texts: np.ndarray) -> None:
         """Go on with these texts alone, given by their places."""
         self._cache.keep(texts)
+
+
+def _last(sequences: Sequences) -> np.ndarray:
+    return sequences.begins[1:] - 1
 
 
 class Choice:

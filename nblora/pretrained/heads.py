@@ -7,6 +7,7 @@ import numpy as np
 
 from nblora.backends.protocol import Array
 from nblora.layers import Layer
+from nblora.layers.functions import Dropout
 from nblora.layers.run import Run, Sequences
 
 from .blocks import Block, Mean, Normalised, Pick
@@ -37,10 +38,19 @@ class Classifier(Head, abstract=True):
         Which row of a sequence; None where rows are one for each already.
     own : tuple of str
         The layers that are the task's own, by default all.
+    dropouts : mapping of names to float
+        What is dropped of the inputs of layers, in `fit(base_dropout=True)`.
     """
 
-    def __init__(self, layers: Mapping[str, Layer], place: str | None, own: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        layers: Mapping[str, Layer],
+        place: str | None,
+        own: tuple[str, ...] = (),
+        dropouts: Mapping[str, float] | None = None,
+    ) -> None:
         self._layers = dict(layers)
+        self._dropouts = {name: Dropout(share) for name, share in (dropouts or {}).items()}
         self.own = own or tuple(layers)
         self._pick = None if place is None else Pick(place)
         self._begin()
@@ -52,20 +62,28 @@ class Classifier(Head, abstract=True):
     def children(self) -> dict[str, Layer]:
         return dict(self._layers)
 
+    @property
+    def drops(self) -> bool:
+        return any(dropout.share > 0 for dropout in self._dropouts.values())
+
     def _set_child(self, name: str, layer: Layer) -> None:
         self._layers[name] = layer
 
     def _forward(self, x: Array, run: Run) -> Array:
         if self._pick is not None:
             x = self._pick._forward(x, run)
-        for layer in self._layers.values():
+        for name, layer in self._layers.items():
+            if name in self._dropouts:
+                x = self._dropouts[name]._forward(x, run, self._rng)
             x = layer._forward(x, run)
         return x
 
     def _backward(self, grad: Array, run: Run) -> Array | None:
         below: Array | None = grad
-        for layer in reversed(self._layers.values()):
+        for name, layer in reversed(self._layers.items()):
             below = layer._backward(below, run)
+            if name in self._dropouts:
+                below = self._dropouts[name]._backward(below, run)
         return below if self._pick is None else self._pick._backward(below, run)
 
 

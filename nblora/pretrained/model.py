@@ -166,6 +166,11 @@ class PretrainedModel(Model, abstract=True):
             return "cross_entropy"
         return "mse" if kind == "regression" else "binary_cross_entropy"
 
+    def _drop_base(self, rng: np.random.Generator | None) -> None:
+        for _, block, _ in tree.walk(self):
+            if isinstance(block, Block) and block.drops:
+                block._rng = None if rng is None else rng.spawn(1)[0]
+
     # --- what is trained ---------------------------------------------------------------------------------------
 
     def freeze(self) -> Self:
@@ -567,7 +572,8 @@ def _head(body: Any, config: Config, source: Source, origin: Origin) -> Head:
         return LanguageHead(source.linear("lm_head", table.out_features, table.in_features, bias=False))
     if origin.task == "embedding":
         return Pooled(body, origin.pooling.rows, origin.pooling.normalised, family.idle(config, source))
-    return Classifier(family.classifier(config, source, origin.labels), family.place, family.head)
+    layers = family.classifier(config, source, origin.labels)
+    return Classifier(layers, family.place, family.head, family.dropouts(config))
 
 
 def _some(names: list[str]) -> str:

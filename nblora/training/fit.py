@@ -38,6 +38,7 @@ def fit(
     accumulate: int = 1,
     recompute: bool = False,
     length_grouping: bool = False,
+    base_dropout: bool = False,
     shuffle: bool = True,
     seed: int | np.random.Generator | None = None,
     progress: bool | None = None,
@@ -93,10 +94,13 @@ def fit(
         memory, and a third more time.
     length_grouping : bool
         Make batches of texts of like length.
+    base_dropout : bool
+        Of a pretrained model: drop elements and weights of attention in training, as its `config.json` says
+        (`hidden_dropout_prob`, `attention_dropout` and the like). Without it only adapters drop (`lora_dropout`).
     shuffle : bool
         Draw a new order of the samples for each epoch.
     seed : int or Generator, optional
-        Of that order. The dropout's random state belongs to the adapters.
+        Of that order, and of the base's dropout. That of adapters has random states of its own.
     progress : bool, optional
         Show a bar with the loss and samples/s; default: where standard error is a terminal.
     checkpoint : path, optional
@@ -148,6 +152,9 @@ def fit(
     samples = check_samples(("x", "y"), x, y, model, objective)
     if grouped and isinstance(samples.x, np.ndarray):
         raise ValueError("length_grouping is for texts, and the samples of x are all of one size: leave it out")
+    drops = checks.check_flag("base_dropout", base_dropout)
+    shuffles = checks.check_flag("shuffle", shuffle)
+    rng = _generator(seed) if shuffles or drops else None
     run = Run(
         model,
         samples,
@@ -164,7 +171,7 @@ def fit(
         as_schedule(schedule),
         epochs=checks.check_integer("epochs", epochs, 1),
         batch_size=checks.check_integer("batch_size", batch_size, 1),
-        rng=_generator(seed) if checks.check_flag("shuffle", shuffle) else None,
+        rng=rng if shuffles else None,
         checkpoint=None if checkpoint is None else _check_target(checkpoint),
         accumulate=several,
         grouped=grouped,
@@ -173,7 +180,13 @@ def fit(
     shown = None if progress is None else checks.check_flag("progress", progress)
     source = None if resume is None else _check_path("resume", resume)
     model._check_writeable()
-    return run.start(source, shown)
+    if not drops:
+        return run.start(source, shown)
+    model._drop_base(rng)
+    try:
+        return run.start(source, shown)
+    finally:
+        model._drop_base(None)
 
 
 def evaluate(

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from nblora.backends import resolve
+from nblora.backends.blocks import weights_kept
 from nblora.layers.attention import Attention, Rotary
 from nblora.layers.run import Run, Sequences
 from tests import oracle
@@ -110,6 +111,61 @@ def test_keys_with_room_between(rng, backend, dtype):
     for one, other in zip(found[1:], expected[1:], strict=True):
         np.testing.assert_array_equal(one[rows], other)
         assert not np.delete(one, rows, axis=0).any()
+
+
+@small
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("causal", [False, True])
+def test_dropped_weights(rng, backend, causal):
+    shape = heads_of([4, 3], [4, 3], 2, 1, causal, 0.5)._replace(dropout=0.4, seed=1 << 61)
+    q, grad = rng.normal(size=(2, 7, 6))
+    k, v = rng.normal(size=(2, 7, 3))
+    o, sums = BACKENDS[backend].attention(q, k, v, shape)
+    plain = BACKENDS[backend].attention(q, k, v, shape._replace(dropout=0.0))
+    np.testing.assert_array_equal(sums, plain[1])
+    assert not np.allclose(o, plain[0])
+    for at, place in each_head(shape, 3):  # the weights, of values that name their key
+        keys = np.zeros_like(v)
+        for key in range(place[0].start, place[0].stop):
+            keys[:] = 0
+            keys[key] = 1
+            weights = [BACKENDS[backend].attention(q, k, keys, s)[0][at][:, 0] for s in (shape, shape._replace(seed=9))]
+            whole = BACKENDS[backend].attention(q, k, keys, shape._replace(dropout=0.0))[0][at][:, 0]
+            for one in weights:
+                assert_close(one, np.where(one == 0, 0, whole / 0.6))
+    for array, gradient in zip(
+        (q, k, v), BACKENDS[backend].attention_gradient(grad, q, k, v, o, sums, shape), strict=True
+    ):
+        for spot in np.ndindex(*array.shape):
+            kept, values = array[spot], []
+            for step in (1e-6, -1e-6):
+                array[spot] = kept + step
+                values.append(float((BACKENDS[backend].attention(q, k, v, shape)[0] * grad).sum()))
+            array[spot] = kept
+            assert abs((values[0] - values[1]) / 2e-6 - gradient[spot]) <= 1e-6
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dropped_weights_against_the_reference(rng, dtype, causal):
+    lengths = [0, 1, 300, 70]
+    shape = heads_of(lengths, lengths, 3, 1, causal, 0.1)._replace(dropout=0.3, seed=77)
+    q, grad = rng.normal(size=(2, 371, 96)).astype(dtype)
+    k, v = rng.normal(size=(2, 371, 32)).astype(dtype)
+    o, sums = BACKENDS["cpu"].attention(q, k, v, shape)
+    found = o, *BACKENDS["cpu"].attention_gradient(grad, q, k, v, o, sums, shape)
+    exact = [a.astype(np.float64) for a in (q, k, v, grad)]
+    for one, other in zip(found, reference(*exact, shape), strict=True):
+        assert_close(one, other)
+
+
+def test_how_many_weights_are_dropped():
+    kept = weights_kept(12345, np.arange(200), 3, 500, round(0.3 * 2**53))
+    assert abs(kept.mean() - 0.7) < 0.005
+    assert np.abs(kept.mean(axis=0) - 0.7).max() < 0.15
+    assert np.abs(kept.mean(axis=1) - 0.7).max() < 0.1
+    for other in (weights_kept(12346, np.arange(200), 3, 500, round(0.3 * 2**53)), kept[::-1], kept[:, ::-1]):
+        assert abs((kept & other).mean() - 0.49) < 0.01  # as of independent ones
 
 
 # --- rotary positions ----------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from nblora.kernels.common.functions import exponential
 from nblora.kernels.common.jit import kernel, part
 from nblora.kernels.common.machine import DEPTH, ROW_STRIDE, TILE_ROWS
 from nblora.kernels.common.microkernel import Ahead, At, Tile, once, tile
+from nblora.kernels.common.mixing import FIRST_MIX, HEAD_STEP, KEY_STEP, ROW_STEP, SECOND_MIX
 from nblora.kernels.common.threads import entry, launch
 from nblora.kernels.linear.cpu.packing import pack_columns, pack_columns_transposed, pack_rows, pack_steps, plain
 from nblora.kernels.linear.cpu.products import C_STRIDE, PART, panel_width, transpose_block
@@ -43,6 +44,7 @@ class AttentionTask(NamedTuple):
     jobs: object  # (jobs, 3): sequence, head, first query
     spans: object  # (4, sequences): begins and ends of queries, and of keys
     sizes: object  # (heads, heads for each key head, whether causal)
+    drops: object  # (seed, bar) of `blocks.weights_kept`; nothing is dropped where bar is 0
     scale: float
     scratch: object  # (workers, PARTS·PART)
     tiles: object  # addresses of `tile_functions`
@@ -64,6 +66,7 @@ class AttentionGradientTask(NamedTuple):
     jobs: object
     spans: object
     sizes: object
+    drops: object
     scale: float
     scratch: object
     tiles: object
@@ -221,6 +224,35 @@ def _pull(row, ahead, behind):
 
 
 @part
+def _mixed(z):
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(FIRST_MIX)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(SECOND_MIX)
+    return z ^ (z >> np.uint64(31))
+
+
+@part
+def _drop(task, place, n, key, row):
+    """Weights of query n from this key of its sequence on: those that are dropped become 0, the others grow."""
+    once()
+    bar = task.drops[1]
+    gain = row.dtype.type(1 / (1 - bar / 2**53))
+    head = np.uint64(place.column // place.size)
+    z = np.uint64(task.drops[0]) + np.uint64(n) * np.uint64(ROW_STEP) + head * np.uint64(HEAD_STEP)
+    z = _mixed(z)
+    for j in range(row.shape[0]):
+        number = np.int64(_mixed(z + np.uint64(key + j) * np.uint64(KEY_STEP)) >> np.uint64(11))
+        row[j] = gain * row[j] if number >= bar else 0
+
+
+@part
+def _drop_strip(task, place, n0, rows, j0, j1, s):
+    once()
+    for i in range(rows):
+        at = i * ROW_STRIDE
+        _drop(task, place, n0 + i, j0 - place.k0, s[at : at + _visible(place, n0 + i, j0, j1)])
+
+
+@part
 def _softmax_strip(place, n0, rows, j0, j1, s, o, largest, total, scale):
     """Scores to exp(score - largest so far); sums, and what o holds already, brought to the new maximum."""
     once()
@@ -275,6 +307,8 @@ def _forward_strip(task, place, work, n0, rows, j0, j1):
     pack_rows(q, plain(task.q), n0, n0 + rows, place.column, place.column + place.size)
     _by_keys(task.tiles[0], rows, place, n0, j0, j1, q, turned, s)
     _softmax_strip(place, n0, rows, j0, j1, s, strip, largest, total, s.dtype.type(task.scale))
+    if task.drops[1]:
+        _drop_strip(task, place, n0, rows, j0, j1, s)
     _by_features(task.tiles[0], rows, place, n0, j0, j1, s, values, strip, not first)
 
 
@@ -361,7 +395,8 @@ class _Backward(NamedTuple):
 
 @part
 def _strip_gradients(task, place, work, n0, rows, j0, j1, head):
-    """p = exp(score - sum) and s = p (go vᵀ - go·o) for `rows` queries from n0 on."""
+    """p = exp(score - sum) and s = p (go vᵀ - go·o) for `rows` queries from n0 on, with m p and m∘(go vᵀ) for p and
+    go vᵀ where weights were multiplied by m."""
     once()
     kind = work.p.dtype.type
     scale, column = kind(task.scale), place.column
@@ -377,7 +412,11 @@ def _strip_gradients(task, place, work, n0, rows, j0, j1, head):
             p = work.p[at : at + keys]
             _exponentials(p, scale, task.sums[n, head])
             behind = _dot(task.go[n, column : column + place.size], task.o[n, column : column + place.size])
+            if task.drops[1]:
+                _drop(task, place, n, j0 - place.k0, work.s[at : at + keys])
             _pull(work.s[at : at + keys], p, behind)
+            if task.drops[1]:
+                _drop(task, place, n, j0 - place.k0, p)
 
 
 @part

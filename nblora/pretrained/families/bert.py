@@ -8,7 +8,7 @@ import numpy as np
 from nblora.backends.protocol import Array
 from nblora.layers import Embedding, Layer
 from nblora.layers.attention import Attention
-from nblora.layers.functions import fan_in, fan_out, join, rejoin
+from nblora.layers.functions import Dropout, fan_in, fan_out, join, rejoin
 from nblora.layers.run import Run
 
 from ..blocks import Block, Narrow, Stack, gathered
@@ -42,6 +42,7 @@ class Embeddings(Block, abstract=True):
         self.types = source.table(f"{name}.token_type_embeddings", types, features)
         self.norm = source.layer_norm(f"{name}.LayerNorm", features, config.number("layer_norm_eps", 1e-12))
         self.padding = padding
+        self._dropout = Dropout(config.share("hidden_dropout_prob", 0.1))
         self.longest = places if padding is None else places - padding - 1
         self._begin()
 
@@ -51,10 +52,11 @@ class Embeddings(Block, abstract=True):
             places = counted_past(tokens, self.padding)
         kinds = np.zeros(len(tokens.ids), np.int64) if tokens.kinds is None else tokens.kinds
         tables = {self.words: tokens.ids, self.positions: places, self.types: kinds}
-        return self.norm._forward(gathered(tables, run), run)
+        y = self.norm._forward(gathered(tables, run), run)
+        return self._dropout._forward(y, run, self._rng)
 
     def _backward(self, grad: Array, run: Run) -> None:
-        below = self.norm._backward(grad, run)
+        below = self.norm._backward(self._dropout._backward(grad, run), run)
         for table in (self.types, self.positions, self.words):
             table._backward(below, run)
 
@@ -94,7 +96,9 @@ class EncoderLayer(Block, abstract=True):
         self.up = linear("up", width, inner, activation)
         self.down = linear("down", inner, width)
         self.norm = source.layer_norm(f"{name}.{self.NAMES['norm']}", width, eps)
-        self._attention, self._narrow = Attention(heads), Narrow()
+        of_weights, after_attention, after_mlp = self.dropouts(config)
+        self._attention, self._narrow = Attention(heads, dropout=of_weights), Narrow()
+        self._after_attention, self._after_mlp = Dropout(after_attention), Dropout(after_mlp)
         self._begin()
 
     @classmethod
@@ -104,19 +108,26 @@ class EncoderLayer(Block, abstract=True):
         inner, eps = config.integer("intermediate_size"), config.number("layer_norm_eps", 1e-12)
         return width, heads, inner, eps, config.activation("hidden_act", "gelu")
 
+    @classmethod
+    def dropouts(cls, config: Config) -> tuple[float, float, float]:
+        """Dropout of the weights of attention, of its output and of that of the MLP."""
+        hidden = config.share("hidden_dropout_prob", 0.1)
+        return config.share("attention_probs_dropout_prob", 0.1), hidden, hidden
+
     def _forward(self, x: Array, run: Run) -> Array:
         q, k, v = fan_out((self.query, self.key, self.value), x, run)
-        a, x = self._narrow._forward(self._attention._forward(q, k, v, run), x, run)
-        y = self.output._forward(a, run)
+        a, x = self._narrow._forward(self._attention._forward(q, k, v, run, self._rng), x, run)
+        y = self._after_attention._forward(self.output._forward(a, run), run, self._rng)
         x = self.attention_norm._forward(join(y, x, run), run)
-        y = self.down._forward(self.up._forward(x, run), run)
+        y = self._after_mlp._forward(self.down._forward(self.up._forward(x, run), run), run, self._rng)
         return self.norm._forward(join(y, x, run), run)
 
     def _backward(self, grad: Array, run: Run) -> Array | None:
         grad = self.norm._backward(grad, run)
-        grad = rejoin(self.up._backward(self.down._backward(grad, run), run), grad, run)
-        grad = self.attention_norm._backward(grad, run)
-        below, grad = self._narrow._backward(self.output._backward(grad, run), grad, run)
+        below = self.down._backward(self._after_mlp._backward(grad, run), run)
+        grad = self.attention_norm._backward(rejoin(self.up._backward(below, run), grad, run), run)
+        below = self.output._backward(self._after_attention._backward(grad, run), run)
+        below, grad = self._narrow._backward(below, grad, run)
         below = self._attention._backward(below, run)
         return rejoin(fan_in((self.query, self.key, self.value), below, run), grad, run)
 
@@ -162,6 +173,16 @@ def classifier(config: Config, source: Source, labels: int) -> Mapping[str, Laye
     return pooler(config, source, "bert.pooler.dense") | head
 
 
+def dropouts(config: Config) -> Mapping[str, float]:
+    """What is dropped before the head's layers."""
+    return {"classifier": head_dropout(config)}
+
+
+def head_dropout(config: Config) -> float:
+    """The head's own, or that of the rest."""
+    return config.share("classifier_dropout", config.share("hidden_dropout_prob", 0.1))
+
+
 def idle(config: Config, source: Source) -> Mapping[str, Layer]:
     """The pooler, which an embedding does not compute, where the file has it."""
     return pooler(config, source, "bert.pooler.dense") if source.has("bert.pooler.dense.weight") else {}
@@ -173,6 +194,7 @@ FAMILY = Family(
     body=Encoder,
     classifier=classifier,
     head=("classifier",),
+    dropouts=dropouts,
     idle=idle,
     tasks=("sequence-classification", "embedding"),
     place="first",

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from nblora.backends.protocol import Array
 from nblora.layers import Layer
+from nblora.layers.functions import Dropout
 from nblora.layers.run import Run
 
 from ..blocks import Block, Stack, gathered
@@ -24,14 +25,16 @@ class Embeddings(Block, abstract=True):
         self.words = source.table(f"{name}.word_embeddings", config.integer("vocab_size"), features)
         self.positions = source.table(f"{name}.position_embeddings", self.longest, features)
         self.norm = source.layer_norm(f"{name}.LayerNorm", features, 1e-12)
+        self._dropout = Dropout(config.share("dropout", 0.1))
         self._begin()
 
     def _forward(self, tokens: Tokens, run: Run) -> Array:
         places = run.sequences.positions  # type: ignore[union-attr]  # set by the model
-        return self.norm._forward(gathered({self.words: tokens.ids, self.positions: places}, run), run)
+        y = self.norm._forward(gathered({self.words: tokens.ids, self.positions: places}, run), run)
+        return self._dropout._forward(y, run, self._rng)
 
     def _backward(self, grad: Array, run: Run) -> None:
-        below = self.norm._backward(grad, run)
+        below = self.norm._backward(self._dropout._backward(grad, run), run)
         self.positions._backward(below, run)
         self.words._backward(below, run)
 
@@ -55,6 +58,10 @@ class EncoderLayer(bert.EncoderLayer, abstract=True):
         width, heads = config.heads("dim", "n_heads")
         return width, heads, config.integer("hidden_dim"), 1e-12, config.activation("activation", "gelu")
 
+    @classmethod
+    def dropouts(cls, config: Config) -> tuple[float, float, float]:
+        return config.share("attention_dropout", 0.1), 0.0, config.share("dropout", 0.1)
+
 
 class Encoder(bert.Encoder, abstract=True):
     """DistilBERT's body."""
@@ -76,6 +83,11 @@ def classifier(config: Config, source: Source, labels: int) -> Mapping[str, Laye
     return {"pre_classifier": dense, "classifier": source.linear("classifier", width, labels)}
 
 
+def dropouts(config: Config) -> Mapping[str, float]:
+    """What is dropped before the head's layers."""
+    return {"classifier": config.share("seq_classif_dropout", 0.2)}
+
+
 FAMILY = Family(
     called="DistilBert",
     prefix="distilbert",
@@ -83,5 +95,6 @@ FAMILY = Family(
     tasks=("sequence-classification", "embedding"),
     classifier=classifier,
     head=("pre_classifier", "classifier"),
+    dropouts=dropouts,
     place="first",
 )

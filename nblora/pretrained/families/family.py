@@ -34,6 +34,11 @@ def _no_layers(config: Config, source: Source) -> dict[str, Layer]:
     return {}
 
 
+def _no_dropouts(config: Config) -> dict[str, float]:
+    """No dropout, for families whose heads have none."""
+    return {}
+
+
 @dataclass(frozen=True)
 class Family:
     """One kind of model.
@@ -52,6 +57,8 @@ class Family:
         Makes the layers of the classification head by their names: (config, source, labels).
     head : tuple of str
         Those of them that are drawn where a file lacks them, and trained.
+    dropouts : callable
+        What is dropped in `fit(base_dropout=True)` before layers of the head: (config).
     place : {"first", "last", None}
         The row of a sequence that they read.
     pooler : str
@@ -77,6 +84,7 @@ class Family:
     classifier: Callable[[Config, Source, int], Mapping[str, Layer]]
     head: tuple[str, ...]
     place: str | None
+    dropouts: Callable[[Config], Mapping[str, float]] = _no_dropouts
     pooler: str = ""
     idle: Callable[[Config, Source], Mapping[str, Layer]] = _no_layers
     tied: bool = False

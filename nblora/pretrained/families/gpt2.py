@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from nblora.backends.protocol import Array
 from nblora.layers import Embedding, Layer
 from nblora.layers.attention import Attention
-from nblora.layers.functions import join, rejoin
+from nblora.layers.functions import Dropout, join, rejoin
 from nblora.layers.run import Run
 
 from ..blocks import Block, Narrow, Split, Stack, gathered
@@ -39,20 +39,25 @@ class DecoderLayer(Block, abstract=True):
         self.up = source.turned_linear(f"{name}.mlp.c_fc", width, inner, activation=activation)
         self.down = source.turned_linear(f"{name}.mlp.c_proj", inner, width)
         scale = 1 / math.sqrt(width // heads) if config.flag("scale_attn_weights", True) else 1.0
+        dropout, of_outputs = config.share("attn_pdrop", 0.1), config.share("resid_pdrop", 0.1)
         self._split, self._narrow = Split(3), Narrow()
-        self._attention = Attention(heads, causal=True, scale=scale)
+        self._attention = Attention(heads, causal=True, scale=scale, dropout=dropout)
+        self._after_attention, self._after_mlp = Dropout(of_outputs), Dropout(of_outputs)
         self._begin()
 
     def _forward(self, x: Array, run: Run) -> Array:
         q, k, v = self._split._forward(self.qkv._forward(self.norm._forward(x, run), run), run)
-        a, x = self._narrow._forward(self._attention._forward(q, k, v, run), x, run)
-        x = join(self.output._forward(a, run), x, run)
-        return join(self.down._forward(self.up._forward(self.mlp_norm._forward(x, run), run), run), x, run)
+        a, x = self._narrow._forward(self._attention._forward(q, k, v, run, self._rng), x, run)
+        y = self.output._forward(a, run)
+        x = join(self._after_attention._forward(y, run, self._rng), x, run)
+        y = self.down._forward(self.up._forward(self.mlp_norm._forward(x, run), run), run)
+        return join(self._after_mlp._forward(y, run, self._rng), x, run)
 
     def _backward(self, grad: Array, run: Run) -> Array | None:
-        below = self.mlp_norm._backward(self.up._backward(self.down._backward(grad, run), run), run)
-        rejoined = rejoin(below, grad, run)
-        below, rejoined = self._narrow._backward(self.output._backward(rejoined, run), rejoined, run)
+        below = self.down._backward(self._after_mlp._backward(grad, run), run)
+        rejoined = rejoin(self.mlp_norm._backward(self.up._backward(below, run), run), grad, run)
+        below = self.output._backward(self._after_attention._backward(rejoined, run), run)
+        below, rejoined = self._narrow._backward(below, rejoined, run)
         below = self._split._backward(self._attention._backward(below, run), run)
         return rejoin(self.norm._backward(self.qkv._backward(below, run), run), rejoined, run)
 
@@ -69,6 +74,7 @@ class Decoder(TextBody, abstract=True):
         self.positions = source.table(f"{name}.wpe", places, width)
         self.layers = Stack(DecoderLayer(config, source, f"{name}.h.{i}") for i in range(count))
         self.norm = source.layer_norm(f"{name}.ln_f", width, config.number("layer_norm_epsilon", 1e-5))
+        self._dropout = Dropout(config.share("embd_pdrop", 0.1))
         self._begin()
         self.longest = places
 
@@ -79,10 +85,12 @@ class Decoder(TextBody, abstract=True):
     def _forward(self, tokens: Tokens, run: Run) -> Array:
         places = run.sequences.positions  # type: ignore[union-attr]  # set by the model
         x = gathered({self.words: tokens.ids, self.positions: places}, run)
+        x = self._dropout._forward(x, run, self._rng)
         return self.norm._forward(self.layers._forward(x, run), run)
 
     def _backward(self, grad: Array, run: Run) -> None:
         below = self.layers._backward(self.norm._backward(grad, run), run)
+        below = self._dropout._backward(below, run)
         if below is not None:
             self.positions._backward(below, run)
             self.words._backward(below, run)

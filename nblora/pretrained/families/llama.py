@@ -53,13 +53,14 @@ class DecoderLayer(Block, abstract=True):
         self.mlp_norm = source.rms_norm(f"{name}.post_attention_layernorm", width, eps)
         self.gate, self.up = (linear(key, width, config.integer(inner), mlp_bias) for key in ("gate", "up"))
         self.down = linear("down", config.integer(inner), width, mlp_bias)
-        self._attention = Attention(heads, key_heads, causal=True, rotary=rotary)
+        dropout = config.share("attention_dropout", 0.0)
+        self._attention = Attention(heads, key_heads, causal=True, rotary=rotary, dropout=dropout)
         self._narrow, self._gated = Narrow(), Gate(config.activation("hidden_act", "silu"))
         self._begin()
 
     def _forward(self, x: Array, run: Run) -> Array:
         q, k, v = fan_out((self.q, self.k, self.v), self.norm._forward(x, run), run)
-        a, x = self._narrow._forward(self._attention._forward(q, k, v, run), x, run)
+        a, x = self._narrow._forward(self._attention._forward(q, k, v, run, self._rng), x, run)
         x = join(self.o._forward(a, run), x, run)
         gate, up = fan_out((self.gate, self.up), self.mlp_norm._forward(x, run), run)
         return join(self.down._forward(self._gated._forward(gate, up, run), run), x, run)

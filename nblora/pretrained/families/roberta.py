@@ -22,6 +22,11 @@ def classifier(config: Config, source: Source, labels: int) -> Mapping[str, Laye
     return {"classifier.dense": dense, "classifier.out_proj": source.linear("classifier.out_proj", width, labels)}
 
 
+def dropouts(config: Config) -> Mapping[str, float]:
+    """What is dropped before the head's layers."""
+    return dict.fromkeys(FAMILY.head, bert.head_dropout(config))
+
+
 def idle(config: Config, source: Source) -> Mapping[str, Layer]:
     """The pooler, which an embedding does not compute, where the file has it."""
     name = "roberta.pooler.dense"
@@ -35,6 +40,7 @@ FAMILY = Family(
     tasks=("sequence-classification", "embedding"),
     classifier=classifier,
     head=("classifier.dense", "classifier.out_proj"),
+    dropouts=dropouts,
     place="first",
     idle=idle,
     unused=(r"roberta\.pooler\.",),

@@ -12,7 +12,7 @@ from nblora.backends.protocol import Array
 from nblora.layers import Layer
 from nblora.layers.attention import Attention
 from nblora.layers.diagnostics import describe_own
-from nblora.layers.functions import fan_in, fan_out, join, rejoin
+from nblora.layers.functions import Dropout, fan_in, fan_out, join, rejoin
 from nblora.layers.parameters import Parameter
 from nblora.layers.run import Run, Sequences
 from nblora.storage.checkpoint import take_tensor
@@ -105,14 +105,16 @@ class Embeddings(Block, abstract=True):
         )
         token = source.take(f"{name}.cls_token", 1, 1, width)
         self.token = ClassToken(token, source.take(f"{name}.position_embeddings", 1, places + 1, width))
+        self._dropout = Dropout(config.share("hidden_dropout_prob", 0.0))
         self._begin()
         self.places = places + 1
 
     def _forward(self, images: Array, run: Run) -> Array:
-        return self.token._forward(self.patches._forward(images, run), run)
+        y = self.token._forward(self.patches._forward(images, run), run)
+        return self._dropout._forward(y, run, self._rng)
 
     def _backward(self, grad: Array, run: Run) -> Array | None:
-        return self.patches._backward(self.token._backward(grad, run), run)
+        return self.patches._backward(self.token._backward(self._dropout._backward(grad, run), run), run)
 
 
 class EncoderLayer(Block, abstract=True):
@@ -142,19 +144,25 @@ class EncoderLayer(Block, abstract=True):
         self.output = source.linear(f"{name}.{self.NAMES['output']}", width, width)
         self.up = source.linear(f"{name}.{self.NAMES['up']}", width, inner, activation=activation)
         self.down = source.linear(f"{name}.{self.NAMES['down']}", inner, width)
-        self._attention, self._narrow = Attention(heads), Narrow()
+        self._attention = Attention(heads, dropout=config.share("attention_probs_dropout_prob", 0.0))
+        self._narrow = Narrow()
+        hidden = config.share("hidden_dropout_prob", 0.0)
+        self._after_attention, self._after_mlp = Dropout(hidden), Dropout(hidden)
         self._begin()
 
     def _forward(self, x: Array, run: Run) -> Array:
         q, k, v = fan_out((self.query, self.key, self.value), self.norm._forward(x, run), run)
-        a, x = self._narrow._forward(self._attention._forward(q, k, v, run), x, run)
-        x = join(self.output._forward(a, run), x, run)
-        return join(self.down._forward(self.up._forward(self.mlp_norm._forward(x, run), run), run), x, run)
+        a, x = self._narrow._forward(self._attention._forward(q, k, v, run, self._rng), x, run)
+        y = self.output._forward(a, run)
+        x = join(self._after_attention._forward(y, run, self._rng), x, run)
+        y = self.down._forward(self.up._forward(self.mlp_norm._forward(x, run), run), run)
+        return join(self._after_mlp._forward(y, run, self._rng), x, run)
 
     def _backward(self, grad: Array, run: Run) -> Array | None:
-        below = self.mlp_norm._backward(self.up._backward(self.down._backward(grad, run), run), run)
-        rejoined = rejoin(below, grad, run)
-        below, rejoined = self._narrow._backward(self.output._backward(rejoined, run), rejoined, run)
+        below = self.down._backward(self._after_mlp._backward(grad, run), run)
+        rejoined = rejoin(self.mlp_norm._backward(self.up._backward(below, run), run), grad, run)
+        below = self.output._backward(self._after_attention._backward(rejoined, run), run)
+        below, rejoined = self._narrow._backward(below, rejoined, run)
         below = self._attention._backward(below, run)
         return rejoin(self.norm._backward(fan_in((self.query, self.key, self.value), below, run), run), rejoined, run)
 
