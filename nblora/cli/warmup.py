@@ -4,14 +4,21 @@ import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import click
 import numpy as np
 
 import nblora
+from nblora.backends import default_backend
 from nblora.kernels.common.cache import cache_folder
 from nblora.layers.activations import ACTIVATIONS
+from nblora.layers.attention import Attention, Rotary
 from nblora.layers.base import Layer
+from nblora.layers.functions import Activation, Gate
+from nblora.layers.images import AvgPool2d, BatchNorm2d, GlobalAvgPool2d, MaxPool2d
+from nblora.layers.run import Run, Sequences
+from nblora.layers.sinks import Held
 from nblora.training import fit
 from nblora.training.losses import LOSSES
 from nblora.weights.stream import load_kernels
@@ -44,6 +51,8 @@ def _work(dtype: str) -> Iterator[tuple[str, Callable[[], object]]]:
     """What compiles, and its name: every kind of layer, then what training needs beside them."""
     for label, layer in _layers(dtype):
         yield label, layer.compile
+    if default_backend().device == "cpu":
+        yield "attention, gates", functools.partial(_attend, dtype)
     for loss in LOSSES:
         yield f"fit, {loss}", functools.partial(_fit, dtype, loss)
     base = nblora.Dense.random(*SIZES, dtype=dtype, seed=0)
@@ -68,9 +77,48 @@ def _layers(dtype: str) -> Iterator[tuple[str, Layer]]:
         yield name, base
         yield f"LoRAAdapter on {name}", nblora.LoRAAdapter(base, RANK, seed=0)
         yield f"DeltaLoRAAdapter on {name}", nblora.DeltaLoRAAdapter(base, RANK, seed=0)
+    if default_backend().device == "cpu":  # a GPU has no kernels for them
+        yield from _others(dtype)
     base = nblora.Dense.random(*SIZES, dtype=dtype, seed=0)
     for freeze, dropout in ((False, 0.0), (True, 0.1)):
         what = "lora_dropout" if freeze else "base trained"
         for adapter in (nblora.LoRAAdapter, nblora.DeltaLoRAAdapter):
             made = adapter(base, RANK, freeze_base_layer=freeze, lora_dropout=dropout, seed=0)
             yield f"{adapter.__name__}, {what}", made
+
+
+def _others(dtype: str) -> Iterator[tuple[str, Layer]]:
+    """A small layer of every kind that multiplies something else than rows, or nothing, and its name."""
+    ones, zeros = np.ones(8, dtype), np.zeros(8, dtype)
+    for base in (
+        nblora.Conv1d.random(8, 8, 3, dtype=dtype, seed=0),
+        nblora.Conv2d.random(8, 8, 3, stride=2, activation="relu", dtype=dtype, seed=0),
+        nblora.Embedding.random(*SIZES, dtype=dtype, seed=0),
+    ):
+        name = type(base).__name__
+        yield name, base
+        for adapter in (nblora.LoRAAdapter, nblora.DeltaLoRAAdapter):
+            yield f"{adapter.__name__} on {name}", adapter(base, RANK, seed=0)
+    for layer in (
+        nblora.LayerNorm(ones, zeros),
+        nblora.RMSNorm(ones),
+        MaxPool2d(8, 2, dtype=dtype),
+        AvgPool2d(8, 2, dtype=dtype),
+        GlobalAvgPool2d(8, dtype=dtype),
+        BatchNorm2d(ones, zeros, zeros, ones),
+    ):
+        yield type(layer).__name__, layer
+
+
+def _attend(dtype: str) -> None:
+    """Attention with rotary positions and a gate, forward and back."""
+    rows = np.ones((5, SIZES[0]), dtype)
+    work: tuple[tuple[Any, tuple[np.ndarray, ...]], ...] = (
+        (Attention(2, causal=True, rotary=Rotary(16)), (rows, rows.copy(), rows.copy())),
+        (Gate("silu"), (rows, rows)),
+        (Activation("silu"), (rows,)),
+    )
+    for function, values in work:
+        run = Run(default_backend(), training=True)
+        run.sequences = Sequences.of([2, 3])
+        function._backward(function._forward(*values, run), run.back(Held()))

@@ -121,6 +121,11 @@ def test_warmup_says_what_took_how_long(run):
         "Dense, relu",
         "LoRAAdapter on FullyConnected, gelu",
         "DeltaLoRAAdapter on Dense, identity",
+        "DeltaLoRAAdapter on Conv2d",
+        "LoRAAdapter on Embedding",
+        "RMSNorm",
+        "BatchNorm2d",
+        "attention, gates",
         "nblora merge",
     ):
         assert any(f" s  float32  {name}" in line for line in lines)

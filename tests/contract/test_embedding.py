@@ -169,6 +169,16 @@ def test_random():
     np.testing.assert_array_equal(layer.weight, nblora.Embedding.random(2000, 3, dtype="float64", seed=0).weight)
 
 
+def test_integers_are_kept_by_reference(rng):
+    layer = nblora.Embedding(rng.normal(size=(5, 3)))
+    x = np.array([1, 1, 4])
+    layer.forward(x)
+    x[...] = 2
+    layer.backward(np.ones((3, 3)))
+    gradient = layer.get_parameter_gradients().reshape(5, 3)
+    np.testing.assert_array_equal(gradient, np.outer([0, 0, 3, 0, 0], np.ones(3)))
+
+
 @pytest.mark.parametrize("kind", [np.int8, np.uint8, np.int32, np.uint64, list])
 def test_integers_of_any_kind(rng, kind):
     layer, x = make(rng, nblora.LoRAAdapter), rng.integers(0, COUNT, 8)
