@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import nblora
-from nblora.backends import convolution, convolution_cpu, resolve
+from nblora.backends import convolution, convolution_cpu, host, resolve
 from nblora.backends.protocol import Base, Delta, LowRank, Operands
 from nblora.backends.reference import ReferenceBackend
 from nblora.errors import DeviceUnavailableError
@@ -141,6 +141,23 @@ def test_many_blocks(rng, monkeypatch, name, kind, train, dtype):
         if value is not None:
             assert value.dtype == dtype
             assert_close(value, wanted, dtype)
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize("name", ["3x3", "3x3 narrow, stride 2"])
+def test_results_repeat_bit_for_bit_with_any_number_of_threads(rng, monkeypatch, kind, name):
+    channels, outputs, sizes, kernel, stride, padding, _ = LARGE[name]
+    weight = rng.normal(size=(outputs, channels, *kernel)).astype("float32")
+    layer = make_adapter(rng, kind, nblora.Conv2d(weight, stride=stride, padding=padding))
+    x = rng.normal(size=(3, channels, *sizes)).astype("float32")
+    found = []
+    for threads in (1, 2, 3):
+        monkeypatch.setattr(host, "thread_count", lambda threads=threads: threads)
+        y = layer.forward(x)
+        found.append([y, layer.backward(np.cos(y)), layer.get_parameter_gradients()])
+    for later in found[1:]:
+        for value, first in zip(later, found[0], strict=True):
+            np.testing.assert_array_equal(value, first)
 
 
 def _widened(operands):
