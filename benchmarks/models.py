@@ -1,6 +1,6 @@
 """Real models against PEFT: steps of LoRA on MiniLM's shape and on a small Llama's, one process a peer, in turn.
 
-    python benchmarks/models.py [--case WORDS] [--rounds 5] [--markdown FILE] [--allow-busy]
+    python benchmarks/models.py [--case WORDS] [--rounds 5] [--update-docs docs/performance-models.md]
 
 Needs torch, transformers and peft beside nblora. Weights are random, in folders of transformers' that both peers load;
 both begin from one adapter. Before anything is timed, 20 steps of each are compared, losses and adapters.
@@ -16,11 +16,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
 from nblora.bench.machine import Watch, busy_with, describe_machine
+from nblora.bench.report import replace_between_markers
 from nblora.bench.tables import table
 from nblora.storage.safetensors_writer import write_safetensors
 
@@ -51,7 +53,8 @@ CASES = {
     "Llama 1 x 256": ("Llama", [256], None),
     "Llama 4 x 256": ("Llama", [256] * 4, None),
 }
-STEPS, RATE = 20, 1e-3
+STEPS, RATE = {"MiniLM": 20, "Llama": 8}, 1e-3
+TEXTS = 1000
 
 
 # --- what both peers get -----------------------------------------------------------------------------------------
@@ -87,6 +90,12 @@ def data(name):
     rng = np.random.default_rng(1)
     ids = [rng.integers(1000, 30000, length) for length in lengths]
     return ids, (np.arange(len(lengths)) % 2 if model == "MiniLM" else None)
+
+
+def short_texts():
+    """Token ids of many short texts, the shortest first, as both sort them."""
+    rng = np.random.default_rng(2)
+    return [rng.integers(1000, 30000, length) for length in np.sort(rng.integers(5, 61, TEXTS))]
 
 
 def work(name):
@@ -125,7 +134,16 @@ def nblora_peer(folder):
         )  # fmt: skip
         return history["seconds"], history["loss"]
 
-    return prepare, steps, lambda held, path: held[0].save_adapter(path, force=True)
+    def embed(count):
+        model, texts, seconds = nblora.load_pretrained(folder / "MiniLM", task="embedding"), short_texts(), []
+        with model._backend.lending():  # as nblora.encode does
+            for _ in range(count):
+                begun = time.perf_counter()
+                found = np.concatenate([model(texts[start : start + 32]) for start in range(0, TEXTS, 32)])
+                seconds.append(time.perf_counter() - begun)
+        return seconds, found[::50].tolist()
+
+    return prepare, steps, lambda held, path: held[0].save_adapter(path, force=True), embed
 
 
 def peft_peer(folder, attention):
@@ -164,12 +182,32 @@ def peft_peer(folder, attention):
             seconds.append(time.perf_counter() - begun)
         return seconds, losses
 
-    return prepare, steps, lambda held, path: held[0].save_pretrained(path)
+    def embed(count):
+        model = transformers.AutoModel.from_pretrained(folder / "MiniLM", attn_implementation=attention).eval()
+        texts, seconds = short_texts(), []
+        for _ in range(count):
+            begun, found = time.perf_counter(), []
+            with torch.inference_mode():
+                for start in range(0, TEXTS, 32):
+                    batch = texts[start : start + 32]
+                    ids = torch.zeros((len(batch), max(map(len, batch))), dtype=torch.long)
+                    for row, each in enumerate(batch):
+                        ids[row, : len(each)] = torch.from_numpy(each)
+                    mask = (torch.arange(ids.shape[1]) < torch.tensor([[len(each)] for each in batch])).long()
+                    rows = model(input_ids=ids, attention_mask=mask).last_hidden_state
+                    mean = (rows * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+                    found.append(mean.numpy())
+            seconds.append(time.perf_counter() - begun)
+        return seconds, np.concatenate(found)[::50].tolist()
+
+    return prepare, steps, lambda held, path: held[0].save_pretrained(path), embed
 
 
 def serve(peer, folder):
     """Read requests, one a line, and answer each."""
-    prepare, steps, save = nblora_peer(folder) if peer == "nblora" else peft_peer(folder, peer.removeprefix("peft-"))
+    prepare, steps, save, embed = (
+        nblora_peer(folder) if peer == "nblora" else peft_peer(folder, peer.removeprefix("peft-"))
+    )
     held = None
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
@@ -180,6 +218,8 @@ def serve(peer, folder):
             held, answer = prepare(argument), None
         elif what == "steps":
             answer = steps(held, argument)
+        elif what == "embed":
+            answer = embed(argument)
         elif what == "save":
             answer = save(held, folder / argument) and None
         else:
@@ -245,7 +285,7 @@ def same(peers, folder, name):
     found, losses = [], []
     for peer in peers:
         peer.ask("prepare", name)
-        losses.append(peer.ask("steps", STEPS)[1])
+        losses.append(peer.ask("steps", STEPS[CASES[name][0]])[1])
         peer.ask("save", f"after-{peer.name}")
         with SafetensorsFile(folder / f"after-{peer.name}" / "adapter_model.safetensors") as file:
             found.append({key: file.read_wide(key) for key in file.tensors})
@@ -280,6 +320,27 @@ def measure(folder, name, rounds, rate):
     ]  # fmt: skip
 
 
+def measure_embeddings(folder, rounds):
+    """Texts a second of nblora, how much longer PyTorch takes, and how far the rows lie apart."""
+    peers = [Peer(peer, folder) for peer in ("nblora", "peft-sdpa", "peft-eager")]
+    times, rows = {peer.name: [] for peer in peers}, {}
+    try:
+        for _ in range(rounds):
+            for peer in peers:
+                seconds, rows[peer.name] = peer.ask("embed", 2)
+                times[peer.name].append(seconds[1])
+    finally:
+        for peer in peers:
+            peer.close()
+    own, *others = (float(np.median(taken)) for taken in times.values())
+    apart = np.abs(np.subtract(rows["nblora"], rows["peft-sdpa"])).max() / np.abs(rows["nblora"]).max()
+    return (
+        f"Embeddings of {TEXTS:,} texts of 5 to 60 tokens by MiniLM, mean of the rows, batches of 32 of like length: "
+        f"{TEXTS / own:,.0f} texts a second; transformers and PyTorch, the same batches padded, take "
+        f"{min(others) / own:.2f} times as long. The rows lie {apart:.0e} apart."
+    )
+
+
 HEADER = [
     "LoRA, rank 8", "nblora, ms", "tokens/s", "PEFT takes", "attention", "of the limit", "PEFT's", "memory", "losses",
     "adapters", "loss",
@@ -292,7 +353,7 @@ def main():
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--case", action="append", help="words of its name; all by default")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--markdown", type=Path, help="write the table there, from a quiet machine alone")
+    parser.add_argument("--update-docs", type=Path, help="put the table into this page, from a quiet machine alone")
     options = parser.parse_args()
     if options.serve:
         return serve(options.serve, options.folder)
@@ -300,19 +361,25 @@ def main():
     chosen = [name for name in CASES if not options.case or any(words in name for words in options.case)]
     rate, by = product_rate()
     print(f"{about['processor']}; best product {rate / 1e9:.0f} GFLOP/s ({by})", file=sys.stderr)
-    rows = []
+    rows, embeddings = [], ""
     with tempfile.TemporaryDirectory() as name:
         for model in {CASES[case][0] for case in chosen}:
             write_base(Path(name) / model, MODELS[model])
         for case in chosen:
             rows.append(measure(Path(name), case, options.rounds, rate))
             print(*rows[-1], sep=" | ", file=sys.stderr, flush=True)
+        if (Path(name) / "MiniLM").exists():
+            embeddings = measure_embeddings(Path(name), options.rounds)
+            print(embeddings, file=sys.stderr, flush=True)
     busy = busy_with({**about, **watch.shares()})
-    text = table(HEADER, rows)
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "numpy", "numba"))
+    how = f"- {about['processor']}, {about['cores']} cores; {versions}; {options.rounds} rounds, peers in turn."
+    limit = f"- The best product of float32 reached {rate / 1e9:.0f} GFLOP/s ({by})."
+    text = f"### {about['processor']}\n\n{how}\n{limit}\n\n{table(HEADER, rows)}\n\n{embeddings}".strip()
     print(f"{text}\n\n{busy}" if busy else text)
-    if options.markdown and not busy:
-        options.markdown.write_text(f"{text}\n")
-    return 1 if options.markdown and busy else 0
+    if options.update_docs and not busy:
+        replace_between_markers(options.update_docs, about["processor"], text)
+    return 1 if options.update_docs and busy else 0
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import contextlib
 import math
 import mmap
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -20,9 +20,16 @@ _SPARE = 1.25
 
 
 class Arena:
-    """Lends arrays of any shape and dtype, their values undefined. Several threads may use it."""
+    """Lends arrays of any shape and dtype, their values undefined. Several threads may use it.
+
+    Attributes
+    ----------
+    empty : callable
+        From a shape and a dtype to an array, as `numpy.empty`, which it is while nobody keeps the arena open.
+    """
 
     def __init__(self) -> None:
+        self.empty: Callable[..., np.ndarray] = np.empty
         self._users = 0
         self._free: dict[int, list[mmap.mmap]] = {}
         self._lent: dict[int, tuple[Any, mmap.mmap]] = {}
@@ -32,19 +39,20 @@ class Arena:
     def open(self) -> Iterator[None]:
         """Keep what comes back; outside, arrays are NumPy's own, and the memory is given back at the end."""
         self._users += 1
+        self.empty = self._empty
         try:
             yield
         finally:
             self._users -= 1
             if not self._users:
-                self._free = {}
+                self.empty, self._free = np.empty, {}
                 self._held, self._most = self._out, 0
 
-    def empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        """An array as `numpy.empty` makes it; its memory comes back when no array looks at it any more."""
+    def _empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        """An array whose memory comes back when no array looks at it any more."""
         kind = np.dtype(dtype)
         count = math.prod(shape) * kind.itemsize
-        if not self._users or count < SMALL:
+        if count < SMALL:
             return np.empty(shape, kind)
         size = _rounded(count)
         try:
