@@ -88,17 +88,18 @@ def generate(
     found: list[list[int]] = [[] for _ in range(len(tokens))]
     going = np.arange(len(tokens))
     ids = tokens.ids
-    for _ in range(count):
-        logits = decoding.logits(ids, lengths)
-        ids = np.array([choice(row, text) for row, text in zip(logits, going.tolist(), strict=True)])
-        for text, token in zip(going.tolist(), ids.tolist(), strict=True):
-            found[text].append(token)
-        on = np.flatnonzero(~np.isin(ids, ends))
-        if not len(on):
-            break
-        decoding.keep(on)
-        ids, going = ids[on], going[on]
-        lengths = np.ones(len(on), np.int64)
+    with model._backend.lending():
+        for _ in range(count):
+            logits = decoding.logits(ids, lengths)
+            ids = np.array([choice(row, text) for row, text in zip(logits, going.tolist(), strict=True)])
+            for text, token in zip(going.tolist(), ids.tolist(), strict=True):
+                found[text].append(token)
+            on = np.flatnonzero(~np.isin(ids, ends))
+            if not len(on):
+                break
+            decoding.keep(on)
+            ids, going = ids[on], going[on]
+            lengths = np.ones(len(on), np.int64)
     return [np.array(tokens, np.int64) for tokens in found]
 
 

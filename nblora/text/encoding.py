@@ -65,9 +65,10 @@ def encode(model: TextModel, texts: Sequence[str], *, batch_size: int = 32) -> n
     modes = tree.modes(model)
     try:
         model.eval()
-        for start in range(0, len(ids), size):
-            chosen = order[start : start + size]
-            result[chosen] = model([ids[place] for place in chosen])
+        with model._backend.lending():
+            for start in range(0, len(ids), size):
+                chosen = order[start : start + size]
+                result[chosen] = model([ids[place] for place in chosen])
     finally:
         restore_modes(modes)
     return result

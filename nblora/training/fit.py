@@ -213,7 +213,8 @@ def evaluate(
     modes = tree.modes(model)
     model.eval()
     try:
-        return mean_figures(model, samples, objective, size)
+        with model._backend.lending():
+            return mean_figures(model, samples, objective, size)
     finally:
         restore_modes(modes)
 
