@@ -53,7 +53,7 @@ def command(
     predict what the adapted one predicts. On a GPU the convolutional network is left out.
 
     Written to DIR: results.json, results.csv, results.md, curves.csv, figure.png and adapters/*.safetensors, which
-    nblora.load reads. Takes about a minute on two idle cores. Needs: pip install 'nblora[demo]'.
+    nblora.load reads. Takes less than a minute on two cores. Needs: pip install 'nblora[demo]'.
     """
     from nblora.demo import Settings, run_demo
     from nblora.demo.figure import write_figure
