@@ -267,7 +267,7 @@ def product_rate():
         a, b = a.reshape(n, inner), np.resize(b, (inner, out))
         c, d, found = torch.tensor(a), torch.tensor(b), torch.empty(n, out)
         target = np.empty((n, out), "f4")
-        products = {"NumPy": lambda: np.matmul(a, b, target), "PyTorch": lambda: torch.mm(c, d, out=found)}  # noqa: B023
+        products = {"NumPy": lambda: np.matmul(a, b, target), "PyTorch": lambda: torch.mm(c, d, out=found)}  # noqa: B023 - called in this round
         for who, run in products.items():
             for _ in range(20):
                 begun = time.perf_counter()

@@ -113,12 +113,10 @@ def save_peft(
     tensors: dict[str, np.ndarray] = {}
     exported, alphas = [], {}
     for module, adapter in named.items():
-        A, B, report = _factors(module, adapter, fold_delta)
+        A, B, report, alphas[module] = exported_factors(module, adapter, fold_delta)
         kept = stored or BY_NAME[adapter.dtype.name]
         for part, factor in _as_peft_has_them(adapter.base_layer, A, B).items():
             tensors[f"{PREFIX}{module}.{part}"] = narrow(factor, kept)
-        root = math.sqrt(report.rank) if adapter.lora_layer.use_rslora else report.rank
-        alphas[module] = adapter.alpha if report.rank == adapter.rank else report.scaling * root
         exported.append(report)
     raw = _config(config, {each.name: each.rank for each in exported}, alphas)
     for module, layer in whole.items():
@@ -229,22 +227,26 @@ def _is_part(name: str, blocks: list[str]) -> bool:
     return any(holder == block or holder.endswith(f".{block}") for holder in holders for block in blocks)
 
 
-def _factors(name: str, adapter: Adapter, fold: int | None) -> tuple[np.ndarray, np.ndarray, ExportedModule]:
-    """A (in, rank) and B (rank, out) as float64, with the delta folded in if asked for."""
+def exported_factors(
+    name: str, adapter: Adapter, fold: int | None
+) -> tuple[np.ndarray, np.ndarray, ExportedModule, float]:
+    """What a file holds of an adapter: A (in, rank) and B (rank, out) as float64, with the delta folded in where `fold`
+    is its rank, what is told of it, and alpha."""
     A, B = (adapter.get_parameter(factor).astype(np.float64) for factor in ("lora_A", "lora_B"))
     scaling = adapter.scaling
     if not isinstance(adapter, DeltaLoRAAdapter):
-        return A, B, ExportedModule(name, adapter.rank, scaling, 0.0, 0.0)
+        return A, B, ExportedModule(name, adapter.rank, scaling, 0.0, 0.0), adapter.alpha
     delta = adapter.delta_scaling * adapter.get_parameter("delta").astype(np.float64)
     norm = float(np.linalg.norm(delta))
     if fold is None:
-        return A, B, ExportedModule(name, adapter.rank, scaling, norm, 1.0 if norm else 0.0)
+        return A, B, ExportedModule(name, adapter.rank, scaling, norm, 1.0 if norm else 0.0), adapter.alpha
     checks.check_integer("fold_delta", fold, 1, min(delta.shape))
     if not np.isfinite(norm):
         raise ValueError(f"the delta of {name} holds values that are not finite and cannot be folded")
     P, Q, error = best_product(delta / scaling, fold)
     report = ExportedModule(name, adapter.rank + fold, scaling, norm, error)
-    return np.concatenate([A, P], axis=1), np.concatenate([B, Q]), report
+    alpha = scaling * (math.sqrt(report.rank) if adapter.lora_layer.use_rslora else report.rank)
+    return np.concatenate([A, P], axis=1), np.concatenate([B, Q]), report, alpha
 
 
 def _config(given: Mapping[str, Any] | None, ranks: dict[str, int], alphas: dict[str, float]) -> dict[str, Any]:

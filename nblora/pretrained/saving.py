@@ -3,8 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from nblora.adapters import Adapter, DeltaLoRAAdapter, LoRAAdapter
 from nblora.errors import FormatError
 from nblora.formats import save_peft
 from nblora.formats.model_files import open_model
-from nblora.formats.peft_export import ExportedModule
+from nblora.formats.peft_export import ExportedModule, exported_factors
 from nblora.formats.replace import check_output, replace_folder
 from nblora.formats.rounding import narrow
 from nblora.layers import Dense, Layer, tree
@@ -23,6 +22,7 @@ from nblora.layers.conv import Convolution
 from nblora.layers.weighted import Weighted
 from nblora.storage.dtypes import BY_NAME
 from nblora.storage.safetensors_writer import write_safetensors
+from nblora.training.run import restore_modes
 
 from .gguf_tokenizer import write_tokenizer
 
@@ -106,49 +106,40 @@ def _blocks(model: Any, whole: list[str]) -> list[str]:
 
 
 def _compare_adapter(model: Any, folder: PathLike, slots: Mapping[str, Layer], fold: int | None, dtype: Any) -> None:
-    """Load what was written on the same base, and compare outputs: without deltas, unless they were folded."""
+    """Load what was written on the same base, and compare outputs: with deltas as far as they were folded."""
     plain = {name: layer.base_layer if isinstance(layer, Adapter) else layer for name, layer in slots.items()}
     flags = [(layer, layer.trainable) for layer in plain.values()]
     probe = model._probe()
     try:
-        read = model._with(plain).load_adapter(folder)
-        found = _outputs(read, probe)
-        wanted = _outputs(model, probe) if fold is None else None
-        if any(isinstance(layer, DeltaLoRAAdapter) for layer in slots.values()):
-            wanted = _outputs(model._with(_without_deltas(slots)), probe) if fold is None else None
+        found = _outputs(model._with(plain).load_adapter(folder), probe)
+        deltas = any(isinstance(layer, DeltaLoRAAdapter) for layer in slots.values())
+        wanted = _outputs(model._with(_as_written(slots, fold)) if deltas else model, probe)
     finally:
         for layer, trainable in flags:
             layer.trainable = trainable
         model._set_mode(model.training)
-    if wanted is not None:
-        _require_near(found, wanted, dtype or model.dtype.name, folder)
+    _require_near(found, wanted, dtype or model.dtype.name, folder)
 
 
-def _without_deltas(slots: Mapping[str, Layer]) -> dict[str, Layer]:
-    """The same layers, of Delta-LoRA adapters the low-rank part alone; they share their arrays."""
+def _as_written(slots: Mapping[str, Layer], fold: int | None) -> dict[str, Layer]:
+    """The same layers, of Delta-LoRA adapters what a file holds; they share their bases."""
     result = dict(slots)
     for name, layer in slots.items():
         if isinstance(layer, DeltaLoRAAdapter):
-            low = layer.lora_layer
-            factors = np.ascontiguousarray(low.A), np.ascontiguousarray(low.B)
-            result[name] = LoRAAdapter.from_factors(layer.base_layer, *factors, low.alpha, use_rslora=low.use_rslora)
+            A, B, _, alpha = exported_factors(name, layer, fold)
+            factors = A.astype(layer.dtype), B.astype(layer.dtype)
+            rslora = layer.lora_layer.use_rslora
+            result[name] = LoRAAdapter.from_factors(layer.base_layer, *factors, alpha, use_rslora=rslora)
     return result
 
 
 def _outputs(model: Any, probe: Any) -> np.ndarray:
-    with _evaluating(model):
-        return model(probe)
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
     modes = tree.modes(model)
     try:
         model.eval()
-        yield
+        return model(probe)
     finally:
-        for layer, training in modes:
-            layer._training = training
+        restore_modes(modes)
 
 
 def _require_near(found: np.ndarray, wanted: np.ndarray, dtype: str, path: PathLike) -> None:

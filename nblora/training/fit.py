@@ -91,7 +91,7 @@ def fit(
         `batch_size` takes less memory.
     recompute : bool
         Of a pretrained model: keep only what enters its blocks, and compute each again on the way back. Takes less
-        memory, and a third more time.
+        memory, and more time.
     length_grouping : bool
         Make batches of texts of like length.
     base_dropout : bool

@@ -11,6 +11,7 @@ import pytest
 import nblora
 from nblora.adapters import Adapter
 from nblora.errors import FormatError
+from nblora.pretrained import saving
 from nblora.storage.safetensors_reader import SafetensorsFile
 from tests.pretrained.support import CASES, FIXTURES
 from tests.processes import run
@@ -188,6 +189,23 @@ def test_a_folded_delta_comes_back(tmp_path, rng):
     np.testing.assert_allclose(read(IDS), model(IDS), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("fold", [None, 3])
+@pytest.mark.filterwarnings("ignore:PEFT's files hold no dense delta")
+def test_what_was_written_wrongly_is_noticed(tmp_path, rng, monkeypatch, fold):
+    """With a delta that is left out, and with one that is folded in part."""
+    model = shaken(nblora.load_pretrained(BERT).adapt("query", "delta", rank=2, seed=1), rng)
+    model.save_adapter(tmp_path / "adapter", fold_delta=fold)
+    right = saving.exported_factors
+
+    def wrong(name, adapter, fold):
+        A, B, report, alpha = right(name, adapter, fold)
+        return A, 1.2 * B, report, alpha
+
+    monkeypatch.setattr(saving, "exported_factors", wrong)
+    with pytest.raises(FormatError, match="computes something else than the model"):
+        model.save_adapter(tmp_path / "adapter", fold_delta=fold)
+
+
 def test_an_adapter_of_another_base_changes_nothing():
     model = nblora.load_pretrained(FIXTURES / "llama_clm_all" / "base")
     with pytest.raises(FormatError, match=r"adapts 'bert\.encoder.*model has the layers"):
@@ -244,7 +262,6 @@ def test_print_trainable_parameters_and_repr(capsys):
 )
 def test_full_fine_tuning_has_the_slopes_of_central_differences(rng, case):
     """Of every kind of parameter of every family: some entries of each."""
-    held = np.load(FIXTURES / case / "io.npz")
     model, inputs = nblora.load_pretrained(base(case), dtype="float64").unfreeze(), inputs_of(case)
     weights = rng.normal(size=model(**inputs).shape)
     model.train()
@@ -267,7 +284,6 @@ def test_full_fine_tuning_has_the_slopes_of_central_differences(rng, case):
         model.set_parameter(name, value)
         measured, found = (slopes[0] - slopes[1]) / 2e-6, gradients[name].reshape(-1)[place]
         assert found == pytest.approx(measured, rel=1e-5, abs=1e-5 * max(1, np.abs(gradients[name]).max())), name
-    assert held["labels"] is not None
 
 
 def test_freezing_and_unfreezing():
