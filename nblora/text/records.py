@@ -203,22 +203,23 @@ def _json_lines(path: Path, file: Any) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _table(path: Path, file: Any, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:
     csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_CELL))
-    reader = csv.reader(io.TextIOWrapper(file, "utf-8-sig", newline=""), delimiter=delimiter, strict=True)
     line = 1
     try:
-        names = next(reader, [])
-        if len(set(names)) != len(names):
-            raise FormatError(f"{_place(path, 1)}: the field {_twice(names)!r} occurs twice")
-        line = reader.line_num + 1
-        for cells in reader:
-            if cells:
-                if len(cells) != len(names):
-                    raise FormatError(
-                        f"{_place(path, line)}: has {len(cells)} fields, and the first line names {len(names)} "
-                        f"({_some(names)}); quote texts that hold {delimiter!r} or a line break"
-                    )
-                yield line, dict(zip(names, cells, strict=True))
+        with io.TextIOWrapper(file, "utf-8-sig", newline="") as text:
+            reader = csv.reader(text, delimiter=delimiter, strict=True)
+            names = next(reader, [])
+            if len(set(names)) != len(names):
+                raise FormatError(f"{_place(path, 1)}: the field {_twice(names)!r} occurs twice")
             line = reader.line_num + 1
+            for cells in reader:
+                if cells:
+                    if len(cells) != len(names):
+                        raise FormatError(
+                            f"{_place(path, line)}: has {len(cells)} fields, and the first line names {len(names)} "
+                            f"({_some(names)}); quote texts that hold {delimiter!r} or a line break"
+                        )
+                    yield line, dict(zip(names, cells, strict=True))
+                line = reader.line_num + 1
     except csv.Error as error:
         raise FormatError(f"{_place(path, line)}: not valid {path.suffix[1:].upper()}: {error}") from None
     except UnicodeDecodeError as error:
