@@ -203,8 +203,13 @@ def _as_ready(name: str, value: Any, dtype: np.dtype) -> Any:
 
 
 def is_device_array(value: Any) -> bool:
-    """Whether a value is in a GPU's memory: CuPy's, PyTorch's, Numba's arrays and nblora's own."""
-    return hasattr(value, "__cuda_array_interface__")
+    """Whether a value is in a GPU's memory: CuPy's, PyTorch's, JAX's, Numba's arrays and nblora's own."""
+    if isinstance(value, np.ndarray):
+        return False
+    if hasattr(value, "__cuda_array_interface__"):
+        return True
+    # Who offers DLPack alone: its kinds 2 and 13 are CUDA's memory.
+    return hasattr(value, "__dlpack_device__") and int(value.__dlpack_device__()[0]) in (2, 13)
 
 
 def check_finite(name: str, array: np.ndarray, dtype: np.dtype) -> None:

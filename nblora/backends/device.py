@@ -18,6 +18,8 @@ from nblora.kernels.common.cuda.simulated import from_bfloat16, to_bfloat16
 from nblora.kernels.common.cuda.target import COMPILED, SIMULATED
 from nblora.kernels.common.cuda.target import module as cuda
 
+from . import dlpack
+
 
 def missing() -> str | None:
     """What keeps CUDA from running here, with the remedy; None where nothing does."""
@@ -48,7 +50,8 @@ def device_count() -> int:
 class DeviceArray:
     """An array in a GPU's memory, C-contiguous; what `forward` returns for what came from there.
 
-    CuPy, PyTorch and Numba take it without a copy by `__cuda_array_interface__`, NumPy with one by `numpy.asarray`.
+    CuPy, PyTorch, JAX and Numba take it without a copy: by `__dlpack__`, which has their stream wait for its values, or
+    by `__cuda_array_interface__`; NumPy with one by `numpy.asarray`.
     Only whole arrays are written to: `array[...] = value`. bfloat16 ones read as float32 and are read-only.
     """
 
@@ -75,7 +78,7 @@ class DeviceArray:
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
-        self._device.settle()
+        self._device.lend(self, None)
         kind = "<u2" if self.bfloat16 else self.dtype.str
         return {
             "shape": self.shape,
@@ -84,6 +87,31 @@ class DeviceArray:
             "strides": None,
             "version": 3,
         } | self._device.interface()
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self._device.dlpack_device
+
+    def __dlpack__(
+        self,
+        *,
+        stream: int | None = None,
+        max_version: tuple[int, int] | None = None,
+        dl_device: tuple[int, int] | None = None,
+        copy: bool | None = None,
+    ) -> Any:
+        """A DLPack capsule; the consumer's `stream` waits for what is under way. Without one: CUDA's default stream.
+
+        Raises
+        ------
+        BufferError
+            For another device.
+        """
+        if dl_device is not None and tuple(map(int, dl_device)) != self._device.dlpack_device:
+            raise BufferError(f"the array is on {self._device.name}: copy it first, as by numpy.asarray")
+        given = self.copy() if copy else self
+        self._device.lend(given, stream)
+        dtype = np.dtype(given.memory.dtype)
+        return dlpack.give(given.address, given.shape, dtype, given.bfloat16, self._device.dlpack_device, given.memory)
 
     @property
     def address(self) -> int:
@@ -231,6 +259,16 @@ class Device:
     def interface(self) -> dict[str, Any]:
         """What an array's `__cuda_array_interface__` says beside itself: the stream that its values come on."""
         return {}
+
+    @property
+    def dlpack_device(self) -> tuple[int, int]:
+        """DLPack's kind and number of the device: what only stands for a GPU has its memory on the host."""
+        return dlpack.CPU, 0
+
+    def lend(self, array: DeviceArray, stream: int | None) -> None:
+        """Before another library uses an array on `stream`, None for the default one: what it holds is there first, and
+        the library may write to it from now on."""
+        self.settle()
 
     def launch(self, kernel: Any, grid: Any, threads: int, *arguments: Any) -> None:
         """Run a kernel; the host waits only where it reads."""

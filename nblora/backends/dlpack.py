@@ -1,15 +1,18 @@
-"""Arrays that other libraries hold on a GPU, by DLPack, or by `__cuda_array_interface__` where they lack it.
+"""Arrays from and to other libraries: by DLPack, or by `__cuda_array_interface__` where they lack it.
 
-DLPack tells the producer our stream, and it makes that stream wait for what it has under way on its own.
+DLPack tells the producer the consumer's stream, and it makes that stream wait for what it has under way on its own.
 """
 
 import ctypes
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-_CUDA, _CUDA_MANAGED = 2, 13
+CPU, CUDA, CUDA_MANAGED = 1, 2, 13  # DLPack's kinds of device
 _KINDS = {0: "i", 1: "u", 2: "f", 5: "c", 6: "b"}
+_CODES = {kind: code for code, kind in _KINDS.items()}
+_BFLOAT16 = 4
 
 
 class _Tensor(ctypes.Structure):
@@ -38,6 +41,14 @@ _pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
 _pointer_of.restype, _pointer_of.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
 _rename = ctypes.pythonapi.PyCapsule_SetName
 _rename.restype, _rename.argtypes = ctypes.c_int, (ctypes.py_object, ctypes.c_char_p)
+_DESTRUCTOR = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_new_capsule = ctypes.pythonapi.PyCapsule_New
+_new_capsule.restype, _new_capsule.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, _DESTRUCTOR)
+# Capsules that are being destroyed are handed over as addresses: a reference would bring them back to life.
+_is_unused = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p)(("PyCapsule_IsValid", ctypes.pythonapi))
+_dying_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)(
+    ("PyCapsule_GetPointer", ctypes.pythonapi)
+)
 
 
 class Foreign:
@@ -86,17 +97,37 @@ class _Capsule:
             self._managed.contents.deleter(self._managed)
 
 
-def take(value: Any, stream: int) -> Foreign | None:
-    """What `value` holds on a GPU, ready for `stream`; None for what is on the host."""
+def take(value: Any, stream: int, owner: Callable[[int], int], index: int) -> Foreign | None:
+    """What `value` holds on GPU `index`, ready for `stream`; None for what is on the host.
+
+    `owner` tells the GPU of an address.
+
+    Raises
+    ------
+    ValueError
+        For an array of another GPU, before its producer is asked for anything.
+    """
     if isinstance(value, np.ndarray):
         return None
     if hasattr(value, "__dlpack_device__") and hasattr(value, "__dlpack__"):
-        if int(value.__dlpack_device__()[0]) not in (_CUDA, _CUDA_MANAGED):
+        kind, where = map(int, value.__dlpack_device__())
+        if kind not in (CUDA, CUDA_MANAGED):
             return None
+        _refuse_another(where, index)
         return _from_capsule(_Capsule(value.__dlpack__(stream=stream)))
     if hasattr(value, "__cuda_array_interface__"):
-        return _from_interface(value)
+        given = value.__cuda_array_interface__
+        address = int(given["data"][0])
+        _refuse_another(owner(address) if address else index, index)
+        return _from_interface(value, given)
     return None
+
+
+def _refuse_another(where: int, index: int) -> None:
+    if where != index:
+        raise ValueError(
+            f"the array is on cuda:{where} and the layer on cuda:{index}: move one of them, as by to('cuda:{where}')"
+        )
 
 
 def _from_capsule(capsule: _Capsule) -> Foreign:
@@ -109,13 +140,47 @@ def _from_capsule(capsule: _Capsule) -> Foreign:
     return Foreign((tensor.data or 0) + tensor.byte_offset, shape, strides, dtype, capsule)
 
 
-def _from_interface(value: Any) -> Foreign:
+def _from_interface(value: Any, given: dict[str, Any]) -> Foreign:
     from cuda.bindings import driver
 
-    given = value.__cuda_array_interface__
     stream = given.get("stream")
     if stream not in (None, 1):
         driver.cuStreamSynchronize(stream)
     return Foreign(
         int(given["data"][0]), tuple(given["shape"]), given.get("strides"), np.dtype(given["typestr"]), value
     )
+
+
+# --- to other libraries -------------------------------------------------------------------------------------------
+
+_given: dict[int, tuple[Any, ...]] = {}
+"""What consumers have not let go of yet, by the address of its description."""
+
+
+def give(
+    address: int, shape: tuple[int, ...], dtype: np.dtype, bfloat16: bool, device: tuple[int, int], keep: Any
+) -> Any:
+    """A DLPack capsule of C-contiguous memory; `keep` lives until the consumer has let go of it."""
+    sizes = (ctypes.c_int64 * len(shape))(*shape)
+    managed = _Managed()
+    tensor = managed.tensor
+    tensor.data, tensor.shape, tensor.ndim = address or None, sizes, len(shape)
+    tensor.device_type, tensor.device_id = device
+    tensor.code, tensor.bits, tensor.lanes = _BFLOAT16 if bfloat16 else _CODES[dtype.kind], 8 * dtype.itemsize, 1
+    managed.deleter = _let_go
+    place = ctypes.addressof(managed)
+    _given[place] = managed, sizes, keep
+    return _new_capsule(place, b"dltensor", _forget)
+
+
+@_DELETER
+def _let_go(managed: Any) -> None:
+    """The consumer needs it no longer; it may say so from any thread."""
+    _given.pop(ctypes.addressof(managed.contents), None)
+
+
+@_DESTRUCTOR
+def _forget(capsule: int) -> None:
+    """A capsule is gone: nobody will let go of one that nobody took."""
+    if _is_unused(capsule, b"dltensor"):
+        _given.pop(_dying_pointer(capsule, b"dltensor"), None)

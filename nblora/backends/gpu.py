@@ -6,6 +6,7 @@ Its own launches take 40 to 80 µs of the host, its allocations 40; here both ar
 import ctypes
 import struct
 import threading
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from .device import Device, DeviceArray
 from .memory import Block, Memory, Pool
 
 STREAM = 1  # CUDA's name of the legacy default stream, which every launch and copy is on
+_WAITING = (None, 1, 2)  # streams that wait for that one, and that one for them: itself, and the default of each thread
 _OUT_OF_MEMORY = driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY
 _SUCCESS = driver.CUresult.CUDA_SUCCESS
 _ATTRIBUTE = driver.CUdevice_attribute
@@ -64,6 +66,19 @@ class Launcher:
             check(answer, f"a launch of {grid} blocks")
 
 
+class Borrowed:
+    """Memory of another library. It is handed back once what uses it here has run, for its owner may write there next,
+    on a stream of its own."""
+
+    __slots__ = ("_foreign", "_leaving")
+
+    def __init__(self, foreign: dlpack.Foreign, leaving: "deque[dlpack.Foreign]") -> None:
+        self._foreign, self._leaving = foreign, leaving
+
+    def __del__(self) -> None:
+        self._leaving.append(self._foreign)  # a collection may run this anywhere: it only leaves a note
+
+
 class GPU(Device):
     """One GPU. Everything runs in the order of the calls, and a thread has the GPU's context current once it came."""
 
@@ -83,6 +98,8 @@ class GPU(Device):
         self._pool = Pool(self._driver_allocate, self._driver_free, total // 8)
         self._launchers: dict[tuple[Any, ...], Launcher] = {}
         self._modules: list[Any] = []
+        self._leaving: deque[dlpack.Foreign] = deque()
+        self._parting: deque[tuple[Any, list[dlpack.Foreign]]] = deque()
         self._lock = threading.RLock()
 
     def _attribute(self, which: Any) -> int:
@@ -146,7 +163,7 @@ class GPU(Device):
         if host.size:
             self._enter()
             check(driver.cuMemcpyDtoHAsync(host.ctypes.data, source.address, host.nbytes, STREAM), "a copy to the host")
-            check(driver.cuStreamSynchronize(STREAM), "waiting for the GPU")
+            self._wait()
         return host
 
     def _on_device(self, target: Memory, source: Memory) -> None:
@@ -159,27 +176,58 @@ class GPU(Device):
         return {"stream": STREAM}
 
     def is_ours(self, array: DeviceArray) -> bool:
-        return isinstance(array.memory.owner, Block)
+        owner = array.memory.owner
+        return isinstance(owner, Block) and not owner.lent
 
     def release(self) -> None:
         """Give idle memory back to the driver."""
         self._enter()
+        if self._leaving or self._parting:
+            self._wait()
         self._pool.empty()
 
     # --- what other libraries hold -----------------------------------------------------------------------------
 
+    @property
+    def dlpack_device(self) -> tuple[int, int]:
+        return dlpack.CUDA, self.index
+
+    def lend(self, array: DeviceArray, stream: int | None) -> None:
+        self.settle()
+        owner = array.memory.owner
+        if isinstance(owner, Block):
+            owner.lent = True
+            owner.elsewhere = owner.elsewhere or stream not in _WAITING
+        if stream not in (*_WAITING, -1):  # DLPack's word for a consumer that sees to it itself
+            self._enter()
+            event = self._mark()
+            check(driver.cuStreamWaitEvent(stream, event, 0), "having a stream wait")
+            driver.cuEventDestroy(event)
+
+    def _mark(self) -> Any:
+        """An event that comes after everything launched so far."""
+        flags = driver.CUevent_flags.CU_EVENT_DISABLE_TIMING
+        event = check(driver.cuEventCreate(flags), "making an event")
+        check(driver.cuEventRecord(event, STREAM), "marking a place in the stream")
+        return event
+
+    def _hand_back(self) -> None:
+        """Hand memory of others back: what was let go of before now, once the launches so far have run."""
+        while self._parting and driver.cuEventQuery(self._parting[0][0])[0] == _SUCCESS:
+            driver.cuEventDestroy(self._parting.popleft()[0])
+        leaving = [self._leaving.popleft() for _ in range(len(self._leaving))]
+        if leaving:
+            self._parting.append((self._mark(), leaving))
+
     def _foreign(self, value: Any) -> Memory | None:
         self._enter()
-        found = dlpack.take(value, STREAM)
+        if self._leaving or self._parting:
+            self._hand_back()
+        found = dlpack.take(value, STREAM, self._owner, self.index)
         if found is None:
             return None
-        where = self.index if not found.address else self._owner(found.address)
-        if where != self.index:
-            raise ValueError(
-                f"the array is on cuda:{where} and the layer on {self.name}: move one of them, as by to('cuda:{where}')"
-            )
         if found.is_contiguous:
-            return Memory(found.address, found.shape, found.dtype, found)
+            return Memory(found.address, found.shape, found.dtype, Borrowed(found, self._leaving))
         span = self._to_host(Memory(found.address, (found.span,), np.dtype(np.uint8), found))
         view = np.ndarray(found.shape, found.dtype, span.data, 0, found.strides)
         host = np.ascontiguousarray(view)
@@ -225,7 +273,15 @@ class GPU(Device):
         """Wait until everything launched has run."""
         self.settle()
         self._enter()
+        self._wait()
+
+    def _wait(self) -> None:
+        """Wait for the stream; nothing uses what was let go of before."""
+        leaving = [self._leaving.popleft() for _ in range(len(self._leaving))]
         check(driver.cuStreamSynchronize(STREAM), "waiting for the GPU")
+        leaving.clear()
+        while self._parting:
+            driver.cuEventDestroy(self._parting.popleft()[0])
 
 
 def _three(grid: Any) -> tuple[int, int, int]:

@@ -23,16 +23,20 @@ def bucket(size: int) -> int:
 
 
 class Block:
-    """One allocation, which goes back to its pool when the last array in it is gone."""
+    """One allocation, which goes back to its pool when the last array in it is gone.
 
-    __slots__ = ("_pool", "address", "size")
+    `lent`: others may write to it. `elsewhere`: they do so on streams that do not wait for ours, nor ours for them.
+    """
+
+    __slots__ = ("_pool", "address", "elsewhere", "lent", "size")
 
     def __init__(self, address: int, size: int, pool: "Pool") -> None:
         self.address, self.size, self._pool = address, size, pool
+        self.lent = self.elsewhere = False
 
     def __del__(self) -> None:
         # A collection may run this anywhere, even while the pool is at work: it only leaves a note.
-        self._pool.returned.append((self.size, self.address))
+        self._pool.returned.append((self.size, self.address, self.elsewhere))
 
 
 class Pool:
@@ -40,7 +44,7 @@ class Pool:
 
     def __init__(self, allocate: Callable[[int], int | None], free: Callable[[int], None], bound: int) -> None:
         self._allocate, self._free, self._bound = allocate, free, bound
-        self.returned: deque[tuple[int, int]] = deque()
+        self.returned: deque[tuple[int, int, bool]] = deque()
         self._idle: defaultdict[int, list[int]] = defaultdict(list)
         self._idle_bytes = 0
         self._lock = threading.RLock()
@@ -67,7 +71,10 @@ class Pool:
 
     def _collect(self, bound: int | None = None) -> None:
         while self.returned:
-            size, address = self.returned.popleft()
+            size, address, elsewhere = self.returned.popleft()
+            if elsewhere:  # the driver waits for every stream before it frees
+                self._free(address)
+                continue
             self._idle[size].append(address)
             self._idle_bytes += size
         bound = self._bound if bound is None else bound

@@ -122,3 +122,18 @@ def check_fit(rng, move, optimizer="adamw", **settings):
         losses.append((history["loss"], twin.get_parameters(), twin(x[:2])))
     for host, device in zip(*losses, strict=True):
         np.testing.assert_allclose(device, host, rtol=1e-4, atol=1e-5)
+
+
+def check_dlpack(move):
+    """DLPack hands out the values, where they lie."""
+    adapter = move(nblora.LoRAAdapter(nblora.Dense.random(*SIZES, seed=0), 2, seed=0))
+    array = adapter._backend.from_host(np.arange(6, dtype=np.float32).reshape(2, 3))
+    seen = np.from_dlpack(array)
+    np.testing.assert_array_equal(seen, [[0, 1, 2], [3, 4, 5]])
+    assert seen.ctypes.data == array.address
+    with pytest.raises(BufferError, match="copy it first"):
+        array.__dlpack__(dl_device=(2, 7))
+    copy = np.from_dlpack(array, copy=True)
+    array[...] = 0
+    assert not seen.any()
+    assert copy.any()

@@ -112,6 +112,10 @@ def test_a_full_device_leaves_the_adapter_on_the_cpu(rng, move, monkeypatch):
     adapter(rng.normal(size=(2, 7)))
 
 
+def test_dlpack(move):
+    contract.check_dlpack(move)
+
+
 def test_device_array_is_written_whole():
     array = make_backend().from_host(np.ones((2, 3), np.float32))
     assert isinstance(array, DeviceArray)
@@ -166,6 +170,7 @@ for layout in (nblora.Dense, nblora.FullyConnected):
 contract.check_life(rng, move, pathlib.Path({str(tmp_path)!r}) / "adapter.safetensors")
 contract.check_gradients_move(rng, move)
 contract.check_device_arrays(rng, move)
+contract.check_dlpack(move)
 contract.check_fit(rng, move)
 try:
     nblora.Dense.random(2, 2).to("cuda", precision="tf32")

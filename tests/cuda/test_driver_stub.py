@@ -50,6 +50,12 @@ def counted(function):
     return {name: after[name] - before[name] for name in NAMES}
 
 
+def log():
+    # What streams were told since the last time.
+    rows = ((ctypes.c_long * 3) * 4096)()
+    return [tuple(row) for row in rows[: driver.stub_log(rows, 4096)]]
+
+
 def say(**what):
     print(json.dumps(what))
 
@@ -211,6 +217,137 @@ except ValueError as error:
     said = script(folder, code, STUB_DEVICES="2")
     assert said["devices"] == ["cpu", "cuda:0", "cuda:1"]
     assert "on cuda:0 and the layer on cuda:1" in said["message"]
+
+
+TENSOR = """
+from nblora.backends import dlpack
+
+given_back = []
+
+
+class Tensor:
+    def __init__(self, array, index=0):
+        self.array, self.index, self.streams = array, index, []
+
+    def __dlpack_device__(self):
+        return 2, self.index
+
+    def __dlpack__(self, *, stream=None):
+        self.streams.append(stream)
+        log()
+        keep = Keep()
+        return dlpack.give(self.array.ctypes.data, self.array.shape, self.array.dtype, False, (2, self.index), keep)
+
+
+class Keep:
+    def __del__(self):
+        given_back.append(len(given_back))
+
+"""
+
+
+def test_arrays_of_another_gpu_are_refused(folder):
+    """Whether they say where they are, or only at which address."""
+    code = (
+        TENSOR
+        + """
+from types import SimpleNamespace
+
+one, two = (nblora.Dense.random(3, 2, seed=0).to(f"cuda:{index}") for index in range(2))
+tensor, messages = Tensor(normal(4, 3), 1), []
+on_two = two._backend.from_host(normal(4, 3))
+interface = SimpleNamespace(__cuda_array_interface__=on_two.__cuda_array_interface__)
+for value in (tensor, interface):
+    try:
+        one(value)
+    except ValueError as error:
+        messages.append(str(error))
+two(tensor), two(interface)
+say(messages=messages, streams=tensor.streams)
+"""
+    )
+    said = script(folder, code, STUB_DEVICES="2")
+    assert len(said["messages"]) == 2
+    assert all("on cuda:1 and the layer on cuda:0" in message for message in said["messages"])
+    assert said["streams"] == [1]  # the GPU that refused never asked for it
+
+
+def test_streams_of_producers_are_waited_for(folder):
+    code = (
+        TENSOR
+        + """
+from types import SimpleNamespace
+
+layer = nblora.Dense.random(3, 2, seed=0).to("cuda")
+tensor = Tensor(normal(4, 3))
+layer(tensor)
+by_dlpack = log()
+ours = layer._backend.from_host(normal(4, 3))
+other = SimpleNamespace(__cuda_array_interface__=ours.__cuda_array_interface__ | {"stream": 77})
+log()
+layer(other)
+say(asked=tensor.streams, by_dlpack=by_dlpack, by_interface=log())
+"""
+    )
+    said = script(folder, code)
+    assert said["asked"] == [1]  # so that the producer has our stream wait
+    assert [row[:2] for row in said["by_dlpack"]] == [[1, 1]]
+    assert [row[:2] for row in said["by_interface"]] == [[4, 77], [1, 1]]
+
+
+def test_a_stream_that_takes_a_result_waits_for_it(folder):
+    code = """
+layer = nblora.Dense.random(3, 2, seed=0).to("cuda")
+y = layer(layer._backend.from_host(normal(4, 3)))
+device, seen = y._device, {}
+assert y.__dlpack_device__() == (2, 0)
+for stream in (None, 1, 2, -1, 77):
+    log()
+    capsule = y.__dlpack__(stream=stream)
+    seen[str(stream)] = log()
+ours = device.is_ours(y)
+del capsule, y
+log()
+z = layer(layer._backend.from_host(normal(4, 3)))
+refused = ""
+try:
+    z.__dlpack__(dl_device=(1, 0))
+except BufferError as error:
+    refused = str(error)
+say(seen=seen, ours=ours, after=[row for row in log() if row[0] == 5], refused=refused, fresh=device.is_ours(z))
+"""
+    said = script(folder, code)
+    assert said["seen"]["None"] == said["seen"]["1"] == said["seen"]["2"] == said["seen"]["-1"] == []
+    (record, event, ours), (wait, stream, waited) = said["seen"]["77"]
+    assert (record, ours, wait, stream) == (2, 1, 3, 77)
+    assert event == waited
+    assert not said["ours"]  # the other library may write to it, so no product of it is put off
+    assert said["fresh"]
+    assert len(said["after"]) == 1  # and its memory is the driver's again, not the next result's
+    assert "on cuda:0" in said["refused"]
+
+
+def test_memory_of_others_is_handed_back_once_it_was_read(folder):
+    code = (
+        TENSOR
+        + """
+layer = nblora.Dense.random(3, 2, seed=0).to("cuda")
+seen = []
+driver.stub_ready(0)
+layer(Tensor(normal(4, 3)))
+seen.append(len(given_back))
+layer(Tensor(normal(4, 3)))
+layer(Tensor(normal(4, 3)))
+seen.append(len(given_back))  # the GPU has not come so far
+driver.stub_ready(1)
+layer(Tensor(normal(4, 3)))
+seen.append(len(given_back))
+layer._backend._device.synchronize()
+seen.append(len(given_back))
+say(seen=seen)
+"""
+    )
+    assert script(folder, code)["seen"] == [0, 0, 1, 3]  # the layer keeps the last
 
 
 def test_more_samples_than_a_grid_has_rows(folder):
