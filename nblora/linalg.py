@@ -1,4 +1,4 @@
-"""Norms and singular values of weights and of their changes, in float64."""
+"""Norms and singular values of weights and of their changes, and probabilities of logits, in float64."""
 
 import numpy as np
 
@@ -9,6 +9,14 @@ _DENSE_SVD = 512
 def frobenius_norm(array: np.ndarray) -> float:
     """√Σ a², accumulated in float64."""
     return float(np.sqrt(np.einsum("...,...", array, array, dtype=np.float64).sum(dtype=np.float64)))
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """exp(z) / Σ exp(z) of each row of logits (rows, classes)."""
+    z = logits.astype(np.float64)
+    exponentials = np.exp(z - z.max(axis=1, keepdims=True))
+    result: np.ndarray = exponentials / exponentials.sum(axis=1, keepdims=True)
+    return result
 
 
 def leading_svd(matrix: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -11,12 +11,11 @@ import numpy as np
 from nblora import checks
 from nblora.errors import FormatError
 from nblora.formats.model_files import MAX_JSON
-from nblora.layers import tree
 from nblora.pretrained import TextModel
 from nblora.storage.bounded import parse_object, read_bounded
-from nblora.training.run import restore_modes
 
-from .tokens import Tokenizer, load_tokenizer
+from .predicting import outputs_of
+from .tokens import Encoding, Tokenizer, load_tokenizer
 
 _SETTINGS = ("bert", "roberta", "distilbert")
 """What a sentence_..._config.json may be called by."""
@@ -55,29 +54,18 @@ def encode(model: TextModel, texts: Sequence[str], *, batch_size: int = 32) -> n
     if not isinstance(model, TextModel) or model.task != "embedding":
         what = f"a model of the task {model.task!r}" if isinstance(model, TextModel) else type(model).__name__
         raise ValueError(f"model must be one of the task 'embedding', got {what}: load_pretrained(task='embedding')")
-    size = checks.check_integer("batch_size", batch_size, 1)
+    checks.check_integer("batch_size", batch_size, 1)
     tokenizer, longest, prompt = sentence_settings(model)
-    ids = (
-        tokenizer.encode(texts, max_length=longest).ids if not prompt else _prompted(tokenizer, texts, prompt, longest)
+    encoding = (
+        tokenizer.encode(texts, max_length=longest) if not prompt else _prompted(tokenizer, texts, prompt, longest)
     )
-    result = np.empty((len(ids), model.out_features), model.dtype)
-    order = np.argsort([-len(each) for each in ids], kind="stable")
-    modes = tree.modes(model)
-    try:
-        model.eval()
-        with model._backend.lending():
-            for start in range(0, len(ids), size):
-                chosen = order[start : start + size]
-                result[chosen] = model([ids[place] for place in chosen])
-    finally:
-        restore_modes(modes)
-    return result
+    return outputs_of(model, encoding, batch_size)
 
 
-def _prompted(tokenizer: Tokenizer, texts: Sequence[str], prompt: str, longest: int | None) -> list[np.ndarray]:
-    """The ids of texts behind a prompt."""
+def _prompted(tokenizer: Tokenizer, texts: Sequence[str], prompt: str, longest: int | None) -> Encoding:
+    """The tokens of texts behind a prompt."""
     tokenizer.encode(texts, special=False)  # a fault is that of the texts as they came
-    return tokenizer.encode([prompt + text for text in texts], max_length=longest).ids
+    return tokenizer.encode([prompt + text for text in texts], max_length=longest)
 
 
 def sentence_settings(model: TextModel) -> tuple[Tokenizer, int | None, str]:

@@ -279,7 +279,7 @@ def test_predictions_do_not_depend_on_how_rows_are_cut(blobs, monkeypatch):
     X, y = blobs
     classifier = LoRAClassifier(max_iter=2, random_state=0).fit(X, y)
     whole = classifier.predict_proba(X)
-    monkeypatch.setattr("nblora.estimators._PREDICTION_ROWS", 50)
+    monkeypatch.setattr("nblora.estimators.network._PREDICTION_ROWS", 50)
     np.testing.assert_allclose(classifier.predict_proba(X), whole, rtol=1e-5)
 
 

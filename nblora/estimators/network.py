@@ -1,15 +1,20 @@
-"""`LoRAClassifier` and `LoRARegressor`: adapters as scikit-learn estimators (extra `sklearn`)."""
+"""`LoRAClassifier` and `LoRARegressor`: networks on rows of numbers."""
 
 import os
 from collections.abc import Iterator
 from typing import Any, ClassVar, Self
 
 import numpy as np
+from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+from sklearn.model_selection import train_test_split
+from sklearn.utils import check_random_state
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted
 
 from nblora import Dense, Sequential, checks, load
 from nblora.adapters import DEFAULT_ADAPTER, Adapter
-from nblora.errors import MissingExtraError
 from nblora.layers import Layer, tree
+from nblora.linalg import softmax
 from nblora.models.targets import match_names
 from nblora.training import SGD, AdamW, Constant, EarlyStopping, Loss, Optimizer, fit
 from nblora.training.calibration import AUTO, check_delta_lr
@@ -19,14 +24,7 @@ from nblora.training.losses import as_loss
 from nblora.training.step import Step
 from nblora.training.weighted import Weighted
 
-try:
-    from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
-    from sklearn.model_selection import train_test_split
-    from sklearn.utils import check_random_state
-    from sklearn.utils.multiclass import check_classification_targets
-    from sklearn.utils.validation import _check_sample_weight, check_is_fitted
-except ImportError as error:
-    raise MissingExtraError("nblora.estimators needs scikit-learn: pip install 'nblora[sklearn]'") from error
+from .common import draw_seed
 
 _PREDICTION_ROWS = 4096  # bounds the memory of a prediction's hidden outputs
 
@@ -137,7 +135,7 @@ class _LoRAEstimator(BaseEstimator):
             validation=validation,
             callbacks=[stopping],
             delta_lr=self.delta_learning_rate,
-            seed=_seed(random),
+            seed=draw_seed(random),
             progress=bool(self.verbose),
         )
         self.n_iter_ = len(history)
@@ -166,7 +164,7 @@ class _LoRAEstimator(BaseEstimator):
         step = self._step(loss)
         samples = check_samples(("X", "y"), X, targets, self.model_, loss)
         size = checks.check_integer("batch_size", self.batch_size, 1)
-        rng = np.random.default_rng(_seed(self._shuffles))
+        rng = np.random.default_rng(draw_seed(self._shuffles))
         run = Run(self.model_, samples, None, step, Constant(), epochs=1, batch_size=size, rng=rng, checkpoint=None)
         history = run.start(None, bool(self.verbose))
         to_host = self.model_._backend.to_host
@@ -198,7 +196,7 @@ class _LoRAEstimator(BaseEstimator):
             return X, targets, None
         labels = self._strata(targets)
         parts = train_test_split(
-            X, targets, test_size=self.validation_fraction, random_state=_seed(random), stratify=labels
+            X, targets, test_size=self.validation_fraction, random_state=draw_seed(random), stratify=labels
         )
         return parts[0], parts[2], (parts[1], parts[3])
 
@@ -230,7 +228,7 @@ class _LoRAEstimator(BaseEstimator):
         """Make `model_`: a plain copy of the base, or a new network, in adapters."""
         checks.check_choice("method", self.method, ("lora", "delta"))
         checks.check_integer("rank", self.rank, 1)
-        rng = np.random.default_rng(_seed(random))
+        rng = np.random.default_rng(draw_seed(random))
         if self.base is None:
             model, head = self._new_network(X, rng), None
         else:
@@ -399,9 +397,7 @@ class LoRAClassifier(ClassifierMixin, _LoRAEstimator):
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """Return the softmax of the logits, ndarray of float64, shape (samples, classes)."""
-        z = self._forward(X).astype(np.float64)
-        exponentials = np.exp(z - z.max(axis=1, keepdims=True))
-        return exponentials / exponentials.sum(axis=1, keepdims=True)
+        return softmax(self._forward(X))
 
     @property
     def _outputs(self) -> int:
@@ -505,10 +501,6 @@ class LoRARegressor(RegressorMixin, _LoRAEstimator):
         tags = super().__sklearn_tags__()
         tags.target_tags.multi_output = True
         return tags
-
-
-def _seed(random: Any) -> int:
-    return int(random.randint(np.iinfo(np.int32).max))
 
 
 def _is_lazy(array: Any) -> bool:
