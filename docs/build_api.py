@@ -13,6 +13,7 @@ TARGET = Path(__file__).parent / "api.md"
 MODULES = (
     "nblora",
     "nblora.layers",
+    "nblora.adapters",
     "nblora.pretrained",
     "nblora.text",
     "nblora.training",
@@ -38,7 +39,7 @@ def build() -> str:
         module = importlib.import_module(name)
         parts += [f"\n## `{name}`\n", _docstring(module)]
         for key, item in _public(module):
-            if id(item) in seen or isinstance(item, ModuleType | str):
+            if id(item) in seen or isinstance(item, ModuleType | str | dict):
                 continue
             seen.add(id(item))
             parts += _class(key, item) if inspect.isclass(item) else _function(key, item, "###")

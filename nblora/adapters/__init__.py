@@ -1,12 +1,29 @@
-"""Adapters: one file, one method, and one line here."""
+"""Adapters: one file, one method, and one line here: `ADAPTERS`, the classes by their methods' names."""
 
-from .base import Adapter
+from collections.abc import Mapping
+from typing import Any
+
+from .base import Adapter, Factors
 from .delta import DeltaLoRAAdapter
 from .lora import LoRAAdapter
 
-__all__ = ["ADAPTERS", "DEFAULT_ADAPTER", "Adapter", "DeltaLoRAAdapter", "LoRAAdapter"]
+__all__ = [
+    "ADAPTERS",
+    "DEFAULT_ADAPTER",
+    "Adapter",
+    "DeltaLoRAAdapter",
+    "Factors",
+    "LoRAAdapter",
+    "reader_of",
+]
 
 ADAPTERS: dict[str, type[Adapter]] = {cls.method: cls for cls in (LoRAAdapter, DeltaLoRAAdapter)}
 """The methods by the names that `adapt`, estimators and sweeps know them by."""
 DEFAULT_ADAPTER = LoRAAdapter.method
 """Wherever none is named: a dense delta makes a layer's state larger than the layer, so it is asked for."""
+
+
+def reader_of(config: Mapping[str, Any]) -> type[Adapter]:
+    """The method whose files in PEFT's format say what this configuration does: the one with most of its fields."""
+    readers = (cls for cls in ADAPTERS.values() if cls.reads_peft and cls.peft_fields.items() <= config.items())
+    return max(readers, key=lambda cls: len(cls.peft_fields))

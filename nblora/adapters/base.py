@@ -2,8 +2,9 @@
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
@@ -17,18 +18,55 @@ from nblora.layers.run import Run
 from nblora.storage.checkpoint import take_tensor
 
 
+class Factors(NamedTuple):
+    """A change as files of PEFT's format hold it, in float64: s A B, A (in, rank), B (rank, out), with the `alpha` that
+    s follows from; `magnitude` (out,) where outputs are scaled to it; and of a dense change its norm and the share that
+    the factors lack."""
+
+    A: np.ndarray
+    B: np.ndarray
+    scaling: float
+    alpha: float
+    magnitude: np.ndarray | None = None
+    dense_norm: float = 0.0
+    dense_error: float = 0.0
+
+
 class Adapter(Projection, abstract=True):
     """A base layer plus a trained change of it, in one fused computation on the pre-activation.
 
     Only operands make an adapter different from its base: `_operands` is its forward. A base that is no single product
-    (a model, another adapter) gets an `AroundModel` of the same class and name.
+    (a model, another adapter) gets an `AroundModel` of the same class and name. What commands, estimators and files
+    want to know of a method they ask its class.
+
+    Attributes
+    ----------
+    method : str
+        Its name.
+    peft_fields : dict
+        What PEFT's configuration says of its files.
+    reads_peft : bool
+        Whether such files are read as this method, by `_of_factors`.
+    around_models : bool
+        Whether it has a meaning around what has no weight of its own.
+    trained_by : tuple of str
+        Settings of `nblora.fit` that are this method's alone.
     """
 
     method: ClassVar[str]
+    peft_fields: ClassVar[dict[str, Any]] = {"peft_type": "LORA"}
+    reads_peft: ClassVar[bool] = False
+    around_models: ClassVar[bool] = True
+    trained_by: ClassVar[tuple[str, ...]] = ()
     _rng: np.random.Generator
 
     def __new__(cls, base_layer: Any = None, *arguments: Any, **settings: Any) -> Self:
         if isinstance(base_layer, Layer) and not base_layer.adaptable:
+            if not cls.around_models:
+                raise ValueError(
+                    f"base_layer must be a layer with a weight of its own, which {cls.__name__} reads, got a "
+                    f"{type(base_layer).__name__}: adapt the layers in it (model.adapt)"
+                )
             return super().__new__(around_model(cls))  # type: ignore[return-value, arg-type]  # a subclass of cls
         return super().__new__(cls)
 
@@ -51,6 +89,12 @@ class Adapter(Projection, abstract=True):
         check_base(base_layer)
         sizes = base_layer.in_features, base_layer.out_features
         return LoRALayer(*sizes, rank, alpha, use_rslora=use_rslora, init=init, dtype=base_layer.dtype, seed=rng)
+
+    @classmethod
+    def settings(cls) -> tuple[str, ...]:
+        """Names of what its constructor takes beside the base, the rank, whether the base is trained, and the seed."""
+        of_all = ("self", "base_layer", "rank", "freeze_base_layer", "seed")
+        return tuple(name for name in inspect.signature(cls.__init__).parameters if name not in of_all)
 
     # --- the tree ----------------------------------------------------------------------------------------------
 
@@ -165,6 +209,22 @@ class Adapter(Projection, abstract=True):
             For a base without a weight of its own, such as a model.
         """
         return self.base_layer.with_weight(self._backend.merge(self._adapted()))
+
+    def as_factors(self, fold: int | None = None) -> Factors:
+        """Return the change as files of PEFT's format hold it.
+
+        Parameters
+        ----------
+        fold : int, optional
+            Rank of the approximation of a dense change that the factors end with; without, they lack it.
+        """
+        A, B = (self.get_parameter(factor).astype(np.float64) for factor in ("lora_A", "lora_B"))
+        return Factors(A, B, self.scaling, self.alpha)
+
+    @classmethod
+    def _of_factors(cls, base_layer: Any, factors: Factors, use_rslora: bool) -> "Adapter":
+        """An adapter of what a file holds."""
+        raise NotImplementedError
 
     def diagnostics(self) -> dict[str, Any]:
         extra = {

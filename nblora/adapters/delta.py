@@ -10,9 +10,10 @@ from nblora.backends.protocol import Array, Delta
 from nblora.layers.base import Layer
 from nblora.layers.parameters import Parameter
 from nblora.layers.projection import Targets
+from nblora.linalg import best_product
 from nblora.storage.checkpoint import take_tensor
 
-from .base import Adapter
+from .base import Adapter, Factors
 
 
 class DeltaLoRAAdapter(Adapter):
@@ -39,6 +40,7 @@ class DeltaLoRAAdapter(Adapter):
     """
 
     method = "delta"
+    trained_by = ("delta_lr",)
 
     def __init__(
         self,
@@ -108,6 +110,19 @@ class DeltaLoRAAdapter(Adapter):
     def _reset_own_state(self) -> None:
         super()._reset_own_state()
         self._velocity.array[...] = 0
+
+    def as_factors(self, fold: int | None = None) -> Factors:
+        plain = super().as_factors()
+        delta = self.delta_scaling * self.get_parameter("delta").astype(np.float64)
+        norm = float(np.linalg.norm(delta))
+        if fold is None:
+            return plain._replace(dense_norm=norm, dense_error=1.0 if norm else 0.0)
+        checks.check_integer("fold_delta", fold, 1, min(delta.shape))
+        if not np.isfinite(norm):
+            raise ValueError("the delta holds values that are not finite and cannot be folded")
+        P, Q, error = best_product(delta / self.scaling, fold)
+        A, B = np.concatenate([plain.A, P], axis=1), np.concatenate([plain.B, Q])
+        return Factors(A, B, self.scaling, self.lora_layer.alpha_for(A.shape[1]), None, norm, error)
 
     def _delta_operand(self) -> Delta | None:
         return Delta(self._delta.array, self._velocity.array, self.delta_scaling, self._delta.momentum)

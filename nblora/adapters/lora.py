@@ -7,7 +7,7 @@ import numpy as np
 from nblora.layers.base import Layer
 from nblora.layers.low_rank import LoRALayer
 
-from .base import Adapter, check_base
+from .base import Adapter, Factors, check_base
 
 
 class LoRAAdapter(Adapter):
@@ -42,6 +42,7 @@ class LoRAAdapter(Adapter):
     """
 
     method = "lora"
+    reads_peft = True
 
     def __init__(
         self,
@@ -67,3 +68,8 @@ class LoRAAdapter(Adapter):
         low_rank = LoRALayer.from_factors(A, B, alpha, use_rslora=use_rslora)
         adapter._wrap(base_layer, low_rank, True, 0.0, None)
         return adapter
+
+    @classmethod
+    def _of_factors(cls, base_layer: Layer, factors: Factors, use_rslora: bool) -> Self:
+        A, B = (np.ascontiguousarray(factor, base_layer.dtype) for factor in (factors.A, factors.B))
+        return cls.from_factors(base_layer, A, B, factors.alpha, use_rslora=use_rslora)

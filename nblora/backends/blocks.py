@@ -12,7 +12,7 @@ import numpy as np
 from nblora.kernels.common.elementwise import activate, activation_slope
 from nblora.kernels.common.mixing import FIRST_MIX, HEAD_STEP, KEY_STEP, ROW_STEP, SECOND_MIX
 
-Array = Any
+from .protocol import Array, Operands
 
 
 class Heads(NamedTuple):
@@ -179,7 +179,7 @@ class ReferenceBlocks:
         return self.pool_gradient(grad.reshape(*grad.shape, 1, 1), np.zeros((0, 0, 0), np.int64), one, height, width)
 
     def channels(self, x: Array, scale: Array, shift: Array, code: int) -> Array:
-        """act(x scale + shift) of images (N, C, ...), each channel with its own numbers."""
+        """act(x scale + shift) of images (N, C, ...) or rows (N, C), each channel with its own numbers."""
         across = (1, -1, *(1,) * (x.ndim - 2))
         z = x * scale.reshape(across) + shift.reshape(across)
         return _each(activate, z, code) if code else z
@@ -193,6 +193,14 @@ class ReferenceBlocks:
             z = x * scale.reshape(across) + shift.reshape(across)
             grad = grad * _each(activation_slope, z, code)
         return grad * scale.reshape(across), (grad * x).sum(axis=others), grad.sum(axis=others)
+
+    def output_norms(self, operands: Operands) -> Array:
+        """‖W + s A B‖ of each output over its inputs, (out,)."""
+        base, low_rank = operands.base, operands.low_rank
+        assert base is not None  # whose outputs they are
+        weight = base.weight.T if base.transposed else base.weight
+        changed = weight if low_rank is None else weight + low_rank.scaling * (low_rank.A @ low_rank.B)
+        return np.sqrt((changed**2).sum(axis=0))
 
 
 def _scores(q: Array, k: Array, v: Array, shape: Heads) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from nblora.kernels.attention import cpu as attention_kernel
+from nblora.kernels.common import elementwise
 from nblora.kernels.norm import cpu as norm_kernel
 from nblora.kernels.pointwise import cpu as pointwise_kernel
 from nblora.kernels.pool import cpu as pool_kernel
@@ -15,6 +16,7 @@ from .arena import Arena
 from .blocks import Array, Heads, Pooling, ReferenceBlocks
 from .host import plain as _plain
 from .host import workers_for as _workers
+from .protocol import Operands
 
 
 class CPUBlocks(ReferenceBlocks):
@@ -23,6 +25,7 @@ class CPUBlocks(ReferenceBlocks):
     _crew: Any
     _scratch: Any
     _tiles: Any
+    forward: Any
     arena: Arena
 
     def _share(self, kernel: Any, task: Any, work: int) -> None:
@@ -141,6 +144,10 @@ class CPUBlocks(ReferenceBlocks):
         self._share(pool_kernel.pool, task, 4 * y.size * math.prod(shape.kernel))
 
     def channels(self, x: Array, scale: Array, shift: Array, code: int) -> Array:
+        if x.ndim == 2:  # a job is a channel of an image: of rows each would be one number
+            z = x * scale
+            z += shift
+            return self.pointwise(z, code) if code else z
         y = self.arena.empty(x.shape, x.dtype)
         self._channels(False, code, x, scale, shift, y, y)
         return y
@@ -148,9 +155,25 @@ class CPUBlocks(ReferenceBlocks):
     def channels_gradient(
         self, grad: Array, x: Array, scale: Array, shift: Array, code: int
     ) -> tuple[Array, Array, Array]:
+        if x.ndim == 2:
+            g = self.pointwise_gradient(grad, x * scale + shift, code) if code else grad
+            return g * scale, np.einsum("no,no->o", g, x), g.sum(axis=0)
         gx = self.arena.empty(x.shape, x.dtype)
         along, plain = self._channels(True, code, x, scale, shift, _plain(grad), gx).sum(axis=1)
         return gx, along, plain
+
+    def output_norms(self, operands: Operands) -> Array:
+        """√(‖W‖² + 2 s (Aᵀ W)·B + s² (Aᵀ A B)·B) of each output: W is read twice and W + s A B never made."""
+        base, low_rank = operands.base, operands.low_rank
+        assert base is not None  # whose outputs they are
+        weight = base.weight
+        squares = np.einsum("oi,oi->o" if base.transposed else "io,io->o", weight, weight).astype(np.float64)
+        if low_rank is not None:
+            A, B, s = low_rank.A, low_rank.B.astype(np.float64), low_rank.scaling
+            plain = Operands(base._replace(bias=None), None, None, elementwise.IDENTITY, False)
+            along, _ = self.forward(np.ascontiguousarray(A.T), plain, None, False)
+            squares += np.einsum("ro,ro->o", 2 * s * along + s * s * (A.T @ A) @ B, B)
+        return np.sqrt(np.maximum(squares, 0)).astype(weight.dtype)
 
     def _channels(self, back: bool, code: int, x: Array, scale: Array, shift: Array, y: Array, gx: Array) -> Array:
         size = x.shape[0], x.shape[1], math.prod(x.shape[2:])

@@ -10,6 +10,7 @@ import click
 import numpy as np
 
 import nblora
+from nblora.adapters import ADAPTERS
 from nblora.backends import default_backend
 from nblora.kernels.common.cache import cache_folder
 from nblora.layers.activations import ACTIVATIONS
@@ -75,16 +76,23 @@ def _layers(dtype: str) -> Iterator[tuple[str, Layer]]:
         base = kind.random(*SIZES, activation=activation, dtype=dtype, seed=0)
         name = f"{kind.__name__}, {activation}"
         yield name, base
-        yield f"LoRAAdapter on {name}", nblora.LoRAAdapter(base, RANK, seed=0)
-        yield f"DeltaLoRAAdapter on {name}", nblora.DeltaLoRAAdapter(base, RANK, seed=0)
+        for adapter in _methods():
+            yield f"{adapter.__name__} on {name}", adapter(base, RANK, seed=0)
     if default_backend().device == "cpu":  # a GPU has no kernels for them
         yield from _others(dtype)
     base = nblora.Dense.random(*SIZES, dtype=dtype, seed=0)
     for freeze, dropout in ((False, 0.0), (True, 0.1)):
         what = "lora_dropout" if freeze else "base trained"
-        for adapter in (nblora.LoRAAdapter, nblora.DeltaLoRAAdapter):
-            made = adapter(base, RANK, freeze_base_layer=freeze, lora_dropout=dropout, seed=0)
-            yield f"{adapter.__name__}, {what}", made
+        settings = {"lora_dropout": dropout} if dropout else {}
+        for adapter in _methods():
+            if settings.keys() <= set(adapter.settings()):
+                yield f"{adapter.__name__}, {what}", adapter(base, RANK, freeze_base_layer=freeze, seed=0, **settings)
+
+
+def _methods() -> list[Any]:
+    """The adapters that the default device has the operations of, as functions of a base."""
+    backend = default_backend()
+    return [cls for cls in ADAPTERS.values() if all(hasattr(backend, operation) for operation in cls._needs)]
 
 
 def _others(dtype: str) -> Iterator[tuple[str, Layer]]:
@@ -97,7 +105,7 @@ def _others(dtype: str) -> Iterator[tuple[str, Layer]]:
     ):
         name = type(base).__name__
         yield name, base
-        for adapter in (nblora.LoRAAdapter, nblora.DeltaLoRAAdapter):
+        for adapter in _methods():
             yield f"{adapter.__name__} on {name}", adapter(base, RANK, seed=0)
     for layer in (
         nblora.LayerNorm(ones, zeros),

@@ -12,7 +12,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted
 
 from nblora import Dense, Sequential, checks, load
-from nblora.adapters import DEFAULT_ADAPTER, Adapter
+from nblora.adapters import ADAPTERS, DEFAULT_ADAPTER, Adapter
 from nblora.layers import Layer, tree
 from nblora.linalg import softmax
 from nblora.models.targets import match_names
@@ -226,7 +226,7 @@ class _LoRAEstimator(BaseEstimator):
 
     def _build(self, X: np.ndarray, random: Any) -> None:
         """Make `model_`: a plain copy of the base, or a new network, in adapters."""
-        checks.check_choice("method", self.method, ("lora", "delta"))
+        checks.check_choice("method", self.method, tuple(ADAPTERS))
         checks.check_integer("rank", self.rank, 1)
         rng = np.random.default_rng(draw_seed(random))
         if self.base is None:
@@ -272,9 +272,8 @@ class _LoRAEstimator(BaseEstimator):
         return Sequential(layers), name
 
     def _adapt(self, model: Sequential, names: list[str], head: str | None, rng: np.random.Generator) -> None:
-        settings: dict[str, Any] = {"alpha": self.alpha, "lora_dropout": self.lora_dropout}
-        if self.method == "delta":
-            settings |= {"delta_scaling": self.delta_scaling, "momentum_factor": self.momentum_factor}
+        taken = ADAPTERS[self.method].settings()
+        settings = {name: value for name, value in self.get_params(deep=False).items() if name in taken}
         settings["freeze_base_layer"] = self.base is not None
         layers = dict(tree.units(model))
         by_rank: dict[int, list[str]] = {}
@@ -308,12 +307,12 @@ class LoRAClassifier(ClassifierMixin, _LoRAEstimator):
     base : Sequential, other layer, path of a saved one, or None
         The pretrained network. It is copied, never changed; adapters that it holds are merged in the copy. None draws a
         small network and trains its weights together with the adapters.
-    method : {"lora", "delta"}
-        LoRA, or Delta-LoRA, whose dense delta is as large as the weights.
+    method : str
+        A name in `nblora.adapters.ADAPTERS`, such as "lora", or "delta", whose dense delta is as large as the weights.
     rank : int
         Of the low-rank factors. A layer that is too small for it takes the largest rank that it can.
     alpha, delta_scaling, momentum_factor, lora_dropout
-        As in `DeltaLoRAAdapter`; the delta's own settings do nothing for "lora".
+        As in `DeltaLoRAAdapter`; what is no setting of the method does nothing.
     target : str, or list of str
         Which layers are adapted, as in `Sequential.adapt`; all of them by default.
     head : {"auto", "keep", "new"}

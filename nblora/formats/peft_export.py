@@ -1,6 +1,5 @@
 """nblora adapters as PEFT adapters, and what of a dense delta low-rank factors can hold."""
 
-import math
 import os
 import warnings
 from collections.abc import Mapping
@@ -11,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from nblora import checks
-from nblora.adapters import Adapter as AnyAdapter
-from nblora.adapters import DeltaLoRAAdapter, LoRAAdapter
+from nblora.adapters import Adapter, Factors
 from nblora.formats.peft_config import config_from_dict
 from nblora.formats.peft_tensors import PREFIX
 from nblora.formats.peft_writer import only_these, pattern_fields, write_adapter
@@ -20,11 +18,9 @@ from nblora.formats.rounding import narrow
 from nblora.layers import Dense, Embedding, Layer, tree
 from nblora.layers.conv import Convolution
 from nblora.layers.weighted import Weighted
-from nblora.linalg import best_product, product_svd
+from nblora.linalg import product_svd
 from nblora.models.model import Model
 from nblora.storage.dtypes import BY_NAME
-
-Adapter = LoRAAdapter | DeltaLoRAAdapter
 
 
 @dataclass(frozen=True)
@@ -69,7 +65,7 @@ def save_peft(
 
     Parameters
     ----------
-    adapters : Sequential, LoRAAdapter, DeltaLoRAAdapter, or a mapping of module names to layers
+    adapters : Sequential, an adapter, or a mapping of module names to layers
         Of a `Sequential` its adapters are written, and the plain layers that are trained (`modules_to_save`), by their
         names. In a mapping every plain layer is written whole.
     folder : path-like
@@ -113,12 +109,14 @@ def save_peft(
     tensors: dict[str, np.ndarray] = {}
     exported, alphas = [], {}
     for module, adapter in named.items():
-        A, B, report, alphas[module] = exported_factors(module, adapter, fold_delta)
+        factors = _factors(module, adapter, fold_delta)
         kept = stored or BY_NAME[adapter.dtype.name]
-        for part, factor in _as_peft_has_them(adapter.base_layer, A, B).items():
+        for part, factor in _as_peft_has_them(adapter.base_layer, factors).items():
             tensors[f"{PREFIX}{module}.{part}"] = narrow(factor, kept)
-        exported.append(report)
+        alphas[module], rank = factors.alpha, factors.A.shape[1]
+        exported.append(ExportedModule(module, rank, factors.scaling, factors.dense_norm, factors.dense_error))
     raw = _config(config, {each.name: each.rank for each in exported}, alphas)
+    raw |= next(iter(named.values())).peft_fields
     for module, layer in whole.items():
         # PyTorch's Linear is (out, in); not so its Embedding, and GPT-2's Conv1D.
         as_it_is = not isinstance(layer, Weighted) or isinstance(layer, Embedding)
@@ -148,8 +146,8 @@ def _modules(given: Any, name: str) -> dict[str, Any]:
         return dict(given)
     if not isinstance(given, Model):
         return {name: given}
-    layers = {slot: owner.children()[key] for slot, owner, key in tree.slots(given, AnyAdapter)}
-    chosen = {slot: layer for slot, layer in layers.items() if isinstance(layer, AnyAdapter) or _is_trained(layer)}
+    layers = {slot: owner.children()[key] for slot, owner, key in tree.slots(given, Adapter)}
+    chosen = {slot: layer for slot, layer in layers.items() if isinstance(layer, Adapter) or _is_trained(layer)}
     names = given._peft_names(list(chosen))
     return {names[slot]: layer for slot, layer in chosen.items()}
 
@@ -163,10 +161,10 @@ def _sorted(given: Mapping[str, Any]) -> tuple[dict[str, Adapter], dict[str, Lay
     named: dict[str, Adapter] = {}
     whole: dict[str, Layer] = {}
     for module, layer in given.items():
-        if isinstance(layer, Layer) and not isinstance(layer, AnyAdapter) and any(layer._own_parameters()):
+        if isinstance(layer, Layer) and not isinstance(layer, Adapter) and any(layer._own_parameters()):
             whole[module] = layer
-        elif not isinstance(layer, LoRAAdapter | DeltaLoRAAdapter):
-            raise TypeError(f"adapters[{module!r}] must be a LoRAAdapter or a DeltaLoRAAdapter, got {layer!r}")
+        elif not isinstance(layer, Adapter):
+            raise TypeError(f"adapters[{module!r}] must be an adapter, such as a LoRAAdapter, got {layer!r}")
         elif not isinstance(layer.base_layer, Weighted):
             raise ValueError(
                 f"the base of adapters[{module!r}] must be a layer with a weight, which is what PEFT adapts, got "
@@ -178,6 +176,9 @@ def _sorted(given: Mapping[str, Any]) -> tuple[dict[str, Adapter], dict[str, Lay
         raise ValueError("adapters holds no adapter; expected at least one: model.adapt(...) makes them")
     if len({adapter.lora_layer.use_rslora for adapter in named.values()}) > 1:
         raise ValueError("adapters: some use rsLoRA and some do not; PEFT has one use_rslora for all, write them apart")
+    if any(adapter.peft_fields != next(iter(named.values())).peft_fields for adapter in named.values()):
+        methods = ", ".join(sorted({adapter.method for adapter in named.values()}))
+        raise ValueError(f"adapters follow {methods}, and PEFT has one method for all of a folder: write them apart")
     return named, whole
 
 
@@ -210,14 +211,18 @@ def _low_rank_norm(adapter: Adapter) -> float:
     return float(adapter.scaling * np.linalg.norm(product_svd(A, B)[1]))
 
 
-def _as_peft_has_them(base: Layer, A: np.ndarray, B: np.ndarray) -> dict[str, np.ndarray]:
-    """The factors, (in, rank) and (rank, out), under PEFT's names and in its shapes."""
+def _as_peft_has_them(base: Layer, factors: Factors) -> dict[str, np.ndarray]:
+    """The factors, (in, rank) and (rank, out), and the magnitude (out,), under PEFT's names and in its shapes."""
+    A, B, magnitude = factors.A, factors.B, factors.magnitude
+    scaled = {} if magnitude is None else {"lora_magnitude_vector": magnitude}
     if isinstance(base, Embedding):
-        return {"lora_embedding_A": A.T, "lora_embedding_B": B.T}
+        return {"lora_embedding_A": A.T, "lora_embedding_B": B.T, **scaled}
     if not isinstance(base, Convolution):
-        return {"lora_A.weight": A.T, "lora_B.weight": B.T}
-    down = A.T.reshape(-1, base.in_channels, *base.kernel_size)
-    return {"lora_A.weight": down, "lora_B.weight": B.T.reshape(*B.T.shape, *(1 for _ in base.kernel_size))}
+        return {"lora_A.weight": A.T, "lora_B.weight": B.T, **scaled}
+    ones = tuple(1 for _ in base.kernel_size)
+    down, up = A.T.reshape(-1, base.in_channels, *base.kernel_size), B.T.reshape(*B.T.shape, *ones)
+    shaped = {part: vector.reshape(1, -1, *ones) for part, vector in scaled.items()}
+    return {"lora_A.weight": down, "lora_B.weight": up, **shaped}
 
 
 def _is_part(name: str, blocks: list[str]) -> bool:
@@ -227,26 +232,12 @@ def _is_part(name: str, blocks: list[str]) -> bool:
     return any(holder == block or holder.endswith(f".{block}") for holder in holders for block in blocks)
 
 
-def exported_factors(
-    name: str, adapter: Adapter, fold: int | None
-) -> tuple[np.ndarray, np.ndarray, ExportedModule, float]:
-    """What a file holds of an adapter: A (in, rank) and B (rank, out) as float64, with the delta folded in where `fold`
-    is its rank, what is told of it, and alpha."""
-    A, B = (adapter.get_parameter(factor).astype(np.float64) for factor in ("lora_A", "lora_B"))
-    scaling = adapter.scaling
-    if not isinstance(adapter, DeltaLoRAAdapter):
-        return A, B, ExportedModule(name, adapter.rank, scaling, 0.0, 0.0), adapter.alpha
-    delta = adapter.delta_scaling * adapter.get_parameter("delta").astype(np.float64)
-    norm = float(np.linalg.norm(delta))
-    if fold is None:
-        return A, B, ExportedModule(name, adapter.rank, scaling, norm, 1.0 if norm else 0.0), adapter.alpha
-    checks.check_integer("fold_delta", fold, 1, min(delta.shape))
-    if not np.isfinite(norm):
-        raise ValueError(f"the delta of {name} holds values that are not finite and cannot be folded")
-    P, Q, error = best_product(delta / scaling, fold)
-    report = ExportedModule(name, adapter.rank + fold, scaling, norm, error)
-    alpha = scaling * (math.sqrt(report.rank) if adapter.lora_layer.use_rslora else report.rank)
-    return np.concatenate([A, P], axis=1), np.concatenate([B, Q]), report, alpha
+def _factors(name: str, adapter: Adapter, fold: int | None) -> Factors:
+    """What a file holds of an adapter; ValueError that names it where it cannot."""
+    try:
+        return adapter.as_factors(fold)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def _config(given: Mapping[str, Any] | None, ranks: dict[str, int], alphas: dict[str, float]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any, TypeVar, overload
 import numpy as np
 
 from nblora import checks
-from nblora.adapters import Adapter, LoRAAdapter
+from nblora.adapters import Adapter, Factors, reader_of
 from nblora.errors import FormatError
 from nblora.formats.model_files import ModelFiles, open_model
 from nblora.formats.peft import PeftAdapter
@@ -33,7 +33,7 @@ def load_peft(
 def load_peft(
     adapter: PathLike, base: PathLike, *, modules: Iterable[str] | None = None, dtype: str | None = None,
     activation: str | None = None, settings: Mapping[str, Mapping[str, Any]] | None = None,
-) -> dict[str, LoRAAdapter | Weighted]: ...  # fmt: skip
+) -> dict[str, Adapter | Weighted]: ...  # fmt: skip
 
 
 def load_peft(
@@ -47,8 +47,9 @@ def load_peft(
 ) -> Any:
     """Read a PEFT adapter onto a model, or together with the layers of a checkpoint.
 
-    A DoRA module comes with its norms folded in: with f = m / ‖W + sBA‖ the base becomes f W and B becomes f B, which
-    computes the same and is meant for inference. `lora_bias` is folded into the base's bias in the same way.
+    Each module becomes an adapter of the method that its file names. A DoRA module comes with its norms folded in: with
+    f = m / ‖W + sBA‖ the base becomes f W and B becomes f B, which computes the same and is meant for inference.
+    `lora_bias` is folded into the base's bias.
 
     Parameters
     ----------
@@ -69,12 +70,12 @@ def load_peft(
     -------
     Sequential
         The model, changed in place: its adapted layers, with their activations, are the bases of trainable
-        `LoRAAdapter`s; those that the adapter brings whole (`modules_to_save`) have its weights, and are trained; the
+        adapters; those that the adapter brings whole (`modules_to_save`) have its weights, and are trained; the
         others are frozen.
-    dict of str to LoRAAdapter or layer
-        Of a checkpoint: a `LoRAAdapter` for every adapted module, on a `FullyConnected` (weight (out, in)) or, where
-        the checkpoint stores (in, out) as GPT-2 does, on a `Dense`, on a `Conv1d`, a `Conv2d` or an `Embedding`; a
-        plain `FullyConnected` or convolution for every layer that the adapter brings whole.
+    dict of str to adapter or layer
+        Of a checkpoint: an adapter, such as a `LoRAAdapter`, for every adapted module, on a `FullyConnected` (weight
+        (out, in)) or, where the checkpoint stores (in, out) as GPT-2 does, on a `Dense`, on a `Conv1d`, a `Conv2d` or
+        an `Embedding`; a plain `FullyConnected` or convolution for every layer that the adapter brings whole.
 
     Raises
     ------
@@ -142,7 +143,7 @@ def _brought_in_part(adapter: PeftAdapter, source: "_Layers", found: Mapping[str
 
 def _read_modules(
     adapter: PeftAdapter, source: "_Checkpoint | _Layers", modules: Iterable[str] | None
-) -> dict[str, LoRAAdapter | Weighted]:
+) -> dict[str, Adapter | Weighted]:
     whole = [name.removesuffix(".weight") for name, info in adapter.replaced.items() if _is_layer(name, info, adapter)]
     chosen = list(modules) if modules is not None else [*adapter.modules, *whole]
     for name in chosen:
@@ -355,7 +356,7 @@ class _Reader:
         """A layer that the adapter replaces."""
         return self._source.whole(name)
 
-    def adapted(self, name: str) -> LoRAAdapter:
+    def adapted(self, name: str) -> Adapter:
         """A layer that the adapter changes by factors."""
         module = self._adapter.modules[name]
         if module.groups != 1:
@@ -378,6 +379,7 @@ class _Reader:
             B, alpha = B * module.scaling, -1.0
         changed = module.bias is not None or module.magnitude is not None
         layer = self._source.base(module, W, bias, transposed, changed)
-        rslora = self._adapter.config.use_rslora and alpha > 0
-        factors = _cast(A.T, layer.dtype), _cast(B.T, layer.dtype)
-        return LoRAAdapter.from_factors(layer, *factors, alpha, use_rslora=rslora)
+        config = self._adapter.config
+        fields = {"peft_type": config.raw["peft_type"], "use_dora": config.use_dora}
+        factors = Factors(A.T, B.T, module.scaling, alpha)
+        return reader_of(fields)._of_factors(layer, factors, config.use_rslora and alpha > 0)

@@ -35,14 +35,12 @@ def describe_projection(layer: "Projection", extra: Mapping[str, Any]) -> dict[s
         if operands.low_rank is not None:
             A, B = (_float64(layer, a) for a in operands.low_rank[:2])
             result["low_rank_norm"] = operands.low_rank.scaling * _product_norm(A, B)
-            change = operands.low_rank.scaling * (A @ B)
             if operands.delta is not None:
                 delta = _float64(layer, operands.delta.delta)
-                delta = delta.T if operands.base is not None and operands.base.transposed else delta
                 result["delta_norm"] = operands.delta.scaling * frobenius_norm(delta)
                 result["velocity_norm"] = frobenius_norm(_float64(layer, operands.delta.velocity))
-                change += operands.delta.scaling * delta
-            result["stable_rank"] = stable_rank(change)
+            change = layer._change(operands)
+            result["stable_rank"] = stable_rank(np.zeros((1, 1)) if change is None else change)
         for name, parameter, _ in named:
             if parameter.gradient is not None:
                 result[f"gradient_norm.{name}"] = frobenius_norm(layer._backend.to_host(parameter.gradient))

@@ -362,8 +362,9 @@ def convolution_and_norm_gradient(convolution: Layer, norm: BatchNorm2d, grad: A
 
 def _folds(convolution: Layer, norm: BatchNorm2d, run: Run) -> bool:
     """Whether the norm is computed with its convolution: on the CPU, of a convolution or an adapter on one that have no
-    activation of their own, and where no gradient of the norm's own parameters is wanted."""
+    activation and no scaling of their own, and where no gradient of the norm's own parameters is wanted."""
     base = getattr(convolution, "base_layer", convolution)
     trained = run.training and norm.trainable and not run.frozen
     plain = isinstance(base, Conv2d) and base.activation == "identity"
+    plain = plain and convolution._joins_norm  # type: ignore[attr-defined]  # a projection
     return plain and not trained and isinstance(run.backend, ReferenceBackend)

@@ -96,6 +96,10 @@ class LoRALayer(Projection):
         self.use_rslora = checks.check_flag("use_rslora", use_rslora)
         self.scaling = self.alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
+    def alpha_for(self, rank: int) -> float:
+        """The alpha that gives s beside factors of another rank."""
+        return self.scaling * (math.sqrt(rank) if self.use_rslora else rank)
+
     @property
     def A(self) -> Array:
         """The factor that reads x."""

@@ -47,7 +47,8 @@ class BlockTracer:
     def channels(self, x: Any, scale: Any, shift: Any, code: int) -> Any:
         """Write act(x scale + shift) down."""
         graph = self.graph
-        factor, term = (graph.constant(self.fetch(array).reshape(-1, 1, 1), "channels") for array in (scale, shift))
+        across = (-1, *(1,) * (x.ndim - 2))
+        factor, term = (graph.constant(self.fetch(array).reshape(across), "channels") for array in (scale, shift))
         z = graph.node("Add", graph.node("Mul", x.name, factor), term)
         return _named(x, graph.activation(z, ACTIVATIONS[code]))
 

@@ -1,5 +1,9 @@
 """`Projection`: y = act(x M + b), the one step that plain layers, low-rank layers and adapters share."""
 
+from typing import ClassVar
+
+import numpy as np
+
 from nblora import checks
 from nblora.backends.normalized import Normalized
 from nblora.backends.protocol import Array, Backend, Gradients, Operands, Product
@@ -19,6 +23,7 @@ class Projection(Layer, abstract=True):
     """
 
     _computes = True
+    _joins_norm: ClassVar[bool] = True  # whether its product computes a norm behind it, with operands scaled by it
 
     def _product(self, backend: Backend) -> Product:
         """What computes on `backend`: a backend multiplies rows."""
@@ -46,6 +51,18 @@ class Projection(Layer, abstract=True):
     def _gradients_of(self, gradients: Gradients) -> list[tuple[Parameter, Array | None]]:
         """Each parameter with its gradient, None where it has none; of parameters that no operand is, computed here."""
         return [(parameter, getattr(gradients, part)) for part, parameter in self._targets()]
+
+    def _change(self, operands: Operands) -> np.ndarray | None:
+        """What operands with low-rank factors change of the weight, s A B + c D, (in, out) in float64."""
+        _, low_rank, delta, _, _ = operands
+        if low_rank is None:
+            return None
+        fetch = self._backend.to_host
+        change: np.ndarray = low_rank.scaling * (fetch(low_rank.A).astype(np.float64) @ fetch(low_rank.B))
+        if delta is not None:
+            dense = np.asarray(fetch(delta.delta), np.float64)
+            change += delta.scaling * (dense.T if operands.base is not None and operands.base.transposed else dense)
+        return change
 
     @property
     def shares(self) -> bool:

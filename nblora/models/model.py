@@ -38,8 +38,8 @@ class Model(Layer, abstract=True):
         target : str, compiled expression, int, or a list of them
             Names (dotted inside nested models), fnmatch patterns (`"hidden*"`), regular expressions that match whole
             names, or places.
-        adapter : {"lora", "delta"}
-            Which adapter.
+        adapter : str
+            Which method, by its name in `nblora.adapters.ADAPTERS`.
         rank : int
             Of every new adapter.
         lower_rank : bool

@@ -8,6 +8,7 @@ import numpy as np
 
 from nblora.errors import FormatError
 from nblora.layers import tree
+from nblora.layers.projection import Projection
 from nblora.results import ResultFile, read_result_file, understood
 
 from .bars import benchmark_bars, difference_intervals
@@ -351,15 +352,9 @@ def _spectra(ax: "Axes", spectra: Mapping[str, Any], title: str) -> None:
 
 
 def _change(layer: Any) -> np.ndarray:
-    """s A B + c D of an adapter or a low-rank layer, (in, out), in float64; zero for any other layer."""
-    names = layer.parameter_names()
-    if "lora_A" not in names:
-        return np.zeros((1, 1))
-    A, B = (np.asarray(layer.get_parameter(name), np.float64) for name in ("lora_A", "lora_B"))
-    change: np.ndarray = layer.scaling * (A @ B)
-    if "delta" in names:
-        change = change + layer.delta_scaling * np.asarray(layer.get_parameter("delta"), np.float64)
-    return change
+    """What an adapter or a low-rank layer changes of a weight, (in, out), in float64; zero for any other layer."""
+    change = layer._change(layer._operands()) if isinstance(layer, Projection) else None
+    return np.zeros((1, 1)) if change is None else change
 
 
 # --- words -----------------------------------------------------------------------------------------------------------

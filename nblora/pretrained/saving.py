@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from nblora import checks
-from nblora.adapters import Adapter, DeltaLoRAAdapter, LoRAAdapter
+from nblora.adapters import Adapter, reader_of
 from nblora.errors import FormatError
 from nblora.formats import save_peft
 from nblora.formats.model_files import open_model
-from nblora.formats.peft_export import ExportedModule, exported_factors
+from nblora.formats.peft_export import ExportedModule
 from nblora.formats.replace import check_output, replace_folder
 from nblora.formats.rounding import narrow
 from nblora.layers import Dense, Layer, tree
@@ -112,8 +112,8 @@ def _compare_adapter(model: Any, folder: PathLike, slots: Mapping[str, Layer], f
     probe = model._probe()
     try:
         found = _outputs(model._with(plain).load_adapter(folder), probe)
-        deltas = any(isinstance(layer, DeltaLoRAAdapter) for layer in slots.values())
-        wanted = _outputs(model._with(_as_written(slots, fold)) if deltas else model, probe)
+        less = _less_written(slots, fold)
+        wanted = _outputs(model._with({**slots, **less}) if less else model, probe)
     finally:
         for layer, trainable in flags:
             layer.trainable = trainable
@@ -121,15 +121,13 @@ def _compare_adapter(model: Any, folder: PathLike, slots: Mapping[str, Layer], f
     _require_near(found, wanted, dtype or model.dtype.name, folder)
 
 
-def _as_written(slots: Mapping[str, Layer], fold: int | None) -> dict[str, Layer]:
-    """The same layers, of Delta-LoRA adapters what a file holds; they share their bases."""
-    result = dict(slots)
+def _less_written(slots: Mapping[str, Layer], fold: int | None) -> dict[str, Layer]:
+    """What a file holds of the adapters of which it holds less than there is; they share their bases."""
+    result: dict[str, Layer] = {}
     for name, layer in slots.items():
-        if isinstance(layer, DeltaLoRAAdapter):
-            A, B, _, alpha = exported_factors(name, layer, fold)
-            factors = A.astype(layer.dtype), B.astype(layer.dtype)
-            rslora = layer.lora_layer.use_rslora
-            result[name] = LoRAAdapter.from_factors(layer.base_layer, *factors, alpha, use_rslora=rslora)
+        if isinstance(layer, Adapter) and (factors := layer.as_factors(fold)).dense_error:
+            read = reader_of(layer.peft_fields)
+            result[name] = read._of_factors(layer.base_layer, factors, layer.lora_layer.use_rslora)
     return result
 
 

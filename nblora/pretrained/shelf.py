@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 DEFAULT = "default"
 _ALONE = (
-    "changes base layers themselves (DoRA, lora_bias, or a base that is trained), so that its model can have no other "
+    "changes base layers themselves (lora_bias, or a base that is trained), so that its model can have no other "
     "adapter: load it into a model of its own"
 )
 _TENSORS = "adapter.:"  # that no parameter's name begins with: layers' names have no colon
@@ -286,11 +286,13 @@ def _joined(
     for slot, plain in base.items():
         there = {name: one.layers[slot][0] for name, one in held.items() if slot in one.layers}
         whole = [name for name, layer in there.items() if not isinstance(layer, Adapter)]
-        dense = [n for n, layer in there.items() if isinstance(layer, Adapter) and not isinstance(layer, LoRAAdapter)]
-        if dense:
+        factors = {name: layer.as_factors() for name, layer in there.items() if isinstance(layer, Adapter)}
+        more = [name for name, held in factors.items() if held.dense_error or held.magnitude is not None]
+        if more:
+            what = "a magnitude" if factors[more[0]].magnitude is not None else "a dense delta"
             raise ValueError(
-                f"the adapter {dense[0]!r} has more than low-rank factors at {slot!r}, a dense delta: it can be active "
-                "alone, with weight 1, and not in a sum"
+                f"the adapter {more[0]!r} has more than low-rank factors at {slot!r}, {what}: it can be active alone, "
+                "with weight 1, and not in a sum"
             )
         if whole and len(there) > 1:
             raise ValueError(
@@ -300,11 +302,10 @@ def _joined(
         if whole:
             found[slot] = there[whole[0]], False
         elif there:
-            low = {name: layer.lora_layer for name, layer in there.items()}  # type: ignore[attr-defined]  # LoRAAdapters
-            backend = plain._backend
-            A = np.concatenate([backend.to_host(one.A) for one in low.values()], axis=1)
+            A = np.concatenate([held.A.astype(plain.dtype) for held in factors.values()], axis=1)
             scaled = [
-                backend.to_host(one.B) * plain.dtype.type(weights[name] * one.scaling) for name, one in low.items()
+                held.B.astype(plain.dtype) * plain.dtype.type(weights[name] * held.scaling)
+                for name, held in factors.items()
             ]
             found[slot] = LoRAAdapter.from_factors(plain, A, np.concatenate(scaled)), False
     return found

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 
 from nblora import checks
-from nblora.adapters import DEFAULT_ADAPTER
+from nblora.adapters import ADAPTERS, DEFAULT_ADAPTER
 
 Settings = dict[str, Any]
 
-METHODS = ("head", "lora", "delta", "full")
+METHODS = ("head", *ADAPTERS, "full")
 COMMON = ("method", "seed", "lr", "optimizer", "weight_decay", "schedule", "clip_norm", "epochs", "batch_size")
-OF_ADAPTERS = ("rank", "lower_rank", "alpha", "use_rslora", "init", "lora_dropout", "lora_plus_ratio")
-OF_DELTAS = ("delta_scaling", "momentum_factor", "delta_lr")
-NAMES = COMMON + OF_ADAPTERS + OF_DELTAS
+OF_ADAPTERS = ("rank", "lower_rank", "lora_plus_ratio")
+OF_METHOD = {name: (*OF_ADAPTERS, *cls.settings(), *cls.trained_by) for name, cls in ADAPTERS.items()}
+NAMES = tuple(dict.fromkeys((*COMMON, *(name for names in OF_METHOD.values() for name in names))))
 MOST_RUNS = 100_000
 """Runs of one sweep: a grid of ten settings with ten values each would otherwise fill the memory."""
 RANGE_KEYS = {"low", "high", "scale"}
@@ -86,12 +86,12 @@ def run_key(settings: Mapping[str, Any], task_digest: str) -> str:
 def relevant(settings: Mapping[str, Any]) -> Settings:
     """Return the settings that the run's method uses, in one order, with the method and the seed always there."""
     method = checks.check_choice("method", settings.get("method", DEFAULT_ADAPTER), METHODS)
-    used = COMMON + (OF_ADAPTERS if method in ("lora", "delta") else ()) + (OF_DELTAS if method == "delta" else ())
+    used = COMMON + OF_METHOD.get(method, ())
     if settings.get("optimizer", "adamw") != "adamw":
         used = tuple(name for name in used if name != "weight_decay")
     chosen = {"method": method, "seed": settings.get("seed", 0)}
     chosen.update({name: _plain(name, settings[name]) for name in used if name in settings})
-    if method in ("lora", "delta") and "rank" not in chosen:
+    if method in OF_METHOD and "rank" not in chosen:
         raise ValueError(f"rank must be given for method {method!r}, in the grid or in the fixed settings")
     return chosen
 

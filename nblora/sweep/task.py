@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from nblora import Dense, Sequential
-from nblora.adapters import Adapter
+from nblora.adapters import ADAPTERS, Adapter
 from nblora.errors import NonFiniteError
 from nblora.layers import Layer, tree
 from nblora.training import SGD, AdamW, evaluate, fit
@@ -24,7 +24,6 @@ DEFAULT_LOSS = "cross_entropy"
 MOST_CLASSES = 1_000_000
 """Of a network that is drawn: its last layer has an output for each number up to the largest label."""
 HISTORY = ("loss", "accuracy", "val_loss", "val_accuracy")
-OF_ADAPT = ("rank", "lower_rank", "alpha", "use_rslora", "init", "lora_dropout", "delta_scaling", "momentum_factor")
 
 
 @dataclass(frozen=True)
@@ -147,8 +146,9 @@ def prepare(task: Task, settings: Mapping[str, Any]) -> Sequential:
     """Return a new model with what the method trains set to be trained."""
     model = _plain_model(task, settings["seed"])
     method = settings["method"]
-    if method in ("lora", "delta"):
-        chosen = {name: settings[name] for name in OF_ADAPT if name in settings}
+    if method in ADAPTERS:
+        of_adapt = ("rank", "lower_rank", *ADAPTERS[method].settings())
+        chosen = {name: settings[name] for name in of_adapt if name in settings}
         return model.adapt(task.target, method, modules_to_save=task.modules_to_save, seed=settings["seed"], **chosen)
     leaves = [layer for _, layer in tree.units(model)]
     for layer in leaves:

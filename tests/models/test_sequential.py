@@ -177,7 +177,7 @@ def test_other_faults_change_nothing(model, x):
     for arguments in (
         {"target": "*", "rank": 5},
         {"target": "*", "rank": 2, "alpha": 0},
-        {"target": "*", "rank": 2, "adapter": "dora"},
+        {"target": "*", "rank": 2, "adapter": "dense"},
         {"target": "head", "rank": 2, "modules_to_save": "h*"},
         {"target": "head", "rank": 2, "modules_to_save": "tail"},
     ):

@@ -195,13 +195,20 @@ def test_what_was_written_wrongly_is_noticed(tmp_path, rng, monkeypatch, fold):
     """With a delta that is left out, and with one that is folded in part."""
     model = shaken(nblora.load_pretrained(BERT).adapt("query", "delta", rank=2, seed=1), rng)
     model.save_adapter(tmp_path / "adapter", fold_delta=fold)
-    right = saving.exported_factors
+    right = nblora.DeltaLoRAAdapter.as_factors
 
-    def wrong(name, adapter, fold):
-        A, B, report, alpha = right(name, adapter, fold)
-        return A, 1.2 * B, report, alpha
+    def wrong(adapter, fold=None):
+        found = right(adapter, fold)
+        return found._replace(B=1.2 * found.B)
 
-    monkeypatch.setattr(saving, "exported_factors", wrong)
+    less = saving._less_written
+
+    def less_and_wrong(slots, fold):
+        with monkeypatch.context() as patch:
+            patch.setattr(nblora.DeltaLoRAAdapter, "as_factors", wrong)
+            return less(slots, fold)
+
+    monkeypatch.setattr(saving, "_less_written", less_and_wrong)
     with pytest.raises(FormatError, match="computes something else than the model"):
         model.save_adapter(tmp_path / "adapter", fold_delta=fold)
 
