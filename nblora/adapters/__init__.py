@@ -5,6 +5,7 @@ from typing import Any
 
 from .base import Adapter, Factors
 from .delta import DeltaLoRAAdapter
+from .dora import DoRAAdapter
 from .lora import LoRAAdapter
 
 __all__ = [
@@ -12,12 +13,13 @@ __all__ = [
     "DEFAULT_ADAPTER",
     "Adapter",
     "DeltaLoRAAdapter",
+    "DoRAAdapter",
     "Factors",
     "LoRAAdapter",
     "reader_of",
 ]
 
-ADAPTERS: dict[str, type[Adapter]] = {cls.method: cls for cls in (LoRAAdapter, DeltaLoRAAdapter)}
+ADAPTERS: dict[str, type[Adapter]] = {cls.method: cls for cls in (LoRAAdapter, DeltaLoRAAdapter, DoRAAdapter)}
 """The methods by the names that `adapt`, estimators and sweeps know them by."""
 DEFAULT_ADAPTER = LoRAAdapter.method
 """Wherever none is named: a dense delta makes a layer's state larger than the layer, so it is asked for."""

@@ -47,9 +47,7 @@ def load_peft(
 ) -> Any:
     """Read a PEFT adapter onto a model, or together with the layers of a checkpoint.
 
-    Each module becomes an adapter of the method that its file names. A DoRA module comes with its norms folded in: with
-    f = m / ‖W + sBA‖ the base becomes f W and B becomes f B, which computes the same and is meant for inference.
-    `lora_bias` is folded into the base's bias.
+    Each module becomes an adapter of the method that its file names. `lora_bias` is folded into the base's bias.
 
     Parameters
     ----------
@@ -371,15 +369,13 @@ class _Reader:
             if bias is None:
                 raise FormatError(f"{self._adapter.path}: lora_bias is set, but the base layer {name} has no bias")
             bias = bias + module.scaling * self._adapter.file.read_wide(module.bias.name)
-        if module.magnitude:
-            magnitude = self._adapter.file.read_wide(module.magnitude.name).reshape(-1)
-            factor = (magnitude / np.linalg.norm(W + module.scaling * B @ A, axis=1))[:, None]
-            W, B = factor * W, factor * B
         if alpha <= 0:  # no strength of an nblora adapter
             B, alpha = B * module.scaling, -1.0
-        changed = module.bias is not None or module.magnitude is not None
-        layer = self._source.base(module, W, bias, transposed, changed)
+        layer = self._source.base(module, W, bias, transposed, module.bias is not None)
         config = self._adapter.config
         fields = {"peft_type": config.raw["peft_type"], "use_dora": config.use_dora}
-        factors = Factors(A.T, B.T, module.scaling, alpha)
+        magnitude = None
+        if module.magnitude is not None:
+            magnitude = self._adapter.file.read_wide(module.magnitude.name).reshape(-1)
+        factors = Factors(A.T, B.T, module.scaling, alpha, magnitude)
         return reader_of(fields)._of_factors(layer, factors, config.use_rslora and alpha > 0)

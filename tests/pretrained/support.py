@@ -13,6 +13,7 @@ PARTS = {
     "lora_embedding_B": "lora_B",
     "lora_A.weight": "lora_A",
     "lora_B.weight": "lora_B",
+    "lora_magnitude_vector": "magnitude",
 }
 
 
@@ -49,6 +50,8 @@ def logical(name, array):
     """An array of an adapter's file in the parameter's logical shape."""
     if name.endswith("embed_tokens.weight"):
         return array
+    if name.endswith("lora_magnitude_vector"):
+        return array.reshape(-1)
     return array.reshape(len(array), -1).T if array.ndim > 1 else array
 
 
