@@ -16,6 +16,7 @@ from nblora.pretrained import gguf_tokenizer
 from nblora.storage.bounded import parse_object, read_bounded
 
 from . import chat
+from .chat import Messages, Span
 from .extras import import_tokenizers
 from .wordpiece import NAMES, wordpiece
 
@@ -141,6 +142,26 @@ class Tokenizer:
         ids = [np.array(each.ids, np.int64) for each in found]
         return Encoding(ids, [np.array(each.type_ids, np.int64) for each in found])
 
+    def encode_spans(self, texts: Sequence[str], *, special: bool = True) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Make token ids, and say which characters each token stands for.
+
+        Parameters
+        ----------
+        texts, special
+            As in `encode`.
+
+        Returns
+        -------
+        list of tuple of ndarray of int64
+            Of each text its ids (length,), and (length, 2): the first character of each token, and that behind its
+            last. Tokens that stand for none, and those of one character, share a place.
+        """
+        given = _check_texts("texts", texts)
+        self._backend.no_truncation()
+        with self._faults():
+            found = self._backend.encode_batch(given, add_special_tokens=checks.check_flag("special", special))
+        return [(np.array(e.ids, np.int64), np.array(e.offsets, np.int64).reshape(-1, 2)) for e in found]
+
     def decode(self, ids: Any, *, special: bool = False) -> str:
         """The text of token ids.
 
@@ -166,7 +187,7 @@ class Tokenizer:
             return str(self._backend.decode(array.tolist(), skip_special_tokens=not flag))
 
     def chat(
-        self, messages: chat.Messages, *, add_generation_prompt: bool = False, tools: Any = None, **variables: Any
+        self, messages: Messages, *, add_generation_prompt: bool = False, tools: Any = None, **variables: Any
     ) -> str:
         """A conversation as one text, by the model's chat template.
 
@@ -190,10 +211,31 @@ class Tokenizer:
         FormatError
             For a template that is broken, or refuses the messages.
         """
+        known = {"tools": tools, "add_generation_prompt": add_generation_prompt, **variables}
+        return chat.render(self._template(), self.source, messages, self._variables(known))
+
+    def chat_turns(self, messages: Messages, **variables: Any) -> tuple[str, list[Span]]:
+        """A conversation as one text, as `chat` makes it, and where in it the assistant's turns are.
+
+        Returns
+        -------
+        tuple of str and list
+            The text, and of each turn its first character and that behind its last, what ends the turn included.
+
+        Raises
+        ------
+        ValueError, FormatError
+            As `chat`; and for a template by which it cannot be said.
+        """
+        return chat.render_turns(self._template(), self.source, messages, self._variables(variables))
+
+    def _template(self) -> str:
         if self.chat_template is None:
             raise ValueError(f"{self.source} has no chat template")
-        known = {"tools": tools, "documents": None, "add_generation_prompt": add_generation_prompt}
-        return chat.render(self.chat_template, self.source, messages, {**self.special_tokens, **known, **variables})
+        return self.chat_template
+
+    def _variables(self, more: Mapping[str, Any]) -> dict[str, Any]:
+        return {**self.special_tokens, "tools": None, "documents": None, "add_generation_prompt": False, **more}
 
     def lowercased(self) -> "Tokenizer":
         """The same of texts that are brought to lower case before anything else."""
