@@ -20,7 +20,7 @@ class Callback:
     model : Layer
         The model in training, set before the first call.
     stop : bool
-        Set it to True to end training after the present epoch.
+        Set it to True to end training after the present epoch (the present `eval_every` updates).
     """
 
     model: Layer
@@ -37,7 +37,10 @@ class Callback:
         """Act after an update; `step` counts from 1 over the run, `logs` holds the batch's loss."""
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
-        """Act after an epoch, counted from 1; `logs` is its row of the history."""
+        """Act after an epoch, counted from 1; `logs` is its row of the history.
+
+        With `fit(eval_every=...)` it is called after each so many updates, counted from 1 too.
+        """
 
     def on_train_end(self) -> None:
         """Act after the last epoch."""
@@ -57,8 +60,8 @@ class EarlyStopping(Callback):
     ----------
     monitor : str
         A column of the history.
-    patience : int
-        Epochs without improvement after which training ends; at least 1.
+    patience : int or None
+        Epochs without improvement after which training ends; at least 1. None never ends it, and keeps the best.
     min_delta : float
         What counts as an improvement: more than this.
     mode : {"auto", "min", "max"}
@@ -79,7 +82,7 @@ class EarlyStopping(Callback):
         self,
         monitor: str = "val_loss",
         *,
-        patience: int = 3,
+        patience: int | None = 3,
         min_delta: float = 0.0,
         mode: str = "auto",
         restore_best: bool = False,
@@ -87,7 +90,7 @@ class EarlyStopping(Callback):
         if not isinstance(monitor, str):
             raise TypeError(f"monitor must be the name of a column of the history, got {monitor!r}")
         self.monitor = monitor
-        self.patience = checks.check_integer("patience", patience, 1)
+        self.patience = math.inf if patience is None else checks.check_integer("patience", patience, 1)
         self.min_delta = checks.check_not_negative("min_delta", min_delta)
         self.mode = checks.check_choice("mode", mode, ("auto", "min", "max"))
         self.restore_best = checks.check_flag("restore_best", restore_best)

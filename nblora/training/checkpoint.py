@@ -24,7 +24,9 @@ _SLOT, _CALLBACK = "fit.:slot.", "fit.:callback."
 class RunState(NamedTuple):
     """What a checkpoint holds beside what was trained: all that decides how the run goes on.
 
-    `frozen` has a digest of each parameter that is not trained; `first_loss` is that of the run's first batch.
+    `frozen` has a digest of each parameter that is not trained; `first_loss` is that of the run's first batch; `within`
+    counts the updates of an epoch that is not whole, whose order is drawn from `shuffle` again; `sums` are those of a
+    row of the history that is not whole.
     """
 
     epoch: int
@@ -33,6 +35,8 @@ class RunState(NamedTuple):
     rows: list[Row]
     frozen: dict[str, str]
     first_loss: float
+    within: int = 0
+    sums: Row = {}  # noqa: RUF012 - never changed
 
 
 def write_run(
@@ -60,6 +64,8 @@ def write_run(
         "first_loss": state.first_loss if math.isfinite(state.first_loss) else None,
         "delta_lr": step.delta_rates if step.calibrates else {},
         "rows": state.rows,
+        "within": state.within,
+        "sums": state.sums,
     }
     write_checkpoint(path, type(model).__name__, {**model._config(), "fit": run, FROZEN: state.frozen}, tensors)
 
@@ -82,12 +88,14 @@ def read_run(path: str | os.PathLike[str], model: Layer, step: Step, callbacks: 
             check_same_base(model, frozen)
         actions = [*_model_actions(model, run, tensors), *_slot_actions(step, run, tensors)]
         state = RunState(
-            checks.check_integer("epoch", run["epoch"], 1),
+            checks.check_integer("epoch", run["epoch"], 0),
             checks.check_integer("step", run["step"], 1),
             None if run["shuffle"] is None else _checked_state(run["shuffle"]),
             [_checked_row(row) for row in run["rows"]],
             frozen,
             math.inf if run.get("first_loss") is None else checks.check_not_negative("first_loss", run["first_loss"]),
+            checks.check_integer("within", run.get("within", 0), 0),  # files of before have none
+            _checked_row(run.get("sums", {})),
         )
         rates = {
             name: checks.check_not_negative(f"delta_lr[{name!r}]", rate)

@@ -19,9 +19,27 @@ class Samples(NamedTuple):
     x: Any
     y: Any
 
-    def batches(self, size: int, order: np.ndarray | None = None) -> Iterator[tuple[Any, Any]]:
-        """Cut into batches of `size`, the last of which may be smaller, in the given order or as they lie."""
-        for start in range(0, len(self.x), size):
+    @property
+    def of_texts(self) -> bool:
+        """Whether a sample is a sequence of tokens."""
+        return hasattr(self.x, "ids")
+
+    @property
+    def size(self) -> int:
+        """How much there is to compute: tokens of texts, samples of others."""
+        return len(self.x.ids) if self.of_texts else len(self.x)
+
+    @property
+    def unit(self) -> str:
+        """What `size` counts."""
+        return "tokens" if self.of_texts else "samples"
+
+    def batches(self, size: int, order: np.ndarray | None = None, first: int = 0) -> Iterator[tuple[Any, Any]]:
+        """Cut into batches of `size`, the last of which may be smaller, in the given order or as they lie.
+
+        `first` is the place in that order at which to begin.
+        """
+        for start in range(first, len(self.x), size):
             chosen = slice(start, start + size) if order is None else order[start : start + size]
             yield self.x[chosen], self.y[chosen]
 

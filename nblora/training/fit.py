@@ -29,8 +29,10 @@ def fit(
     optimizer: Any = "adamw",
     lr: float | None = None,
     epochs: int = 10,
+    steps: int | None = None,
     batch_size: int = 32,
     validation: tuple[Any, Any] | None = None,
+    eval_every: int | None = None,
     callbacks: Any = (),
     schedule: Any = None,
     clip_norm: float | None = None,
@@ -43,6 +45,7 @@ def fit(
     seed: int | np.random.Generator | None = None,
     progress: bool | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
+    save_every: int | None = None,
     resume: str | os.PathLike[str] | None = None,
 ) -> History:
     """Train the trainable parameters of a model, in place.
@@ -68,10 +71,15 @@ def fit(
         Learning rate of an optimiser given by name; default: its own, 0.001 for "adamw" and 0.01 for "sgd".
     epochs : int
         Passes over the data, those before `resume` included.
+    steps : int, optional
+        Updates after which training ends, in place of `epochs`.
     batch_size : int
         Samples of a step; the last batch of an epoch may be smaller.
     validation : tuple (x, y), optional
-        Evaluated after each epoch.
+        Evaluated after each epoch, and where training ends.
+    eval_every : int, optional
+        Evaluate, and begin a new row of the history, after so many updates instead; callbacks' `on_epoch_end` is called
+        then.
     callbacks : list of Callback
         `EarlyStopping` and your own.
     schedule : {"constant", "cosine"} or Schedule, optional
@@ -102,10 +110,14 @@ def fit(
     seed : int or Generator, optional
         Of that order, and of the base's dropout. That of adapters has random states of its own.
     progress : bool, optional
-        Show a bar with the loss and samples/s; default: where standard error is a terminal.
+        Show a bar with the loss, samples/s (of texts tokens/s) and the time left; default: where standard error is a
+        terminal.
     checkpoint : path, optional
         After each epoch, write what is trained, a digest of the rest, and the run's state to this file, atomically.
         `nblora.load(file, base=model)` makes the model of it and of its frozen base.
+    save_every : int, optional
+        Write it after so many updates instead, and where training ends. Where `delta_lr` is "auto" an epoch may have to
+        start again, and it is written after whole epochs all the same.
     resume : path, optional
         Go on from such a file: model, optimiser, callbacks, schedule's position and random states are brought to where
         they were, and the run then equals an uninterrupted one bit for bit, given the same data and arguments. Where
@@ -114,7 +126,7 @@ def fit(
     Returns
     -------
     History
-        One row an epoch.
+        One row an epoch, or for each `eval_every` updates.
 
     Raises
     ------
@@ -128,8 +140,9 @@ def fit(
     Notes
     -----
     When training ends with an error or is interrupted (Ctrl-C), parameters, velocities and random states are brought
-    back to the end of the last whole epoch. This takes two copies of the trained parameters and velocities, since one
-    must stay whole while the other is written: memory for them twice more.
+    back to the end of the last whole epoch (with `eval_every` or `save_every`: to where the last of these was).
+    This takes two copies of the trained parameters and velocities, since one must stay whole while the other is
+    written: memory for them twice more.
 
     Layers take the fused sweep, which never holds a dense gradient, unless `clip_norm` is set or the optimiser needs
     the dense gradient of a trained weight: AdamW, and SGD with momentum, for a layer whose own weight is trained.
@@ -175,6 +188,9 @@ def fit(
         checkpoint=None if checkpoint is None else _check_target(checkpoint),
         accumulate=several,
         grouped=grouped,
+        steps=_check_count("steps", steps),
+        eval_every=_check_count("eval_every", eval_every),
+        save_every=_check_count("save_every", save_every),
     )
     run.callbacks = check_callbacks(callbacks, run.columns())
     shown = None if progress is None else checks.check_flag("progress", progress)
@@ -234,6 +250,10 @@ def _check_validation(validation: Any, model: Layer, loss: Loss) -> Samples | No
         raise TypeError(f"validation must be a pair (x, y), got an object of type {type(validation).__name__}")
     x, y = validation
     return check_samples(("validation x", "validation y"), x, y, model, loss)
+
+
+def _check_count(name: str, value: Any) -> int | None:
+    return None if value is None else checks.check_integer(name, value, 1)
 
 
 def _generator(seed: Any) -> np.random.Generator:

@@ -17,7 +17,8 @@ class History:
     Columns: `epoch` and `step` (both counted from 1: the epoch, and the updates made by its end), `loss` (the mean over
     the epoch's batches, taken before each update), `accuracy` for classification losses, `val_loss` and
     `val_accuracy` with validation data, `lr` (of the epoch's last step), `grad_norm` (with clipping: the mean norm
-    before it), `seconds` (training alone) and `samples_per_second`.
+    before it), `seconds` (training alone), `samples_per_second`, and of texts `tokens_per_second`. With
+    `fit(eval_every=...)` a row is for so many updates, and `epoch` is the one that it ended in.
 
     Attributes
     ----------

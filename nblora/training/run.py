@@ -1,4 +1,4 @@
-"""`Run`: the loop of epochs behind `fit`."""
+"""`Run`: the loop behind `fit`: epochs, in stretches from one evaluation, or saving, to the next."""
 
 import contextlib
 import itertools
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from nblora import checks
-from nblora.errors import NonFiniteError
+from nblora.errors import FormatError, NonFiniteError
 from nblora.layers import Layer, tree
 from nblora.layers.run import Run as LayerRun
 from nblora.layers.saving import digests
@@ -31,6 +31,7 @@ from .step import Step
 
 HALVINGS = 12  # of the deltas' rates, to a four-thousandth: a fault that is still there has another cause
 GROWN = 100  # times its first loss is a run whose weights run away, and cannot be brought back from where they soon are
+_TIMES = ("seconds", "samples_per_second", "tokens_per_second")
 EVALUATION_BATCH = 256  # without a backward to feed, larger batches only save calls
 
 
@@ -51,14 +52,25 @@ class Run:
         checkpoint: Path | None,
         accumulate: int = 1,
         grouped: bool = False,
+        steps: int | None = None,
+        eval_every: int | None = None,
+        save_every: int | None = None,
     ) -> None:
         self.model, self.samples, self.held_out = model, samples, held_out
         self.step, self.schedule = step, schedule
-        self.epochs, self.batch_size, self.rng, self.checkpoint = epochs, batch_size, rng, checkpoint
+        self.batch_size, self.rng, self.checkpoint = batch_size, rng, checkpoint
         self.accumulate, self.grouped = accumulate, grouped
+        self.eval_every, self.save_every = eval_every, save_every
+        self.per_epoch = -(-len(samples.x) // (batch_size * accumulate))
+        self.epochs = epochs if steps is None else -(-steps // self.per_epoch)
+        self.steps = epochs * self.per_epoch if steps is None else steps
+        self.limit = steps
         self.callbacks: list[Callback] = []
         self.history = History()
-        self.epoch = 0
+        self.epoch, self.within = 0, 0  # whole epochs, and updates of the one that is not whole
+        self._order: np.ndarray | None = None
+        self._drawn_from: dict[str, Any] | None = None
+        self._sums: dict[str, float] = {}
         self._frozen: dict[str, str] | None = None
         self._first_loss = math.nan
         self._moved = self._warned = False
@@ -70,7 +82,7 @@ class Run:
         if self.held_out is not None:
             names += [f"val_{name}" for name in metrics]
         names += ["lr"] if self.step.clip_norm is None else ["lr", "grad_norm"]
-        return [*names, "seconds", "samples_per_second"]
+        return [*names, *_TIMES[: 3 if self.samples.of_texts else 2]]
 
     def start(self, resume: Path | None, shown: bool | None) -> History:
         """Train to the last epoch; whatever goes wrong, leave a whole model."""
@@ -95,7 +107,7 @@ class Run:
         try:
             # Overflow is looked for where it matters; NumPy's warnings would tell of it without layer or step.
             with (
-                contextlib.closing(Progress(shown, self.epochs, len(self.samples.x), self.epoch)) as bar,
+                contextlib.closing(Progress(shown, self._amount(self.steps), self.samples.unit)) as bar,
                 np.errstate(over="ignore", invalid="ignore"),
             ):
                 self.model.train()
@@ -105,40 +117,106 @@ class Run:
         except NonFiniteError as error:
             raise NonFiniteError(self._explain(error)) from error
 
+    def _amount(self, steps: int) -> float:
+        """Samples, or tokens, of so many updates: what the bar counts."""
+        return self.samples.size / self.per_epoch * steps
+
     def _resume(self, path: Path) -> None:
         state = read_run(path, self.model, self.step, self.callbacks)
-        self.epoch = state.epoch
-        self._first_loss = state.first_loss
+        self.epoch, self.within = state.epoch, state.within
+        self._first_loss, self._sums = state.first_loss, dict(state.sums)
         self.history = History(state.rows, self.step.delta_rates)
         if self.rng is not None and state.shuffle is not None:
             self.rng.bit_generator.state = state.shuffle
+        if self.within:
+            if self.within >= self.per_epoch:
+                raise FormatError(
+                    f"{path}: the run has made {self.within} updates of an epoch, and here it has {self.per_epoch}: "
+                    "go on with the same data and settings"
+                )
+            self._draw_order()
+
+    def _is_over(self) -> bool:
+        over = self.epoch >= self.epochs or (self.limit is not None and self.step.count >= self.limit)
+        return over or any(callback.stop for callback in self.callbacks)
 
     def _train(self, safe: Snapshot, bar: Progress) -> None:
-        while self.epoch < self.epochs and not any(callback.stop for callback in self.callbacks):
-            row = self._whole_epoch(safe, bar)
-            safe.take()
-            self.epoch += 1
-            self.history.rows.append(row)
+        bar.restart(self._amount(self.step.count))
+        again = self._restart_point()
+        while not self._is_over():
+            if not self.within:
+                self._draw_order()
+                if self.step.calibrates:
+                    batches = self.samples.batches(self.batch_size, self._order)
+                    self.step.calibrate(itertools.islice(batches, BATCHES))
+            row = self._whole_stretch(safe, bar, again)
+            if self.within == self.per_epoch:
+                self.epoch, self.within = self.epoch + 1, 0
+            if not (self.within and self.step.calibrates):
+                safe.take()
             self.history.delta_lr = self.step.delta_rates
-            for callback in self.callbacks:
-                callback.on_epoch_end(self.epoch, row)
-            if self.checkpoint is not None:
+            if row is not None:
+                self._sums = {}
+                self.history.rows.append(row)
+                for callback in self.callbacks:
+                    callback.on_epoch_end(len(self.history), row)
+            if not (self.within and self.step.calibrates):
+                again = self._restart_point()
+            if self.checkpoint is not None and self._is_due(None if self.step.calibrates else self.save_every):
                 self._write(self.checkpoint)
 
-    def _whole_epoch(self, safe: Snapshot, bar: Progress) -> Row:
-        """An epoch; one that runs away starts again with half of the deltas' rates, where they were found."""
-        begun, halvings, fault = self.step.count, 0, ""
-        order = None if self.rng is None else self.rng.permutation(len(self.samples.x))
+    def _restart_point(self) -> dict[str, Any]:
+        """Where to start again from, beside the model's own state: the present point of the run."""
+        states = [callback.state_dict() for callback in self.callbacks] if self.step.calibrates else []
+        place = {"count": self.step.count, "within": self.within, "sums": dict(self._sums)}
+        return {**place, "rows": len(self.history), "callbacks": states}
+
+    def _go_back(self, point: dict[str, Any], safe: Snapshot, bar: Progress) -> None:
+        safe.restore()
+        self.step.count, self.within, self._sums = point["count"], point["within"], dict(point["sums"])
+        del self.history.rows[point["rows"] :]
+        for callback, state in zip(self.callbacks, point["callbacks"], strict=True):
+            callback.load_state_dict(state)
+        self.model.train()
+        bar.restart(self._amount(self.step.count))
+
+    def _draw_order(self) -> None:
+        """The order of an epoch's samples."""
+        self._drawn_from = None if self.rng is None else dict(self.rng.bit_generator.state)
+        self._order = None if self.rng is None else self.rng.permutation(len(self.samples.x))
         if self.grouped:
-            order = self.samples.by_length(order, self.batch_size, self.rng)
-        if self.step.calibrates:
-            self.step.calibrate(itertools.islice(self.samples.batches(self.batch_size, order), BATCHES))
+            self._order = self.samples.by_length(self._order, self.batch_size, self.rng)
+
+    def _stretch_end(self) -> int:
+        """The updates of this epoch after which to evaluate, to save, or to end."""
+        count, found = self.step.count, self.per_epoch - self.within
+        if self.limit is not None:
+            found = min(found, self.limit - count)
+        for every in (self.eval_every, None if self.step.calibrates else self.save_every):
+            if every is not None:
+                found = min(found, every - count % every)
+        return self.within + found
+
+    def _is_due(self, every: int | None) -> bool:
+        """Whether now, between two updates, is what comes after each epoch, or so many updates; at the end it is."""
+        whole = self.within in (0, self.per_epoch)
+        if self._is_over() or (whole and self.epoch + (self.within > 0) >= self.epochs):
+            return True
+        return whole if every is None else self.step.count % every == 0
+
+    def _whole_stretch(self, safe: Snapshot, bar: Progress, again: dict[str, Any]) -> Row | None:
+        """An epoch, or a part of it; one that runs away starts again with half of the rates that were found for deltas.
+
+        Returns the row of the history that ends with it, if one does.
+        """
+        halvings, fault = 0, ""
         while True:
             try:
-                row = self._epoch(order, bar)
+                row = self._stretch(bar)
             except NonFiniteError as error:
-                # What comes before the epoch's first update is no fault of the rates, and would come again.
+                # What comes before the first update is no fault of the rates, and would come again.
                 if not self._moved or halvings == HALVINGS or not self.step.halve_delta_rates():
+                    self.within = again["within"]
                     raise
                 fault = str(error)
             else:
@@ -147,10 +225,7 @@ class Run:
             halvings += 1
             if halvings == HALVINGS:
                 self._first_loss = math.inf  # a loss that grows for another reason may do so, as in any run
-            safe.restore()
-            self.step.count = begun
-            self.model.train()
-            bar.restart(self.epoch)
+            self._go_back(again, safe, bar)
 
     def _check_growth(self, mean: float, last: Samples) -> None:
         """NonFiniteError where the rates that were found let the run go: soon no epoch would bring it back.
@@ -176,41 +251,55 @@ class Run:
             )
             self._warned = True
 
-    def _epoch(self, order: np.ndarray | None, bar: Progress) -> Row:
-        """Train one pass over the samples, validate, and return the epoch's row."""
-        count, loss = len(self.samples.x), self.step.loss
-        per_epoch = -(-count // (self.batch_size * self.accumulate))
+    def _stretch(self, bar: Progress) -> Row | None:
+        """Train to where the next row or file is due, and return the row, if it is one."""
+        end, sums = self._stretch_end(), self._sums
         self._moved = False
-        total = {"loss": 0.0, **dict.fromkeys(loss.metrics, 0.0)}
-        norms, factor, learnt = 0.0, 1.0, 0
         started = time.perf_counter()
-        for batches in _several(self.samples.batches(self.batch_size, order), self.accumulate):
-            factor = self.schedule.factor(self.step.count, self.epochs * per_epoch)
-            checks.check_not_negative("the schedule's factor", factor)
-            figures, norm = self.step(batches, factor)
-            self._moved = True
-            if math.isnan(self._first_loss):
-                self._first_loss = figures["loss"] if figures["loss"] > 0 else math.inf
-            weight = sum(loss._learnt(y) for _, y in batches)
-            for name, value in figures.items():
-                total[name] += value * weight
-            learnt += weight
-            norms += norm or 0.0
-            for callback in self.callbacks:
-                callback.on_step_end(self.step.count, figures)
-            bar.advance(self.epoch + 1, sum(len(x) for x, _ in batches), figures["loss"])
-        seconds = time.perf_counter() - started
+        first = self.within * self.accumulate * self.batch_size
+        several = _several(self.samples.batches(self.batch_size, self._order, first), self.accumulate)
+        for batches in itertools.islice(several, end - self.within):
+            self._update(batches, sums, bar)
+        sums["seconds"] = sums.get("seconds", 0.0) + time.perf_counter() - started
+        self.within = end
         check_parameters(self.model, self.step.count)
         if self.step.calibrates:
-            self._check_growth(total["loss"] / max(1, learnt), Samples(*batches[-1]))
+            mean = sums["loss"] / max(1, sums["learnt"])
+            self._check_growth(mean, Samples(*batches[-1]))
+        return self._row(sums) if self._is_due(self.eval_every) else None
+
+    def _update(self, batches: list[Any], sums: dict[str, float], bar: Progress) -> None:
+        """One update, which counts among the sums of the row."""
+        factor = self.schedule.factor(self.step.count, self.steps)
+        checks.check_not_negative("the schedule's factor", factor)
+        figures, norm = self.step(batches, factor)
+        self._moved = True
+        if math.isnan(self._first_loss):
+            self._first_loss = figures["loss"] if figures["loss"] > 0 else math.inf
+        weight = sum(self.step.loss._learnt(y) for _, y in batches)
+        size = sum(Samples(*batch).size for batch in batches)
+        counted = {name: value * weight for name, value in figures.items()}
+        counted |= {"learnt": weight, "norms": norm or 0.0, "updates": 1, "size": size}
+        counted["samples"] = sum(len(x) for x, _ in batches)
+        for name, value in counted.items():
+            sums[name] = sums.get(name, 0) + value
+        sums["factor"] = factor
+        for callback in self.callbacks:
+            callback.on_step_end(self.step.count, figures)
+        where = f"epoch {self.epoch + 1}/{self.epochs}" if self.limit is None else f"{self.step.count}/{self.limit}"
+        bar.advance(where, size, figures["loss"])
+
+    def _row(self, sums: dict[str, float]) -> Row:
         row: Row = {"epoch": self.epoch + 1, "step": self.step.count}
-        row.update({name: value / max(1, learnt) for name, value in total.items()})
+        row.update({name: sums[name] / max(1, sums["learnt"]) for name in ("loss", *self.step.loss.metrics)})
         row.update(self._validate())
-        row["lr"] = factor * self.step.optimizer.lr
+        row["lr"] = sums["factor"] * self.step.optimizer.lr
         if self.step.clip_norm is not None:
-            row["grad_norm"] = norms / per_epoch
-        row["seconds"] = seconds
-        row["samples_per_second"] = count / max(seconds, 1e-9)  # some clocks tick slower than a small epoch
+            row["grad_norm"] = sums["norms"] / sums["updates"]
+        seconds = max(sums["seconds"], 1e-9)  # some clocks tick slower than a small epoch
+        row.update(zip(_TIMES, (sums["seconds"], sums["samples"] / seconds), strict=False))
+        if self.samples.of_texts:
+            row["tokens_per_second"] = sums["size"] / seconds
         return row
 
     def _validate(self) -> dict[str, float]:
@@ -233,14 +322,25 @@ class Run:
         return first_fault(self.model, next(faulty, batches[0]))
 
     def _write(self, path: Path) -> None:
-        shuffle = None if self.rng is None else dict(self.rng.bit_generator.state)
         if self._frozen is None:
             self._frozen = digests(self.model)
-        state = RunState(self.epoch, self.step.count, shuffle, self.history.rows, self._frozen, self._first_loss)
+        shuffle = None if self.rng is None else dict(self.rng.bit_generator.state)
+        state = RunState(
+            self.epoch,
+            self.step.count,
+            self._drawn_from if self.within else shuffle,
+            self.history.rows,
+            self._frozen,
+            self._first_loss,
+            self.within,
+            self._sums,
+        )
         write_run(path, self.model, self.step, self.callbacks, state)
 
     def _explain(self, error: NonFiniteError) -> str:
         where = f"the end of epoch {self.epoch}" if self.epoch else "where it was before training"
+        if self.within:
+            where = f"update {self.within} of epoch {self.epoch + 1}"
         return (
             f"{error} (epoch {self.epoch + 1}); the model is back at {where}. Lower the learning rate or delta_lr, "
             "warm up, or set clip_norm"

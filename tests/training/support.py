@@ -65,7 +65,10 @@ def assert_same_state(computed, reference):
 
 
 def without_times(history):
-    return [{k: v for k, v in row.items() if k not in ("seconds", "samples_per_second")} for row in history]
+    return [
+        {k: v for k, v in row.items() if k not in ("seconds", "samples_per_second", "tokens_per_second")}
+        for row in history
+    ]
 
 
 class Interrupt(nblora.training.Callback):

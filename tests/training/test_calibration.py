@@ -9,7 +9,7 @@ import pytest
 import nblora
 from nblora.errors import NonFiniteError
 from nblora.storage.checkpoint import read_checkpoint, write_checkpoint
-from nblora.training import SGD, AdamW, Callback, CrossEntropy, MeanSquaredError, Schedule, calibration
+from nblora.training import SGD, AdamW, Callback, CrossEntropy, EarlyStopping, MeanSquaredError, Schedule, calibration
 from tests.models.test_tree import Twice
 
 from . import support
@@ -232,6 +232,25 @@ def test_a_halved_run_goes_on(monkeypatch, tmp_path):
     history, _, _ = fragile(monkeypatch, rest, resume=tmp_path / "run")
     support.assert_same_state(support.state(rest), support.state(whole))
     assert history.delta_lr == reference.delta_lr
+
+
+def test_a_halved_run_that_is_evaluated_within_epochs_goes_on(monkeypatch, tmp_path):
+    """The rows of an epoch that starts again are forgotten; files are those of whole epochs."""
+    whole, broken, rest = (support.network(dropout=0.2) for _ in range(3))
+    settings = {"steps": 13, "eval_every": 2, "save_every": 3}
+
+    def watch(*more):
+        return [EarlyStopping("loss", patience=None, restore_best=True), *more]
+
+    reference, told, _ = fragile(monkeypatch, whole, callbacks=watch(), **settings)
+    assert len(told) == 1
+    assert [row["step"] for row in reference] == [2, 4, 6, 8, 10, 12, 13]
+    with pytest.raises(KeyboardInterrupt):
+        fragile(monkeypatch, broken, checkpoint=tmp_path / "run", callbacks=watch(support.Interrupt(9)), **settings)
+    history, _, _ = fragile(monkeypatch, rest, resume=tmp_path / "run", callbacks=watch(), **settings)
+    assert history.delta_lr == reference.delta_lr
+    support.assert_same_state(support.state(rest), support.state(whole))
+    assert support.without_times(history) == support.without_times(reference)
 
 
 def test_a_validation_loss_starts_the_epoch_again_too(monkeypatch):

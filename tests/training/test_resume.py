@@ -88,6 +88,39 @@ def test_early_stopping_goes_on(cut, restore_best, tmp_path):
         assert getattr(second["callbacks"][1], name) == getattr(reference["callbacks"][1], name)
 
 
+@pytest.mark.parametrize("rate", ["auto", 0.7])
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("killed", [1, 2, 3, 5, 6, 7, 10, 11])
+def test_a_run_goes_on_within_an_epoch(killed, accumulate, rate, tmp_path):
+    """Saved every two updates, evaluated every three, of epochs of five (three): rows span epochs and files."""
+    path = tmp_path / "run"
+
+    def settings(*more):
+        best = EarlyStopping("val_loss", patience=None, restore_best=True)
+        return {
+            "optimizer": AdamW(0.05), "delta_lr": rate, "validation": support.data(seed=8), "schedule": "cosine",
+            "steps": 11, "accumulate": accumulate, "eval_every": 3, "save_every": 2, "callbacks": [best, *more],
+        }  # fmt: skip
+
+    whole, broken = support.network(dropout=0.3), support.network(dropout=0.3)
+    reference = fit(whole, **settings())
+    assert [row["step"] for row in reference] == [3, 6, 9, 11]
+    with pytest.raises(KeyboardInterrupt):
+        fit(broken, checkpoint=path, **settings(support.Interrupt(killed)))
+    assert path.exists() == (killed > (2 if rate != "auto" else 5 if accumulate == 1 else 3))
+    rest = support.network(dropout=0.3)
+    resumed = fit(rest, resume=path if path.exists() else None, checkpoint=path, **settings())
+    support.assert_same_state(support.state(rest), support.state(whole))
+    assert support.without_times(resumed) == support.without_times(reference)
+    assert reference.delta_lr == resumed.delta_lr
+
+
+def test_a_run_does_not_go_on_within_an_epoch_of_other_data(tmp_path):
+    fit(support.network(), steps=9, save_every=4, checkpoint=tmp_path / "run")
+    with pytest.raises(FormatError, match="4 updates of an epoch, and here it has 2"):
+        fit(support.network(), steps=20, batch_size=20, resume=tmp_path / "run")
+
+
 def test_without_shuffling(tmp_path):
     whole, half = support.network(), support.network()
     fit(whole, epochs=3, shuffle=False)
@@ -235,7 +268,7 @@ def rewritten(path, change):
     ("change", "message"),
     [
         (lambda run, tensors: run.pop("epoch"), "'epoch' is missing"),
-        (lambda run, tensors: run.update(epoch=-1), "epoch must be at least 1"),
+        (lambda run, tensors: run.update(epoch=-1), "epoch must be at least 0"),
         (lambda run, tensors: run.update(step="x"), "step must be an integer"),
         (lambda run, tensors: run.update(rows=[{"loss": "low"}]), "loss must be a real number"),
         (lambda run, tensors: run.update(rows=3), "iterable"),
