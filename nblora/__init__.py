@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from nblora import errors, training
     from nblora.adapters import DeltaLoRAAdapter, LoRAAdapter
     from nblora.backends import devices, set_device
+    from nblora.finetuning import finetune
     from nblora.formats import load_peft, save_peft
     from nblora.layers import (
         Conv1d,
@@ -44,6 +45,7 @@ __all__ = [
     "devices",
     "encode",
     "errors",
+    "finetune",
     "fit",
     "generate",
     "inspect",
@@ -74,6 +76,7 @@ _PLACES = {
     "combine": "weights",
     "devices": "backends",
     "encode": "text",
+    "finetune": "finetuning",
     "fit": "training",
     "generate": "pretrained",
     "inspect": "weights",
@@ -94,6 +97,7 @@ _ROOMS = (
     "checks",
     "compare",
     "errors",
+    "finetuning",
     "formats",
     "kernels",
     "layers",

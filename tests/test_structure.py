@@ -27,7 +27,7 @@ ROOMS = {
     "training": 7,
     "weights": 7,
 }
-DOORS = {"nblora", "cli", "demo", "estimators", "sweep", "plots", "bench", "info", "compare", "results"}
+DOORS = {"nblora", "cli", "demo", "estimators", "sweep", "plots", "bench", "info", "compare", "results", "finetuning"}
 LEAVES = {"errors", "checks", "linalg", "storage", "_version"}
 HEAVY = {"scipy", "click", "tqdm", "matplotlib", "sklearn", "torch", "onnx", "safetensors.torch", "dask", "pandas"}
 HEAVY |= {"tokenizers", "jinja2", "gguf"}

@@ -22,6 +22,9 @@ from nblora.linalg import product_svd
 from nblora.models.model import Model
 from nblora.storage.dtypes import BY_NAME
 
+NO_TARGET = "dummy-target-modules"
+"""What PEFT calls the target of an adapter that adapts nothing, and brings layers of `modules_to_save` alone."""
+
 
 @dataclass(frozen=True)
 class ExportedModule:
@@ -105,6 +108,8 @@ def save_peft(
         If the folder cannot be written.
     """
     named, whole = _sorted(_modules(adapters, name))
+    if not named and not (whole and config is not None and config.get("target_modules") == NO_TARGET):
+        raise ValueError("adapters holds no adapter; expected at least one: model.adapt(...) makes them")
     stored = None if dtype is None else BY_NAME[checks.check_choice("dtype", dtype, list(BY_NAME))]
     tensors: dict[str, np.ndarray] = {}
     exported, alphas = [], {}
@@ -131,7 +136,7 @@ def save_peft(
     said = raw.get("modules_to_save") or []  # PEFT's own lists name heads that a model need not have
     if not all(_is_part(name, said) for name in whole) or bool(whole) != bool(said):
         raw["modules_to_save"] = list(whole) or None
-    raw["use_rslora"] = next(iter(named.values())).lora_layer.use_rslora
+    raw["use_rslora"] = any(adapter.lora_layer.use_rslora for adapter in named.values())
     if config is None and len(dropouts := {adapter.lora_dropout for adapter in named.values()}) == 1:
         raw["lora_dropout"] = dropouts.pop()
     config_from_dict(raw, Path(folder) / "adapter_config.json")
@@ -172,8 +177,6 @@ def _sorted(given: Mapping[str, Any]) -> tuple[dict[str, Adapter], dict[str, Lay
             )
         else:
             named[module] = layer
-    if not named:
-        raise ValueError("adapters holds no adapter; expected at least one: model.adapt(...) makes them")
     if len({adapter.lora_layer.use_rslora for adapter in named.values()}) > 1:
         raise ValueError("adapters: some use rsLoRA and some do not; PEFT has one use_rslora for all, write them apart")
     if any(adapter.peft_fields != next(iter(named.values())).peft_fields for adapter in named.values()):
@@ -246,7 +249,7 @@ def _config(given: Mapping[str, Any] | None, ranks: dict[str, int], alphas: dict
         "bias": "none", "fan_in_fan_out": False, "lora_dropout": 0.0, "init_lora_weights": True,
     }  # fmt: skip
     raw |= {"use_dora": False, "lora_bias": False} if given is not None else {}
-    if not _fits(raw, ranks, alphas):
+    if ranks and not _fits(raw, ranks, alphas):
         raw |= pattern_fields(ranks, alphas)
     if given is None:
         raw["target_modules"] = only_these(list(ranks))

@@ -382,6 +382,8 @@ class PretrainedModel(Model, abstract=True):
     ) -> list[ExportedModule]:
         """Write the adapters, and the layers that are trained as they are, to a folder that PEFT loads on this base.
 
+        Of a model without adapters a head that is trained is written alone.
+
         What was written is read back, and its outputs are compared with the model's.
 
         Parameters

@@ -14,7 +14,7 @@ from nblora.adapters import Adapter, reader_of
 from nblora.errors import FormatError
 from nblora.formats import save_peft
 from nblora.formats.model_files import open_model
-from nblora.formats.peft_export import ExportedModule
+from nblora.formats.peft_export import NO_TARGET, ExportedModule
 from nblora.formats.replace import check_output, replace_folder
 from nblora.formats.rounding import narrow
 from nblora.layers import Dense, Layer, tree
@@ -44,9 +44,10 @@ def save_adapter(
     """See `PretrainedModel.save_adapter`."""
     slots = dict(model.named_layers())
     adapters = {name: layer for name, layer in slots.items() if isinstance(layer, Adapter)}
-    if not adapters:
-        raise ValueError("the model has no adapter to save: adapt(...) or load_adapter(...) makes them")
     whole = [n for n, layer in slots.items() if n not in adapters and layer.trainable and any(layer._own_parameters())]
+    heads = {*model.head.own, *model._origin.drawn}
+    if not adapters and not (whole and heads.issuperset(whole)):  # a trained head alone is one too
+        raise ValueError("the model has no adapter to save: adapt(...) or load_adapter(...) makes them")
     exported = save_peft(
         model, folder, fold_delta=fold_delta, dtype=dtype, config=_config(model, adapters, whole), force=force
     )
@@ -69,7 +70,7 @@ def _config(model: Any, adapters: Mapping[str, Adapter], whole: list[str]) -> di
         "fan_in_fan_out": any(type(adapter.base_layer) is Dense for adapter in adapters.values()),
         "lora_dropout": dropouts.pop() if len(dropouts) == 1 else 0.0,
         "init_lora_weights": True,
-        "target_modules": _shortest(list(names.values()), _all_names(model)),
+        "target_modules": _shortest(list(names.values()), _all_names(model)) if names else NO_TARGET,
         "modules_to_save": _blocks(model, whole) or None,
     }
 
