@@ -121,7 +121,8 @@ def save_peft(
         alphas[module], rank = factors.alpha, factors.A.shape[1]
         exported.append(ExportedModule(module, rank, factors.scaling, factors.dense_norm, factors.dense_error))
     raw = _config(config, {each.name: each.rank for each in exported}, alphas)
-    raw |= next(iter(named.values())).peft_fields
+    for adapter in named.values():  # which all say the same
+        raw |= adapter.peft_fields
     for module, layer in whole.items():
         # PyTorch's Linear is (out, in); not so its Embedding, and GPT-2's Conv1D.
         as_it_is = not isinstance(layer, Weighted) or isinstance(layer, Embedding)
