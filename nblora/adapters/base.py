@@ -9,10 +9,11 @@ from typing import Any, ClassVar, NamedTuple, Self
 import numpy as np
 
 from nblora import checks
-from nblora.backends.protocol import Array, Backend, Base, Delta, Operands, Product
+from nblora.backends.protocol import Array, Backend, Base, Delta, Gradients, LowRank, Operands, Product
 from nblora.layers.base import Layer, layer_from_state
 from nblora.layers.diagnostics import describe_projection
 from nblora.layers.low_rank import LoRALayer
+from nblora.layers.parameters import Parameter
 from nblora.layers.projection import Projection, Targets
 from nblora.layers.run import Run
 from nblora.storage.checkpoint import take_tensor
@@ -30,6 +31,16 @@ class Factors(NamedTuple):
     magnitude: np.ndarray | None = None
     dense_norm: float = 0.0
     dense_error: float = 0.0
+
+
+class Beside(NamedTuple):
+    """What stands beside the trained factors: the change is s (gain A B - share A0 B0), A0 (in, rank) and B0 (rank,
+    out), None where their product is zero. No gradient goes through the gain, nor through A0 B0."""
+
+    gain: float = 1.0
+    share: float = 0.0
+    A: Array | None = None
+    B: Array | None = None
 
 
 class Adapter(Projection, abstract=True):
@@ -79,6 +90,7 @@ class Adapter(Projection, abstract=True):
         self.is_base_layer_frozen = checks.check_flag("freeze_base_layer", freeze)
         self.lora_dropout = checks.check_fraction("lora_dropout", lora_dropout)
         self._rng = _saveable(np.random.default_rng(rng))
+        lora_layer._B.updated = self._after_update
         self._enabled = True
         self._open(base_layer._backend)
 
@@ -159,6 +171,41 @@ class Adapter(Projection, abstract=True):
         """The delta as a backend takes it; None for methods without one."""
         return None
 
+    def _after_update(self) -> None:
+        """Told after every update of what is trained with the factors."""
+
+    def _beside(self) -> Beside | None:
+        """What stands beside the trained factors; None where nothing does."""
+        return None
+
+    def _low_rank_operand(self) -> LowRank:
+        """The factors as a backend takes them, those that are not trained to the right of and below the others."""
+        own, beside, backend = self.lora_layer.as_operand(), self._beside(), self._backend
+        if beside is None:
+            return own
+        B = own.B
+        if beside.gain != 1:
+            B = B.copy()
+            backend.scale(B, beside.gain)
+        if beside.A is None or beside.B is None:
+            return LowRank(own.A, B, own.scaling)
+        fixed = beside.B.copy()
+        backend.scale(fixed, -beside.share)
+        return LowRank(_joined(backend, own.A, beside.A, 1), _joined(backend, B, fixed, 0), own.scaling)
+
+    def _gradients_of(self, gradients: Gradients) -> list[tuple[Parameter, Array | None]]:
+        found, beside = super()._gradients_of(gradients), self._beside()
+        if beside is None or gradients.A is None or gradients.B is None:
+            return found
+        backend, low_rank = self._backend, self.lora_layer
+        A, B = gradients.A, gradients.B
+        if beside.A is not None:
+            A, B = _begin(backend, A, self.rank, 1), _begin(backend, B, self.rank, 0)
+        if beside.gain != 1:
+            backend.scale(A, 1 / beside.gain)  # the product reads gain·B, and the rule B
+        own = {low_rank._A: A, low_rank._B: B}
+        return [(parameter, own.get(parameter, gradient)) for parameter, gradient in found]
+
     def _base_operands(self) -> Operands:
         """What the base computes with."""
         return self.base_layer._operands()
@@ -173,7 +220,7 @@ class Adapter(Projection, abstract=True):
     def _adapted(self) -> Operands:
         """What the adapter computes with where it is not disabled, and is merged from."""
         base = self._base_operands()
-        low_rank, delta = self.lora_layer.as_operand(), self._delta_operand()
+        low_rank, delta = self._low_rank_operand(), self._delta_operand()
         return Operands(base.base, low_rank, delta, base.activation, self._trains_base())
 
     def _targets(self) -> Targets:
@@ -219,7 +266,14 @@ class Adapter(Projection, abstract=True):
             Rank of the approximation of a dense change that the factors end with; without, they lack it.
         """
         A, B = (self.get_parameter(factor).astype(np.float64) for factor in ("lora_A", "lora_B"))
-        return Factors(A, B, self.scaling, self.alpha)
+        beside = self._beside()
+        if beside is None:
+            return Factors(A, B, self.scaling, self.alpha)
+        B = beside.gain * B
+        if beside.A is not None and beside.B is not None:
+            fetch = self._backend.to_host
+            A, B = np.hstack([A, fetch(beside.A)]), np.vstack([B, -beside.share * fetch(beside.B).astype(np.float64)])
+        return Factors(A, B, self.scaling, self.lora_layer.alpha_for(A.shape[1]))
 
     @classmethod
     def _of_factors(cls, base_layer: Any, factors: Factors, use_rslora: bool) -> "Adapter":
@@ -340,6 +394,18 @@ def around_model(cls: type[Adapter]) -> type[Adapter]:
     if issubclass(cls, AroundModel):
         return cls
     return type(cls.__name__, (AroundModel, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__}, abstract=True)
+
+
+def _joined(backend: Backend, first: Array, second: Array, axis: int) -> Array:
+    """Two matrices side by side; a GPU's by way of the host."""
+    fetch = backend.to_host
+    return backend.from_host(np.concatenate([fetch(first), fetch(second)], axis=axis))
+
+
+def _begin(backend: Backend, array: Array, count: int, axis: int) -> Array:
+    """The first rows or columns of a matrix as one of its own; a GPU's by way of the host."""
+    host = backend.to_host(array)
+    return backend.from_host(np.ascontiguousarray(host[:, :count] if axis else host[:count]))
 
 
 def check_base(base_layer: Any) -> None:

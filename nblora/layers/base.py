@@ -17,7 +17,7 @@ from . import tree
 from .parameters import Named, NamedParameters, Parameter
 from .run import Run
 from .saving import FROZEN, complete
-from .sinks import Held, Sweep, descend
+from .sinks import Held, Sweep, descend, tell
 
 PRECISIONS = ("float32", "tf32", "bf16-base")
 ROOMS_OF_KINDS = ("nblora.adapters", "nblora.models", "nblora.pretrained")
@@ -220,6 +220,7 @@ class Layer(NamedParameters):
         self._check_writeable()
         for _, parameter, _ in held:
             descend(self._backend, parameter, parameter.gradient, rate, rate)
+        tell(named.parameter for named in held)
         self._forget_forward()
 
     def _go_back(self, grad_output: Any) -> tuple[Run, Array, bool]:

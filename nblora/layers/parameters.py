@@ -1,6 +1,6 @@
 """Parameters: an array with its gradient and its rule; and access by name, in logical shapes, all or nothing."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -33,6 +33,8 @@ class Parameter:
         Held by more than one layer (tied), so that its gradient is known only when all of them have gone back.
     velocity, momentum : Parameter and float, optional
         A parameter with a velocity V follows it, whatever the optimiser: V = m V + (1 - m) g, p -= lr V.
+    updated : callable, optional
+        Called after every update of the parameters that are trained together.
 
     Attributes
     ----------
@@ -40,7 +42,9 @@ class Parameter:
         The one held since the last backward, stored like `array`.
     """
 
-    __slots__ = ("array", "dense", "gradient", "momentum", "plus", "shared", "state", "transposed", "velocity")
+    __slots__ = (
+        "array", "dense", "gradient", "momentum", "plus", "shared", "state", "transposed", "updated", "velocity",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -56,6 +60,7 @@ class Parameter:
         self.array, self.transposed, self.dense = array, transposed, dense
         self.plus, self.state, self.velocity, self.momentum = plus, state, velocity, momentum
         self.shared = False
+        self.updated: Callable[[], None] | None = None
         self.gradient: Array | None = None
 
     @property

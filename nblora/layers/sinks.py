@@ -1,5 +1,6 @@
 """Sinks: where the gradients of a backward go, held or used at once."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from nblora.backends.protocol import Array, Operands
@@ -89,6 +90,14 @@ class Sweep(Sink):
                 gradient = backend.zeros_like(parameter.array)
             if gradient is not None:
                 descend(backend, parameter, gradient, self.lr, self.delta_lr)
+        tell(trained)
+
+
+def tell(parameters: Iterable[Parameter]) -> None:
+    """Tell those that want to know it that all of them have been updated."""
+    for parameter in parameters:
+        if parameter.updated is not None:
+            parameter.updated()
 
 
 def descend(backend: Any, parameter: Parameter, gradient: Array, lr: float, delta_lr: float) -> None:

@@ -8,7 +8,7 @@ from nblora.backends.protocol import Array, Backend, Number, Operands
 from nblora.layers import Layer, tree
 from nblora.layers.parameters import Parameter
 from nblora.layers.run import Run
-from nblora.layers.sinks import Sweep, descend
+from nblora.layers.sinks import Sweep, descend, tell
 
 from .faults import faulty_gradient
 from .optimizers import Optimizer
@@ -125,6 +125,7 @@ class Training(Sweep):
         for parameter, gradient in self.pending.items():
             if parameter.velocity is not None:
                 descend(self._backend, parameter, gradient, self.lr, self._rate(parameter))
+        tell(self._names)
         return norm
 
     def _clip(self, norm: float, most: float) -> float:
