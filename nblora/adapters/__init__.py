@@ -7,6 +7,7 @@ from .base import Adapter, Factors
 from .delta import DeltaLoRAAdapter
 from .dora import DoRAAdapter
 from .lora import LoRAAdapter
+from .zi import ZiAdapter
 
 __all__ = [
     "ADAPTERS",
@@ -16,10 +17,13 @@ __all__ = [
     "DoRAAdapter",
     "Factors",
     "LoRAAdapter",
+    "ZiAdapter",
     "reader_of",
 ]
 
-ADAPTERS: dict[str, type[Adapter]] = {cls.method: cls for cls in (LoRAAdapter, DeltaLoRAAdapter, DoRAAdapter)}
+ADAPTERS: dict[str, type[Adapter]] = {
+    cls.method: cls for cls in (LoRAAdapter, DeltaLoRAAdapter, DoRAAdapter, ZiAdapter)
+}
 """The methods by the names that `adapt`, estimators and sweeps know them by."""
 DEFAULT_ADAPTER = LoRAAdapter.method
 """Wherever none is named: a dense delta makes a layer's state larger than the layer, so it is asked for."""
