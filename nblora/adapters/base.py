@@ -4,6 +4,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
@@ -12,11 +13,13 @@ from nblora import checks
 from nblora.backends.protocol import Array, Backend, Base, Delta, Gradients, LowRank, Operands, Product
 from nblora.layers.base import Layer, layer_from_state
 from nblora.layers.diagnostics import describe_projection
-from nblora.layers.low_rank import LoRALayer
+from nblora.layers.low_rank import INITIALISERS, LoRALayer
 from nblora.layers.parameters import Parameter
 from nblora.layers.projection import Projection, Targets
 from nblora.layers.run import Run
 from nblora.storage.checkpoint import take_tensor
+
+from .initialisers import OF_THE_BASE
 
 
 class Factors(NamedTuple):
@@ -69,6 +72,9 @@ class Adapter(Projection, abstract=True):
     reads_peft: ClassVar[bool] = False
     around_models: ClassVar[bool] = True
     trained_by: ClassVar[tuple[str, ...]] = ()
+    _initial: Mapping[str, Parameter] = MappingProxyType(
+        {}
+    )  # A and B as they began, where the change begins without them
     _rng: np.random.Generator
 
     def __new__(cls, base_layer: Any = None, *arguments: Any, **settings: Any) -> Self:
@@ -89,6 +95,11 @@ class Adapter(Projection, abstract=True):
         self.dtype = base_layer.dtype
         self.is_base_layer_frozen = checks.check_flag("freeze_base_layer", freeze)
         self.lora_dropout = checks.check_fraction("lora_dropout", lora_dropout)
+        if self._initial and self.lora_dropout:
+            raise ValueError(
+                "lora_dropout must be 0 with an init that reads the base's weight, of which a part would be dropped, "
+                f"got {lora_dropout}"
+            )
         self._rng = _saveable(np.random.default_rng(rng))
         lora_layer._B.updated = self._after_update
         self._enabled = True
@@ -97,10 +108,28 @@ class Adapter(Projection, abstract=True):
     def _new_low_rank(
         self, base_layer: Any, rank: int, alpha: float, use_rslora: bool, init: str, rng: np.random.Generator
     ) -> LoRALayer:
-        """A fresh low-rank layer for `base_layer`, drawn from `rng`."""
+        """A fresh low-rank layer for `base_layer`, drawn from `rng`, or made of the base's weight.
+
+        What is made of the weight is taken off again, by the same factors beside the trained ones: the base is never
+        written, and a new adapter computes what it computes.
+        """
         check_base(base_layer)
-        sizes = base_layer.in_features, base_layer.out_features
-        return LoRALayer(*sizes, rank, alpha, use_rslora=use_rslora, init=init, dtype=base_layer.dtype, seed=rng)
+        sizes, dtype = (base_layer.in_features, base_layer.out_features), base_layer.dtype
+        drawn = checks.check_choice("init", init, (*INITIALISERS, *OF_THE_BASE)) in INITIALISERS
+        how = init if drawn else INITIALISERS[0]
+        low_rank = LoRALayer(*sizes, rank, alpha, use_rslora=use_rslora, init=how, dtype=dtype, seed=rng)
+        if drawn:
+            return low_rank
+        if not base_layer.adaptable:
+            raise ValueError(
+                f"init={init!r} reads a weight, which a {type(base_layer).__name__} has not: adapt the layers in it"
+            )
+        A, B = (np.ascontiguousarray(f, dtype) for f in OF_THE_BASE[init](base_layer, rank, low_rank.scaling))
+        self._begin_at(A.copy(), B.copy())
+        return LoRALayer.from_factors(A, B, alpha, use_rslora=use_rslora)
+
+    def _begin_at(self, A: np.ndarray, B: np.ndarray) -> None:
+        self._initial = {"start_A": Parameter(A, state=True), "start_B": Parameter(B, state=True)}
 
     @classmethod
     def settings(cls) -> tuple[str, ...]:
@@ -112,6 +141,9 @@ class Adapter(Projection, abstract=True):
 
     def children(self) -> dict[str, Layer]:
         return {"base": self.base_layer, "": self.lora_layer}  # the factors are named as the adapter's own
+
+    def _own_parameters(self) -> dict[str, Parameter]:
+        return dict(self._initial)
 
     def _freezes(self, child: str) -> bool:
         return not self.trainable or (child == "base" and self.is_base_layer_frozen)
@@ -176,7 +208,8 @@ class Adapter(Projection, abstract=True):
 
     def _beside(self) -> Beside | None:
         """What stands beside the trained factors; None where nothing does."""
-        return None
+        start = self._initial
+        return Beside(1.0, 1.0, start["start_A"].array, start["start_B"].array) if start else None
 
     def _low_rank_operand(self) -> LowRank:
         """The factors as a backend takes them, those that are not trained to the right of and below the others."""
@@ -305,6 +338,7 @@ class Adapter(Projection, abstract=True):
             "lora_dropout": self.lora_dropout,
             "random_state": self._rng.bit_generator.state,
             "training": self.training,
+            **({"begun_at": sorted(self._initial)} if self._initial else {}),
             **self._method_config(),
         }
 
@@ -323,6 +357,9 @@ class Adapter(Projection, abstract=True):
         B = take_tensor(tensors, "lora_B", base.dtype, (rank, base.out_features))
         adapter = cls.__new__(cls, base)
         low_rank = LoRALayer.from_factors(A, B, config["alpha"], use_rslora=config["use_rslora"])
+        if config.get("begun_at"):
+            starts = (take_tensor(tensors, name, base.dtype, f.shape) for name, f in (("start_A", A), ("start_B", B)))
+            adapter._begin_at(*starts)
         adapter._restore(base, config, tensors)
         adapter._wrap(base, low_rank, config["freeze_base_layer"], config["lora_dropout"], _generator(config))
         adapter._training = checks.check_flag("training", config["training"])

@@ -131,7 +131,7 @@ class DeltaLoRAAdapter(Adapter):
         return (*super()._targets(), ("delta", self._delta))
 
     def _own_parameters(self) -> dict[str, Parameter]:
-        return {"delta": self._delta, "velocity": self._velocity}
+        return {**super()._own_parameters(), "delta": self._delta, "velocity": self._velocity}
 
     def _method_config(self) -> dict[str, Any]:
         return {"delta_scaling": self.delta_scaling, "momentum_factor": self.momentum_factor}

@@ -172,7 +172,7 @@ class DoRAAdapter(Adapter):
         rng = np.random.default_rng(seed)
         low_rank = self._new_low_rank(base_layer, rank, alpha, use_rslora, init, rng)
         operands: Operands = base_layer._operands()  # type: ignore[attr-defined]  # a projection
-        self._magnitude = Parameter(_norms(base_layer._backend, operands._replace(low_rank=low_rank.as_operand())))
+        self._magnitude = Parameter(_norms(base_layer._backend, operands))  # the change begins at zero
         self._wrap(base_layer, low_rank, freeze_base_layer, lora_dropout, rng)
 
     @property
@@ -191,7 +191,7 @@ class DoRAAdapter(Adapter):
         return (*super()._targets(), ("magnitude", self._magnitude)) if self._enabled else super()._targets()
 
     def _own_parameters(self) -> dict[str, Parameter]:
-        return {"magnitude": self._magnitude}
+        return {**super()._own_parameters(), "magnitude": self._magnitude}
 
     def _change(self, operands: Operands) -> np.ndarray | None:
         weight = self.base_layer.get_parameter("weight").astype(np.float64)

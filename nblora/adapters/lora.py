@@ -25,8 +25,10 @@ class LoRAAdapter(Adapter):
         Leave the base as it is, or train it too.
     use_rslora : bool
         s = alpha / sqrt(rank) (Kalajdzievski, 2023).
-    init : {"kaiming", "gaussian"}
-        How `A` is drawn; `B` is zero, so a new adapter computes what its base computes.
+    init : {"kaiming", "gaussian", "pissa"}
+        How `A` is drawn; `B` is zero, so a new adapter computes what its base computes. "pissa" begins at the weight's
+        principal singular values and takes that part off the base's (Meng et al., 2024): y = act(x (W - s A0 B0) + b +
+        s (x A) B), A0 and B0 what A and B were at first; without `lora_dropout`.
     lora_dropout : float
         In training mode, the probability in [0, 1) with which each element of x on its way into the low-rank path is
         dropped; the others are scaled by 1/(1 - lora_dropout).

@@ -7,6 +7,7 @@ import numpy as np
 
 from nblora import checks
 from nblora.layers.base import Layer
+from nblora.layers.low_rank import INITIALISERS
 from nblora.layers.parameters import Parameter
 from nblora.storage.checkpoint import take_tensor
 
@@ -27,7 +28,7 @@ class ZiAdapter(Adapter):
     Parameters
     ----------
     base_layer, rank, alpha, freeze_base_layer, use_rslora, init, seed
-        As in `LoRAAdapter`; the base must be a layer with a weight of its own.
+        As in `LoRAAdapter`, but for "pissa"; the base must be a layer with a weight of its own.
     update_ratio : float
         λ, positive and finite.
     start_step : int
@@ -55,6 +56,7 @@ class ZiAdapter(Adapter):
         init: str = "kaiming",
         seed: int | np.random.Generator | None = None,
     ) -> None:
+        checks.check_choice("init", init, INITIALISERS)
         rng = np.random.default_rng(seed)
         low_rank = self._new_low_rank(base_layer, rank, alpha, use_rslora, init, rng)
         zeros = (np.zeros(factor.shape, base_layer.dtype) for factor in (low_rank.A, low_rank.B))

@@ -10,6 +10,7 @@ from nblora.formats import load_peft
 from nblora.training import SGD, AdamW, EarlyStopping
 from tests.adapters.support import base_of, taught
 from tests.helpers import assert_close, relative_error
+from tests.processes import run
 
 pytestmark = pytest.mark.small
 SIZES, RANK, ALPHA, RATIO, RATE, STEPS = (7, 5), 2, 6.0, 0.8, 0.05, 50
@@ -165,3 +166,25 @@ def test_ranges(settings, match):
         ZiAdapter(nblora.Dense.random(4, 4, seed=1), 2, **settings)
     with pytest.raises(TypeError, match="lora_dropout"):
         ZiAdapter(nblora.Dense.random(4, 4, seed=1), 2, lora_dropout=0.1)
+
+
+ON_A_GPU = """
+import numpy as np, nblora
+from nblora.adapters import ZiAdapter
+
+rng = np.random.default_rng(0)
+for start in (0, 2):
+    base = nblora.FullyConnected.random(7, 5, activation="tanh", dtype="float64", seed=1)
+    host = ZiAdapter(base, 2, 6.0, start_step=start, seed=2)
+    there = host.clone().to("cuda")
+    for step in range(4):
+        x, g = rng.normal(size=(9, 7)), rng.normal(size=(9, 5))
+        assert np.abs(host(x) - there(x)).max() < 1e-12
+        assert np.abs(host.backward_update(g, 0.05) - there.backward_update(g, 0.05)).max() < 1e-12
+    assert host.steps == there.steps == start
+    print(np.abs(host.get_parameters() - there.get_parameters()).max() < 1e-12)
+"""
+
+
+def test_on_the_simulated_gpu():
+    assert run(ON_A_GPU, NUMBA_ENABLE_CUDASIM="1").stdout == "True\nTrue\n"
