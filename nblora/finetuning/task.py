@@ -3,8 +3,7 @@
 import re
 import warnings
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +11,7 @@ import numpy as np
 
 from nblora.errors import FormatError
 from nblora.pretrained import TextModel, load_pretrained
+from nblora.pretrained.labels import name_labels
 from nblora.text.examples import Examples, check_vocabulary, class_examples, language_examples
 from nblora.text.labels import read_labels
 from nblora.text.records import Records, check_same_fields, read_parts, read_records
@@ -168,15 +168,8 @@ def _load(settings: Settings, kind: str, classes: list[str] | None) -> TextModel
         if not str(warning.message).partition("not used for")[1]:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     if classes is not None:
-        _name_classes(model, classes)
+        name_labels(model, classes)  # for other programs
     return model
-
-
-def _name_classes(model: TextModel, classes: Sequence[str]) -> None:
-    """Have the model's `config.json` name the classes, for other programs."""
-    named = {str(place): name for place, name in enumerate(classes)}
-    config = {**model.config, "id2label": named, "label2id": {name: place for place, name in enumerate(classes)}}
-    model._origin = replace(model._origin, config=config)
 
 
 def _check_long(

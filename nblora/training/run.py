@@ -125,7 +125,9 @@ class Run:
         state = read_run(path, self.model, self.step, self.callbacks)
         self.epoch, self.within = state.epoch, state.within
         self._first_loss, self._sums = state.first_loss, dict(state.sums)
-        self.history = History(state.rows, self.step.delta_rates)
+        columns = self.columns()  # in this order, which a file does not keep
+        rows = [{name: row[name] for name in columns if name in row} | row for row in state.rows]
+        self.history = History(rows, self.step.delta_rates)
         if self.rng is not None and state.shuffle is not None:
             self.rng.bit_generator.state = state.shuffle
         if self.within:

@@ -112,6 +112,7 @@ def test_a_run_goes_on_within_an_epoch(killed, accumulate, rate, tmp_path):
     resumed = fit(rest, resume=path if path.exists() else None, checkpoint=path, **settings())
     support.assert_same_state(support.state(rest), support.state(whole))
     assert support.without_times(resumed) == support.without_times(reference)
+    assert resumed.columns == reference.columns
     assert reference.delta_lr == resumed.delta_lr
 
 
