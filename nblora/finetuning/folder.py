@@ -101,6 +101,12 @@ class Folder:
         with replace_whole(self.path / DESCRIPTION) as file:
             file.write(json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n")
 
+    def forget(self) -> None:
+        """Take back what `describe` wrote, of a run that has made nothing."""
+        description = self.description()
+        if description is not None and description["status"] == "running":
+            (self.path / DESCRIPTION).unlink()
+
     @property
     def checkpoint(self) -> Path:
         """The state that a killed run goes on from."""

@@ -1,6 +1,7 @@
 """`finetune`: from a file of texts to an adapter that was reloaded and compared."""
 
 import contextlib
+import errno
 import math
 import os
 import time
@@ -181,18 +182,22 @@ def run(settings: Settings, *, resume: bool = False, progress: bool | None = Non
             folder.describe(description)
         try:
             return _train(task, folder, description, progress, tell)
-        except (KeyboardInterrupt, OSError):
-            if folder.checkpoint.is_file():
+        except BaseException as error:
+            if not folder.checkpoint.is_file():  # nothing was trained that could be lost
+                folder.forget()
+            elif isinstance(error, KeyboardInterrupt | OSError):
                 tell("what was trained until the last saving is kept: --resume goes on, with the same --output")
             raise
 
 
 def _check_place(settings: Settings, folder: Folder) -> None:
-    """FormatError for an output that would write among what is read."""
+    """FormatError for an output that would write among what is read, OSError without a model."""
+    if not Path(settings.model).exists():
+        raise FileNotFoundError(errno.ENOENT, "no such model folder or file", settings.model)
     place = Path(os.path.realpath(folder.path))
     for given in (settings.model, settings.data):
         read = Path(os.path.realpath(given))
-        if place == read or (read.is_dir() and place == read) or place in read.parents:
+        if place == read or place in read.parents:
             raise FormatError(f"{folder.path}: is the output, and {given} is read from there; choose another output")
 
 

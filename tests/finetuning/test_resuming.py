@@ -102,7 +102,15 @@ def test_a_second_run_into_a_folder_is_refused_and_changes_nothing(place, tmp_pa
 
 def test_data_that_changed_since_are_noticed(place, tmp_path, monkeypatch):
     data = support.write(tmp_path / "own.jsonl", support.labelled(24))
-    monkeypatch.setattr(checkpoint, "write_checkpoint", lambda *_: (_ for _ in ()).throw(Stopped))
+    write, calls = checkpoint.write_checkpoint, []
+
+    def stopping(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise Stopped
+        write(*arguments)
+
+    monkeypatch.setattr(checkpoint, "write_checkpoint", stopping)
     with pytest.raises(Stopped):
         nblora.finetune(place / "bert", data, tmp_path / "out", **SETTINGS)
     support.write(data, support.labelled(24, seed=9))
