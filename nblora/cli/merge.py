@@ -25,10 +25,35 @@ def command(base: str, adapters: tuple[str, ...], output: str, as_json: bool, **
 
     BASE is a safetensors file, the index of a sharded checkpoint, or a folder that holds either. The output is
     complete or absent, whatever happens.
-    """
-    from nblora.weights.merging import merge
 
+    One adapter can also be merged into a GGUF file, or, of a classification, into a model that lacks its head; the
+    model is loaded then, and OUT is a folder that transformers loads.
+    """
+    from nblora.weights.merging import merge, needs_model
+
+    parsed = _weights.parse_adapters(adapters)
+    if len(parsed) == 1 and needs_model(base, parsed[0][0]):
+        _merge_model(base, parsed[0], output, as_json, options)
+        return
     with _weights.progress_bar() as progress:
-        report = merge(base, _weights.parse_adapters(adapters), output, progress=progress, **options)
+        report = merge(base, parsed, output, progress=progress, **options)
     _weights.show_warnings(report.warnings)
     _weights.show(report.as_dict(), report.table(), as_json)
+
+
+def _merge_model(base: str, adapter: tuple[str, float], output: str, as_json: bool, options: dict[str, Any]) -> None:
+    """Merge by loading the model."""
+    from nblora.finetuning.merging import merge_model
+
+    path, weight = adapter
+    given = [name for name in ("shard_size", "maps", "keep_original", "dry_run") if options[name]]
+    given += ["weight"] if weight != 1 else []
+    if given:
+        raise ValueError(
+            f"{given[0].replace('_', '-')} is for checkpoints that are merged as they lie, and {base} with {path} must "
+            "be loaded as a model: leave it out"
+        )
+    report = merge_model(base, path, output, dtype=options["dtype"], force=options["force"])
+    named = f" ({', '.join(report['labels'])})" if report["labels"] else ""
+    table = f"{output}: a {report['task']} model{named}, {len(report['layers'])} layers merged"
+    _weights.show(report, table, as_json)

@@ -163,3 +163,18 @@ def byte_counter(progress: Callable[[int, int], object] | None, total: int) -> C
             progress(finished, total)
 
     return count
+
+
+def needs_model(base: PathLike, adapter: PathLike) -> bool:
+    """Whether the base must be loaded as a model to merge this adapter into it: a GGUF file, or a folder that lacks
+    layers which the adapter of a classification brings whole, or has others of another size."""
+    if Path(base).suffix.lower() == ".gguf" and not Path(base).is_dir():
+        return True
+    if not Path(base).is_dir():
+        return False
+    with PeftAdapter(adapter) as opened:
+        if opened.config.raw.get("task_type") != "SEQ_CLS":
+            return False
+        with open_model(base) as model:
+            shapes = {name: info.shape for name, (_, info) in model.tensors.items()}
+            return any(shapes.get(name) != info.shape for name, info in opened.replaced.items())
