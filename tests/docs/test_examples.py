@@ -21,7 +21,10 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 MODELS = {"encoder": "bert_cls_qv", "llama": "llama_clm_all"}
 """Folders of models that pages load, and the tiny ones that stand for them."""
-MADE = {"text.md": {"minilm": sentence_folder, "smollm2.gguf": chat_file}}
+MADE = {
+    "text.md": {"minilm": sentence_folder, "smollm2.gguf": chat_file},
+    "finetuning.md": {"minilm": sentence_folder},
+}
 """Those that have to be made."""
 LINK = re.compile(r"\[[^\]]*\]\(([^)#:]+)(?:#[^)]*)?\)")
 
@@ -160,6 +163,6 @@ def test_no_figure_of_a_busy_machine_is_shown_to_users():
 
 def test_user_pages_speak_of_tasks():
     """And not of how the source tree is furnished; its pages for contributors may."""
-    for page in ("quickstart", "training", "formats", "merge", "estimators", "sweeps", "plots", "files"):
+    for page in ("quickstart", "training", "formats", "merge", "estimators", "sweeps", "plots", "files", "finetuning"):
         text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
         assert not re.search(r"\b(rooms?|doors?|crews?|registers?)\b", text.replace("room for", "")), page
