@@ -61,6 +61,9 @@ class Adapter(Projection, abstract=True):
         What PEFT's configuration says of its files.
     reads_peft : bool
         Whether such files are read as this method, by `_of_factors`.
+    peft_parts : dict
+        Of a method with tensors of its own in such files: what each of them is, a field of `Factors`. "A" is then made
+        by `fixed_factor`, which no file holds.
     around_models : bool
         Whether it has a meaning around what has no weight of its own.
     trained_by : tuple of str
@@ -70,6 +73,7 @@ class Adapter(Projection, abstract=True):
     method: ClassVar[str]
     peft_fields: ClassVar[dict[str, Any]] = {"peft_type": "LORA"}
     reads_peft: ClassVar[bool] = False
+    peft_parts: ClassVar[dict[str, str]] = {}
     around_models: ClassVar[bool] = True
     trained_by: ClassVar[tuple[str, ...]] = ()
     _initial: Mapping[str, Parameter] = MappingProxyType(
@@ -309,6 +313,27 @@ class Adapter(Projection, abstract=True):
         return Factors(A, B, self.scaling, self.lora_layer.alpha_for(A.shape[1]))
 
     @classmethod
+    def fixed_factor(cls, in_features: int, rank: int) -> np.ndarray:
+        """Return A (in, rank) of a method that does not train it, in float64."""
+        raise NotImplementedError
+
+    @classmethod
+    def config_as_lora(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what PEFT's configuration of the method means, in the fields of LoRA's.
+
+        Raises
+        ------
+        ValueError
+            For a field that asks for what the method does not compute here.
+        """
+        return dict(config)
+
+    @classmethod
+    def config_of_lora(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the method's own configuration of one in the fields of LoRA's."""
+        return dict(config)
+
+    @classmethod
     def _of_factors(cls, base_layer: Any, factors: Factors, use_rslora: bool) -> "Adapter":
         """An adapter of what a file holds."""
         raise NotImplementedError
@@ -352,18 +377,22 @@ class Adapter(Projection, abstract=True):
     @classmethod
     def _on_base(cls, base: Any, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Self:
         """An adapter of a saved state around a base layer."""
-        rank = checks.check_integer("rank", config["rank"], 1)
-        A = take_tensor(tensors, "lora_A", base.dtype, (base.in_features, rank))
-        B = take_tensor(tensors, "lora_B", base.dtype, (rank, base.out_features))
         adapter = cls.__new__(cls, base)
-        low_rank = LoRALayer.from_factors(A, B, config["alpha"], use_rslora=config["use_rslora"])
+        low_rank = adapter._saved_low_rank(base, config, tensors)
         if config.get("begun_at"):
-            starts = (take_tensor(tensors, name, base.dtype, f.shape) for name, f in (("start_A", A), ("start_B", B)))
-            adapter._begin_at(*starts)
+            shapes = {"start_A": low_rank.A.shape, "start_B": low_rank.B.shape}
+            adapter._begin_at(*(take_tensor(tensors, name, base.dtype, shape) for name, shape in shapes.items()))
         adapter._restore(base, config, tensors)
         adapter._wrap(base, low_rank, config["freeze_base_layer"], config["lora_dropout"], _generator(config))
         adapter._training = checks.check_flag("training", config["training"])
         return adapter
+
+    def _saved_low_rank(self, base: Any, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> LoRALayer:
+        """The low-rank layer of a saved state."""
+        rank = checks.check_integer("rank", config["rank"], 1)
+        A = take_tensor(tensors, "lora_A", base.dtype, (base.in_features, rank))
+        B = take_tensor(tensors, "lora_B", base.dtype, (rank, base.out_features))
+        return LoRALayer.from_factors(A, B, config["alpha"], use_rslora=config["use_rslora"])
 
     def _restore(self, base: Layer, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
         """Take what only this method has from a saved state, before it is wrapped around `base`."""

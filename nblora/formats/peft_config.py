@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nblora.adapters import ADAPTERS, Adapter
 from nblora.errors import FormatError
 from nblora.storage.bounded import parse_object
 
@@ -54,6 +55,8 @@ class PeftConfig:
         The file it was read from, for messages.
     raw : dict
         Every key of the file as it was.
+    terms : dict
+        What they mean in the fields of LoRA's configuration.
     rank, alpha : int, float
         `r` and `lora_alpha`, for modules that no pattern names.
     rank_pattern, alpha_pattern : dict
@@ -66,6 +69,7 @@ class PeftConfig:
 
     path: Path
     raw: dict[str, Any]
+    terms: dict[str, Any]
     rank: int
     alpha: float
     rank_pattern: dict[str, Any]
@@ -91,7 +95,8 @@ class PeftConfig:
     def unknown(self) -> dict[str, Any]:
         """Fields that nblora does not know and that hold a number or a text."""
         known = INERT | UNSUPPORTED.keys()
-        return {field: value for field, value in self.raw.items() if field not in known and value not in (None, False)}
+        said = self.terms.items()
+        return {field: value for field, value in said if field not in known and value not in (None, False)}
 
     def module_rank(self, module: str) -> int:
         """Rank of the module of this name."""
@@ -137,17 +142,29 @@ def parse_config(data: bytes, path: Path) -> PeftConfig:
     return config_from_dict(parse_object(data, path), path)
 
 
+def method_of(peft_type: Any) -> type[Adapter] | None:
+    """The first method whose files have this `peft_type`, if any has."""
+    return next((cls for cls in ADAPTERS.values() if cls.peft_fields["peft_type"] == peft_type), None)
+
+
 def config_from_dict(raw: dict[str, Any], path: Path) -> PeftConfig:
     """Check a configuration and pick what the arithmetic needs; see `parse_config`."""
-    if raw.get("peft_type") != "LORA":
-        raise FormatError(f"{path}: peft_type is {raw.get('peft_type')!r}; only 'LORA' adapters are supported")
+    given, method = raw, method_of(raw.get("peft_type"))
+    if method is None:
+        known = " and ".join(map(repr, dict.fromkeys(cls.peft_fields["peft_type"] for cls in ADAPTERS.values())))
+        raise FormatError(f"{path}: peft_type is {raw.get('peft_type')!r}; only {known} adapters are supported")
+    try:
+        raw = method.config_as_lora(given)
+    except ValueError as error:
+        raise FormatError(f"{path}: {error}") from error
     _refuse_unsupported(raw, path)
     bias = _typed(raw, "bias", path, str, "none")
     if bias not in ("none", "all", "lora_only"):
         raise FormatError(f"{path}: bias is {bias!r}; expected 'none', 'all' or 'lora_only'")
     config = PeftConfig(
         path=path,
-        raw=raw,
+        raw=given,
+        terms=raw,
         rank=_rank(raw.get("r", 8), "r", path),
         alpha=_alpha(raw.get("lora_alpha", 8), "lora_alpha", path),
         rank_pattern={key: _rank(value, "rank_pattern", path) for key, value in _pattern(raw, "rank_pattern", path)},

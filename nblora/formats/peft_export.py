@@ -116,7 +116,7 @@ def save_peft(
     for module, adapter in named.items():
         factors = _factors(module, adapter, fold_delta)
         kept = stored or BY_NAME[adapter.dtype.name]
-        for part, factor in _as_peft_has_them(adapter.base_layer, factors).items():
+        for part, factor in _as_peft_has_them(module, adapter, factors).items():
             tensors[f"{PREFIX}{module}.{part}"] = narrow(factor, kept)
         alphas[module], rank = factors.alpha, factors.A.shape[1]
         exported.append(ExportedModule(module, rank, factors.scaling, factors.dense_norm, factors.dense_error))
@@ -140,6 +140,9 @@ def save_peft(
     raw["use_rslora"] = any(adapter.lora_layer.use_rslora for adapter in named.values())
     if config is None and len(dropouts := {adapter.lora_dropout for adapter in named.values()}) == 1:
         raw["lora_dropout"] = dropouts.pop()
+    for adapter in named.values():  # of one method, so that the first says it for all
+        raw = adapter.config_of_lora(raw)
+        break
     config_from_dict(raw, Path(folder) / "adapter_config.json")
     write_adapter(folder, raw, tensors, force)
     _warn_of_losses(named, exported)
@@ -215,8 +218,13 @@ def _low_rank_norm(adapter: Adapter) -> float:
     return float(adapter.scaling * np.linalg.norm(product_svd(A, B)[1]))
 
 
-def _as_peft_has_them(base: Layer, factors: Factors) -> dict[str, np.ndarray]:
+def _as_peft_has_them(name: str, adapter: Adapter, factors: Factors) -> dict[str, np.ndarray]:
     """The factors, (in, rank) and (rank, out), and the magnitude (out,), under PEFT's names and in its shapes."""
+    base = adapter.base_layer
+    if adapter.peft_parts:
+        if isinstance(base, Embedding | Convolution):
+            raise ValueError(f"{name}: PEFT knows {adapter.method!r} on linear layers alone, got {base!r}: merge it")
+        return {part: getattr(factors, field) for part, field in adapter.peft_parts.items()}
     A, B, magnitude = factors.A, factors.B, factors.magnitude
     scaled = {} if magnitude is None else {"lora_magnitude_vector": magnitude}
     if isinstance(base, Embedding):

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, TypeVar, overload
 
 import numpy as np
@@ -170,6 +171,13 @@ class _Checkpoint:
         self._adapter, self._model, self.dtype, self._activation = adapter, model, dtype, activation
         self._settings = settings
 
+    def inputs(self, name: str, module: LoraModule) -> int:
+        """Inputs of a linear layer, of which only the outputs are known."""
+        shape = self._read(f"{name}.weight").shape
+        if len(shape) != 2 or module.out_features not in shape:
+            raise _misfit(self._adapter, name, shape, (module.out_features, -1))
+        return int(shape[1] if shape[0] == module.out_features else shape[0])
+
     def weight(self, name: str, module: LoraModule) -> tuple[np.ndarray, bool]:
         """The weight as (out, in), and whether it is stored the other way round."""
         weight = self._read(f"{name}.weight")
@@ -254,6 +262,9 @@ class _Layers:
         """The layer of this name where it is one without a weight matrix, a norm for example."""
         layer = self._layers.get(name)
         return layer if layer is not None and not isinstance(layer, Weighted | Adapter) else None
+
+    def inputs(self, name: str, module: LoraModule) -> int:
+        return self._layer(name).in_features
 
     def weight(self, name: str, module: LoraModule) -> tuple[np.ndarray, bool]:
         layer = self._layer(name)
@@ -356,14 +367,19 @@ class _Reader:
 
     def adapted(self, name: str) -> Adapter:
         """A layer that the adapter changes by factors."""
-        module = self._adapter.modules[name]
+        module, config = self._adapter.modules[name], self._adapter.config
         if module.groups != 1:
             raise FormatError(
                 f"{self._adapter.path}: {name} is a convolution in {module.groups} groups, which no layer of nblora is "
                 "(nblora merge merges it). Choose others with modules=[...]"
             )
+        method = reader_of({"peft_type": config.raw["peft_type"], "use_dora": config.use_dora})
+        if module.single:
+            module = replace(module, inputs=self._source.inputs(name, module))
         W, transposed = self._source.weight(name, module)
         B, A = (self._adapter.file.read_wide(info.name).reshape(info.shape[0], -1) for info in (module.B, module.A))
+        if module.single:
+            B, A = B.T, method.fixed_factor(module.in_features, module.rank).T
         bias, alpha = self._source.bias(name), module.alpha
         if module.bias:
             if bias is None:
@@ -372,10 +388,8 @@ class _Reader:
         if alpha <= 0:  # no strength of an nblora adapter
             B, alpha = B * module.scaling, -1.0
         layer = self._source.base(module, W, bias, transposed, module.bias is not None)
-        config = self._adapter.config
-        fields = {"peft_type": config.raw["peft_type"], "use_dora": config.use_dora}
         magnitude = None
         if module.magnitude is not None:
             magnitude = self._adapter.file.read_wide(module.magnitude.name).reshape(-1)
         factors = Factors(A.T, B.T, module.scaling, alpha, magnitude)
-        return reader_of(fields)._of_factors(layer, factors, config.use_rslora and alpha > 0)
+        return method._of_factors(layer, factors, config.use_rslora and alpha > 0)

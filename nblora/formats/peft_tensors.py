@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass, field
 
+from nblora.adapters import ADAPTERS
 from nblora.errors import FormatError
 from nblora.formats.peft_config import PeftConfig
 from nblora.storage.dtypes import FLOATS
@@ -19,6 +20,9 @@ _PARTS = {
     "lora_magnitude_vector": "magnitude",
     "lora_magnitude_vector.weight": "magnitude",
 }
+_OWN = {suffix for cls in ADAPTERS.values() for suffix in cls.peft_parts}
+"""Tensors of methods whose first factor no file holds, (rank, out)."""
+_PARTS |= dict.fromkeys(_OWN, "block")
 _SUFFIX = re.compile(rf"(?:(.*)\.)?({'|'.join(re.escape(part) for part in _PARTS)})")
 
 _WRAPPERS = re.compile(r"(^|\.)(?:base_layer|modules_to_save(?:\.default)?)\.")
@@ -39,6 +43,7 @@ class LoraModule:
         "linear" (A (r, in), B (out, r); GPT-2's Conv1D too), "embedding" (A (r, rows), B (dim, r)) or
         "conv" (A (r, in, k...), B (out, r, 1...)).
     A, B : TensorInfo
+        Both the one of a method with a single matrix, (rank, out), whose other factor follows from the layer's size.
     bias : TensorInfo or None
         Of `lora_B`, (out,).
     magnitude : TensorInfo or None
@@ -59,16 +64,22 @@ class LoraModule:
     alpha: float
     scaling: float
     groups: int = 1
+    single: bool = False
+    inputs: int | None = None
 
     @property
     def out_features(self) -> int:
         """Outputs of the layer (the dimension of an embedding)."""
-        return self.B.shape[0]
+        return self.B.shape[1 if self.single else 0]
 
     @property
     def in_features(self) -> int:
-        """Inputs of the layer, a convolution's kernel included (the rows of an embedding)."""
-        return self.A.size // self.rank
+        """Inputs of the layer, a convolution's kernel included (the rows of an embedding); `inputs`, once they are
+        known, of a method with a single matrix."""
+        if not self.single:
+            return self.A.size // self.rank
+        assert self.inputs is not None  # nobody asks before the layer is known
+        return self.inputs
 
 
 @dataclass
@@ -152,6 +163,11 @@ def _module(
     def fault(text: str) -> FormatError:
         return FormatError(f"{file.path}: module {name!r}: {text}")
 
+    if block := found.get("block"):
+        if len(found) > 1 or len(block.shape) != 2 or 0 in block.shape or block.shape[0] != config.module_rank(name):
+            raise fault(f"its tensor has shape {block.shape}; expected rank {config.module_rank(name)} and outputs")
+        rank = block.shape[0]
+        return LoraModule(name, "linear", block, block, None, None, rank, float(rank), 1.0, single=True)
     for part in ("A", "B"):
         if part not in found:
             raise fault(f"lora_{part} is missing")

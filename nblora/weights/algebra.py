@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from nblora.errors import FormatError
 from nblora.formats.peft import PeftAdapter
 from nblora.formats.peft_tensors import LoraModule
 from nblora.linalg import product_svd, shared
@@ -9,6 +10,11 @@ from nblora.linalg import product_svd, shared
 
 def read_factors(adapter: PeftAdapter, module: LoraModule) -> tuple[np.ndarray, np.ndarray]:
     """B (out, rank) and A (rank, in) of a module as float64 matrices, a convolution's kernel flattened into `in`."""
+    if module.single:
+        raise FormatError(
+            f"{adapter.path}: {module.name} has one matrix, whose other factor follows from the size of the base's "
+            "layer: load_peft reads it with its base, and nblora merge merges it"
+        )
     B, A = adapter.file.read_wide(module.B.name), adapter.file.read_wide(module.A.name)
     return B.reshape(len(B), -1), A.reshape(len(A), -1)
 

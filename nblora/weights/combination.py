@@ -140,6 +140,8 @@ def _widest(adapters: Iterable[WeightedAdapter]) -> str:
 def _check_alike(name: str, parts: Sequence[tuple[WeightedAdapter, LoraModule]]) -> None:
     first_owner, first = parts[0]
     for owner, module in parts:
+        if module.single:
+            raise FormatError(f"{owner.label}: {name} has one matrix, which is no LoRA factor and does not add up")
         if module.magnitude:
             raise FormatError(f"{owner.label}: {name} is a DoRA module; its change scales the base and does not add up")
         if (module.kind, module.in_features, module.out_features) != (

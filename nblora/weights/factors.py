@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from nblora.storage.safetensors_reader import widen
-from nblora.weights.plan import ROWS, Factor, Recipe, Term
+from nblora.weights.plan import ROWS, Factor, Fixed, Recipe, Term
 
 
 class Stack:
@@ -109,8 +109,10 @@ def read_all(factor: Factor) -> np.ndarray:
     return widen(raw, factor.info.dtype)
 
 
-def read_rows(factor: Factor, rank: int, start: int, stop: int) -> np.ndarray:
+def read_rows(factor: Factor | Fixed, rank: int, start: int, stop: int) -> np.ndarray:
     """Rows [start, stop) of a factor seen as (n, rank), whichever way round it is stored; float64."""
+    if isinstance(factor, Fixed):
+        return factor.rows(factor.count, rank)[start:stop]
     info = factor.info
     item = info.nbytes // info.size
     n = info.size // rank

@@ -1,6 +1,7 @@
 """Which way round a layer stores its weight: (out, in) as Linear does, or (in, out) as GPT-2's Conv1D does."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from nblora.errors import FormatError
 from nblora.formats.model_files import ModelFiles
@@ -92,6 +93,10 @@ def _by_shape(label: str, name: str, module: LoraModule, shape: tuple[int, ...])
         if shape != expected:
             raise _misfit(label, name, module, shape, expected)
         return False
+    if module.single and len(shape) == 2:  # whatever its inputs are
+        module = replace(module, inputs=shape[1] if shape[0] == module.out_features else shape[0])
+    elif module.single:
+        module = replace(module, inputs=1)
     expected = (module.out_features, module.in_features)
     if shape not in (expected, expected[::-1]):
         raise _misfit(label, name, module, shape, expected)

@@ -1,11 +1,14 @@
 """What a merge will do: for every tensor of the checkpoint, the adapters' parts that change it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from nblora.errors import FormatError
 from nblora.formats.model_files import ModelFiles
 from nblora.formats.peft import PeftAdapter
+from nblora.formats.peft_config import method_of
 from nblora.formats.peft_tensors import LoraModule
 from nblora.storage.dtypes import FLOATS
 from nblora.storage.safetensors_reader import SafetensorsFile, TensorInfo
@@ -38,6 +41,14 @@ class Factor:
 
 
 @dataclass(frozen=True)
+class Fixed:
+    """A factor (n, rank) that no file holds: `rows(n, rank)` makes it."""
+
+    rows: Callable[[int, int], np.ndarray]
+    count: int
+
+
+@dataclass(frozen=True)
 class Term:
     """scale · left · rightᵀ, added to a matrix (rows, columns): left (rows, rank), right (columns, rank).
 
@@ -49,8 +60,8 @@ class Term:
     label: str
     rank: int
     scale: float
-    left: Factor | None
-    right: Factor
+    left: Factor | Fixed | None
+    right: Factor | Fixed
     weight: float = 1.0
     magnitude: Factor | None = None
     axis: int = ROWS
@@ -245,7 +256,12 @@ class _Planner:
         transposed = layouts.resolve(label, targets.weights, shapes)
         for name, module in targets.weights.items():
             is_flat = transposed[name] or module.kind == "embedding"
-            A, B = Factor(file, module.A, True), Factor(file, module.B, False)
+            A: Factor | Fixed = Factor(file, module.A, True)
+            B = Factor(file, module.B, module.single)
+            if module.single:
+                method = method_of(config.raw["peft_type"])
+                assert method is not None  # or the file had been refused
+                A = Fixed(method.fixed_factor, shapes[name][0 if is_flat else 1])
             left, right = (A, B) if is_flat else (B, A)
             term = Term(label, module.rank, module.scaling * weight, left, right)
             if module.magnitude:
