@@ -7,6 +7,7 @@ from .base import Adapter, Factors
 from .delta import DeltaLoRAAdapter
 from .dora import DoRAAdapter
 from .lora import LoRAAdapter
+from .miss import MiSSAdapter
 from .zi import ZiAdapter
 
 __all__ = [
@@ -17,12 +18,13 @@ __all__ = [
     "DoRAAdapter",
     "Factors",
     "LoRAAdapter",
+    "MiSSAdapter",
     "ZiAdapter",
     "reader_of",
 ]
 
 ADAPTERS: dict[str, type[Adapter]] = {
-    cls.method: cls for cls in (LoRAAdapter, DeltaLoRAAdapter, DoRAAdapter, ZiAdapter)
+    cls.method: cls for cls in (LoRAAdapter, DeltaLoRAAdapter, DoRAAdapter, ZiAdapter, MiSSAdapter)
 }
 """The methods by the names that `adapt`, estimators and sweeps know them by."""
 DEFAULT_ADAPTER = LoRAAdapter.method

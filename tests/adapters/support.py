@@ -36,7 +36,8 @@ def base_of(kind, dtype="float64"):
 
 def taught(adapter, x, rng, steps=3):
     """The adapter after some steps along random gradients, none of its factors zero any more."""
-    adapter.set_parameter("lora_B", 0.3 * rng.normal(size=adapter.parameter_shape("lora_B")))
+    name = "lora_B" if "lora_B" in adapter.parameter_names() else "block"
+    adapter.set_parameter(name, 0.3 * rng.normal(size=adapter.parameter_shape(name)))
     for _ in range(steps):
         adapter.backward_update(rng.normal(size=adapter.forward(x).shape), 0.02)
     return adapter

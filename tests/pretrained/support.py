@@ -14,6 +14,7 @@ PARTS = {
     "lora_A.weight": "lora_A",
     "lora_B.weight": "lora_B",
     "lora_magnitude_vector": "magnitude",
+    "miss_block": "block",
 }
 
 
@@ -52,6 +53,8 @@ def logical(name, array):
         return array
     if name.endswith("lora_magnitude_vector"):
         return array.reshape(-1)
+    if name.endswith("miss_block"):
+        return array
     return array.reshape(len(array), -1).T if array.ndim > 1 else array
 
 
