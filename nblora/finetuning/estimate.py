@@ -33,7 +33,7 @@ class Estimate:
         For training and validation, without compiling, reading and writing.
     memory : int
         Bytes: the largest that this process had while an update of the longest texts was made, with what a run keeps
-        beside it.
+        beside it; or with the model that is loaded again at the end, if that is more.
     trainable, parameters : int
     measured : int
         Updates that were timed.
@@ -59,6 +59,7 @@ def estimate(task: Task) -> Estimate:
     size = settings.batch_size * settings.accumulate
     per_epoch = -(-len(examples) // size)
     updates = settings.iters or settings.epochs * per_epoch
+    loaded, model = _peak_memory(), sum(named.array.nbytes for named in task.model._parameters())
     before = Snapshot(task.model)
     kept = sum(array.nbytes for array in before.arrays.values())
 
@@ -88,7 +89,7 @@ def estimate(task: Task) -> Estimate:
     evaluations = max(1, updates // (settings.eval_every or per_epoch))
     best = kept if "valid" in task.examples else 0
     # `fit` kept three copies of what is trained beside this one's; the best parameters are one more.
-    memory = _peak_memory() - kept + best
+    memory = max(_peak_memory() - kept + best, loaded + model)
     return Estimate(
         updates, total, rate, total / rate + evaluations * validation, memory, task.model.parameter_count,
         sum(int(np.prod(named.shape)) for named in task.model._parameters() if not named.parameter.state), measured,

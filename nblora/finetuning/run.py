@@ -1,6 +1,5 @@
 """`finetune`: from a file of texts to an adapter that was reloaded and compared."""
 
-import contextlib
 import errno
 import math
 import os
@@ -9,24 +8,20 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
-from nblora.errors import FormatError, MissingExtraError, NbloraError
-from nblora.pretrained import TextModel, load_pretrained
+from nblora.errors import FormatError
 from nblora.text.labels import write_labels
 from nblora.training import AdamW, Callback, EarlyStopping, History, evaluate, fit
 
-from .folder import DESCRIPTION, FIGURE, HISTORY, Folder, digest, versions
+from .folder import DESCRIPTION, HISTORY, Folder, digest, versions
 from .rates import choose_rate
+from .reading_back import compare, draw_history, load_finetuned, next_commands
 from .settings import AUTO, EPOCHS, Settings
-from .task import CLASSES, Task, as_fit, count_labels, make_task, read_data
+from .task import Task, as_fit, count_labels, make_task, read_data
 
-_COMPARED = 8
-"""Examples whose outputs are compared after reloading."""
-_TOLERANCE = 1e-4
-"""How far they may lie apart, as a share of the largest: rounding, in another order of sums."""
 Tell = Callable[[str], object]
 
 
@@ -133,7 +128,7 @@ def finetune(
         Of a new head, of adapters, of what is held out, and of the order.
     resume : bool
         Go on with the run in the output folder, which was killed or interrupted. The same data and settings give the
-        same adapter and history, bit for bit, as a run that was not.
+        same adapter and history, bit for bit, as a run that was not. Where there is none yet, it begins.
     progress : bool, optional
         As in `fit`.
     tell : callable, optional
@@ -168,12 +163,12 @@ def run(settings: Settings, *, resume: bool = False, progress: bool | None = Non
     folder = Folder(settings.output)
     _check_place(settings, folder)
     parts = read_data(settings)
-    if resume and not folder.path.is_dir():
-        raise FormatError(f"{folder.path}: there is no run to resume")
     with folder.held():
         before = folder.description()
         digests = {"model": digest(settings.model), **{name: digest(each.path) for name, each in parts.items()}}
         _check_before(before, settings, digests, folder, resume)
+        if before is None and resume:
+            tell(f"there is no run in {folder.path} yet: it begins")
         task = make_task(settings, parts)
         for note in task.notes:
             tell(f"note: {note}")
@@ -206,8 +201,6 @@ def _check_before(
 ) -> None:
     """FormatError for a folder with another run in it, and for a run that is to go on with something else."""
     if before is None:
-        if resume:
-            raise FormatError(f"{folder.path}: there is no run to resume")
         return
     if not resume:
         how = "goes on with it" if before["status"] == "running" else "prints what it made"
@@ -330,9 +323,14 @@ def _write(
     if task.classes is not None:
         write_labels(folder.path, task.classes)
     history.to_csv(folder.path / HISTORY)
-    _draw(folder, tell)
+    draw_history(folder)
     reloaded = load_finetuned(settings, task.kind, task.classes)
-    description["reloaded_apart"] = _compare(task, reloaded, folder)
+    description["reloaded_apart"] = apart = compare(task, reloaded, folder)
+    if settings.method == "delta":
+        tell(
+            f"the adapter's file holds the dense deltas to rank {settings.rank}: its outputs lie {apart:.2g} of the "
+            "largest from those of the whole, and the figures are those of the file"
+        )
     saved = reloaded if settings.method == "delta" else model
     metrics: dict[str, Any] = {
         part: evaluate(saved, *as_fit(task.examples[part])) for part in ("valid", "test") if part in task.examples
@@ -342,48 +340,6 @@ def _write(
     folder.describe(description)
     folder.checkpoint.unlink(missing_ok=True)
     return _result(task, folder, description, history)
-
-
-def load_finetuned(settings: Settings, kind: str, classes: list[str] | None) -> TextModel:
-    """The model that an output folder describes, from its files."""
-    count = None if classes is None else len(classes)
-    full = settings.method == "full"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # heads of other tasks
-        loaded = load_pretrained(settings.output if full else settings.model, task=kind, num_labels=count, seed=0)
-    model = cast(TextModel, loaded)
-    return model if full else model.load_adapter(settings.output)
-
-
-def _compare(task: Task, reloaded: TextModel, folder: Folder) -> float:
-    """How far the outputs of what was reloaded lie from those of the model, as a share of the largest.
-
-    Raises
-    ------
-    NbloraError
-        Where that is more than rounding. Of a folded delta it is an approximation's, and only said.
-    """
-    examples = task.examples.get("valid", task.examples["train"])
-    inputs = examples.part(range(min(_COMPARED, len(examples)))).inputs
-    wanted, found = task.model(**inputs), reloaded(**inputs)
-    apart = float(np.abs(found - wanted).max() / max(np.abs(wanted).max(), 1e-30))
-    if task.settings.method != "delta" and not apart <= _TOLERANCE:
-        raise NbloraError(
-            f"{folder.path}: what was written computes something else than what was trained: outputs differ by "
-            f"{apart:.3g} of the largest. This is a fault of nblora or of the disk; the folder should not be used"
-        )
-    return apart
-
-
-def _draw(folder: Folder, tell: Tell) -> None:
-    """The learning curve, where matplotlib is."""
-    from nblora.plots import draw_file, style
-    from nblora.storage.atomic import replace_whole
-
-    with contextlib.suppress(MissingExtraError):
-        figure = draw_file(folder.path / HISTORY)
-        with style(), replace_whole(folder.path / FIGURE) as file:
-            figure.savefig(file, format="png")
 
 
 def _finished(task: Task, folder: Folder, description: dict[str, Any]) -> Finetuned:
@@ -401,21 +357,8 @@ def _read_history(path: Path) -> History:
 
 
 def _result(task: Task, folder: Folder, description: dict[str, Any], history: History) -> Finetuned:
-    commands = _commands(task, folder.path)
+    commands = next_commands(task, folder.path)
     return Finetuned(
         folder.path, task.kind, task.classes, history, description["metrics"], description["lr"],
         description["notes"], commands, description,
     )  # fmt: skip
-
-
-def _commands(task: Task, folder: Path) -> list[str]:
-    """What to do next."""
-    settings = task.settings
-    model = f"--model {folder}" if settings.method == "full" else f"--model {settings.model} --adapter {folder}"
-    if task.kind == CLASSES:
-        first = f"nblora predict {model} --data FILE"
-    else:
-        first = f"nblora generate {model} --prompt TEXT"
-    if settings.method == "full":
-        return [first]
-    return [first, f"nblora merge {settings.model} --adapter {folder} --output MERGED"]
