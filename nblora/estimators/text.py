@@ -11,6 +11,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_consistent_length, check_is_fitted, column_or_1d
 
 from nblora import checks
+from nblora.adapters import ADAPTERS, DEFAULT_ADAPTER
 from nblora.formats.peft_export import ExportedModule
 from nblora.linalg import softmax
 from nblora.pretrained import TextModel, load_pretrained
@@ -24,7 +25,7 @@ from nblora.training.weighted import Weighted
 
 from .common import draw_seed
 
-METHODS = ("head", "lora", "delta", "full")
+METHODS = ("head", *ADAPTERS, "full")
 
 
 class TextClassifier(ClassifierMixin, BaseEstimator):
@@ -38,10 +39,11 @@ class TextClassifier(ClassifierMixin, BaseEstimator):
     model : path
         A folder as transformers or sentence-transformers save it, or a GGUF file: what `nblora.load_pretrained` reads,
         with its tokenizer. A head that the folder has for as many labels is trained on; otherwise a new one is drawn.
-    method : {"lora", "delta", "head", "full"}
-        LoRA; LoRA with a dense delta; the head alone; every weight. The head is trained by each.
+    method : str
+        An adapter's name in `nblora.adapters.ADAPTERS`, such as "lora", or "delta", whose dense delta is as large as
+        the weights; "head" for the head alone; "full" for every weight. The head is trained by each.
     rank, alpha, lora_dropout, delta_scaling, momentum_factor
-        Of the adapters, as in `DeltaLoRAAdapter`; only "lora" and "delta" use them.
+        Of the adapters, as in `DeltaLoRAAdapter`; what is no setting of the method does nothing.
     target : str, or list of str
         Which layers are adapted, as in `PretrainedModel.adapt`.
     epochs : int
@@ -90,7 +92,7 @@ class TextClassifier(ClassifierMixin, BaseEstimator):
         self,
         model: Any = None,
         *,
-        method: str = "lora",
+        method: str = DEFAULT_ADAPTER,
         rank: int = 8,
         target: Any = "all-linear",
         alpha: float = 16.0,
@@ -201,10 +203,9 @@ class TextClassifier(ClassifierMixin, BaseEstimator):
             self.model, task="sequence-classification", num_labels=len(names), seed=draw_seed(random)
         )
         name_labels(model, names)
-        if self.method in ("lora", "delta"):
-            settings: dict[str, Any] = {"rank": self.rank, "alpha": self.alpha, "lora_dropout": self.lora_dropout}
-            if self.method == "delta":
-                settings |= {"delta_scaling": self.delta_scaling, "momentum_factor": self.momentum_factor}
+        if self.method in ADAPTERS:
+            taken = {"rank", *ADAPTERS[self.method].settings()}
+            settings = {name: value for name, value in self.get_params(deep=False).items() if name in taken}
             model.adapt(self.target, self.method, seed=draw_seed(random), **settings)
         else:
             model.unfreeze("*" if self.method == "full" else list(model.head.own))
@@ -262,12 +263,12 @@ class TextClassifier(ClassifierMixin, BaseEstimator):
         Raises
         ------
         ValueError
-            For the methods "head" and "full", which have no adapter: `save_pretrained` writes the model. For labels
-            that are the same as texts.
+            For the method "full", which has no adapter: `save_pretrained` writes the model. For labels that are the
+            same as texts.
         """
         check_is_fitted(self, "model_")
-        if self.method not in ("lora", "delta"):
-            raise ValueError(f"the method {self.method!r} makes no adapter: save_pretrained(folder) writes the model")
+        if self.method == "full":
+            raise ValueError("the method 'full' makes no adapter: save_pretrained(folder) writes the model")
         names = self._names()
         exported = self.model_.save_adapter(folder, fold_delta=fold_delta, dtype=dtype, force=force)
         write_labels(folder, names)

@@ -236,6 +236,7 @@ def _describe(task: Task, digests: dict[str, str]) -> dict[str, Any]:
     return {
         "status": "running",
         "task": task.kind,
+        "records": task.records["train"].kind,
         "settings": task.settings.as_dict(),
         "versions": versions(),
         "digests": digests,

@@ -1,5 +1,6 @@
 """`generate`: text that a causal model goes on with, one token after the other."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,38 @@ def generate(
     NonFiniteError
         Where the model's logits are NaN, or all of them infinite.
     """
+    found: list[list[int]] = []
+    for texts, ids in stream_tokens(
+        model, input_ids, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, eos=eos
+    ):
+        found = found or [[] for _ in texts]
+        for text, token in zip(texts.tolist(), ids.tolist(), strict=True):
+            found[text].append(token)
+    return [np.array(tokens, np.int64) for tokens in found]
+
+
+def stream_tokens(
+    model: TextModel,
+    input_ids: Any,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | np.random.Generator | None = None,
+    eos: Any = None,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The same as `generate`, token by token.
+
+    Parameters
+    ----------
+    model, input_ids, max_new_tokens, temperature, top_p, seed, eos
+        As in `generate`, whose errors come before the first token.
+
+    Yields
+    ------
+    texts, tokens : ndarray of int64, shape (n,)
+        The texts that go on, by their places, and the next token of each; first all of them.
+    """
     _check_causal(model)
     tokens = model._check_tokens(read_tokens(input_ids))
     count = checks.check_integer("max_new_tokens", max_new_tokens, 1)
@@ -84,23 +117,26 @@ def generate(
     ends = _ends(model) if eos is None else np.atleast_1d(checks.as_indices("eos", eos))
     if eos is not None:
         checks.check_range("eos", ends, model.out_features)
+    return _tokens_of(model, tokens, lengths, count, choice, ends)
+
+
+def _tokens_of(
+    model: TextModel, tokens: Tokens, lengths: np.ndarray, count: int, choice: "Choice", ends: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     decoding = Decoding(model, lengths + min(count, ROOM))
-    found: list[list[int]] = [[] for _ in range(len(tokens))]
     going = np.arange(len(tokens))
     ids = tokens.ids
     with model._backend.lending():
         for _ in range(count):
             logits = decoding.logits(ids, lengths)
             ids = np.array([choice(row, text) for row, text in zip(logits, going.tolist(), strict=True)])
-            for text, token in zip(going.tolist(), ids.tolist(), strict=True):
-                found[text].append(token)
+            yield going, ids
             on = np.flatnonzero(~np.isin(ids, ends))
             if not len(on):
                 break
             decoding.keep(on)
             ids, going = ids[on], going[on]
             lengths = np.ones(len(on), np.int64)
-    return [np.array(tokens, np.int64) for tokens in found]
 
 
 class Decoding:

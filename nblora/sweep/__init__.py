@@ -6,6 +6,7 @@ from .store import read_results
 from .summary import best_of_each_method, over_seeds, text_table
 from .sweep import Sweep
 from .task import Data
+from .texts import read_texts
 
 __all__ = [
     "Data",
@@ -16,6 +17,7 @@ __all__ = [
     "over_seeds",
     "read_data",
     "read_results",
+    "read_texts",
     "split_data",
     "text_table",
 ]

@@ -117,13 +117,7 @@ def split_data(
     x, y = np.asarray(x), np.asarray(y)
     if x.ndim < 2 or len(x) != len(y):
         raise ValueError(f"x must have shape (samples, features), y as many samples; got {x.shape} and {y.shape}")
-    shares = [checks.check_fraction("validation", validation), checks.check_fraction("test", test)]
-    if not 0 < shares[0] < 1 - shares[1]:
-        raise ValueError(f"validation and test must leave samples for training, got {validation} and {test}")
-    order = np.random.default_rng(checks.check_integer("split_seed", split_seed, 0)).permutation(len(x))
-    chosen, tested, trained = np.split(order, np.cumsum([round(share * len(x)) for share in shares]))
-    if not (len(chosen) and len(trained)):
-        raise ValueError(f"{len(x)} samples are too few to hold out {validation:g} of them for validation")
+    trained, chosen, tested = split_places(len(x), validation, test, split_seed)
     if standardise:
         mean, deviation = x[trained].mean(0), x[trained].std(0)
         x = ((x - mean) / np.where(deviation > 0, deviation, 1)).astype(np.float32)
@@ -131,6 +125,18 @@ def split_data(
         y = y.astype(np.float32)[:, None]
     held_out = (x[tested], y[tested]) if len(tested) else (None, None)
     return Data(x[trained], y[trained], x[chosen], y[chosen], *held_out)
+
+
+def split_places(count: int, validation: float, test: float, split_seed: int) -> tuple[np.ndarray, ...]:
+    """Which of so many samples are to train on, to choose by and to report on; ValueError for a part without any."""
+    shares = [checks.check_fraction("validation", validation), checks.check_fraction("test", test)]
+    if not 0 < shares[0] < 1 - shares[1]:
+        raise ValueError(f"validation and test must leave samples for training, got {validation} and {test}")
+    order = np.random.default_rng(checks.check_integer("split_seed", split_seed, 0)).permutation(count)
+    chosen, tested, trained = np.split(order, np.cumsum([round(share * count) for share in shares]))
+    if not (len(chosen) and len(trained)):
+        raise ValueError(f"{count} samples are too few to hold out {validation:g} of them for validation")
+    return trained, chosen, tested
 
 
 def load_scikit_learn(name: Any, **split: Any) -> Data:

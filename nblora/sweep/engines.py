@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from nblora.errors import MissingExtraError
 
 from .task import Records, Runs, Task, failed_record, run_one
+from .texts import TextTask
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -29,7 +30,7 @@ ATTEMPTS = 3
 logger = logging.getLogger("nblora.sweep")
 
 
-def run_here(task: Task, runs: Runs) -> Records:
+def run_here(task: Task | TextTask, runs: Runs) -> Records:
     """Execute one run after the other in this process."""
     waiting = _Waiting(runs)
     while waiting.runs:
@@ -44,10 +45,10 @@ def run_here(task: Task, runs: Runs) -> Records:
 
 # --- processes -----------------------------------------------------------------------------------------------------
 
-_task: Task | None = None  # a worker process's, set once when it starts
+_task: Task | TextTask | None = None  # a worker process's, set once when it starts
 
 
-def run_in_processes(task: Task, runs: Runs, workers: int) -> Records:
+def run_in_processes(task: Task | TextTask, runs: Runs, workers: int) -> Records:
     """Execute runs in `workers` processes of this machine, each of which gets the task once."""
     waiting = _Waiting(runs)
     while waiting.runs:
@@ -70,7 +71,7 @@ def run_in_processes(task: Task, runs: Runs, workers: int) -> Records:
 
 
 @contextlib.contextmanager
-def _pool(task: Task, workers: int) -> Iterator[futures.ProcessPoolExecutor]:
+def _pool(task: Task | TextTask, workers: int) -> Iterator[futures.ProcessPoolExecutor]:
     import multiprocessing
 
     # spawn: a fork would take over locks and thread pools in whatever state they are
@@ -104,7 +105,7 @@ def _interrupts_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _start_worker(task: Task, until: "Connection") -> None:
+def _start_worker(task: Task | TextTask, until: "Connection") -> None:
     global _task
     _task = task
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # where it could not be held back
@@ -130,7 +131,7 @@ def _run_in_worker(key: str, settings: Mapping[str, Any]) -> dict[str, Any]:
 # --- Dask ----------------------------------------------------------------------------------------------------------
 
 
-def run_on_dask(task: Task, runs: Runs, client: "Client") -> Records:
+def run_on_dask(task: Task | TextTask, runs: Runs, client: "Client") -> Records:
     """Execute runs on a Dask cluster; the task is scattered once, to every worker."""
     from distributed import as_completed
 

@@ -82,7 +82,10 @@ def _arguments(content: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         raise ValueError("there must be one table [grid] or one table [random]")
     arguments: dict[str, Any] = {name: content[name] for name in OPTIONS if name in content}
     arguments.update(_base(content.get("base", {}), folder))
-    arguments["data"] = _data(content["data"], folder, content.get("loss", DEFAULT_LOSS), "base" in arguments)
+    if isinstance(arguments.get("base"), Path):
+        arguments["data"] = _texts(content["data"], folder)
+    else:
+        arguments["data"] = _data(content["data"], folder, content.get("loss", DEFAULT_LOSS), "base" in arguments)
     fixed = content.get("fixed", {})
     if "grid" in content:
         arguments["runs"] = expand_grid(content["grid"], fixed)
@@ -94,6 +97,10 @@ def _arguments(content: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _base(table: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    if "model" in table:
+        _check_keys("[base]", table, {"model", "target", "max_length"})
+        chosen = {name: table[name] for name in ("target", "max_length") if name in table}
+        return chosen | {"base": folder / table["model"]}
     _check_keys("[base]", table, {"checkpoint", "hidden", "target", "modules_to_save"})
     if "checkpoint" in table and "hidden" in table:
         raise ValueError("[base] has both checkpoint and hidden: a network is read or drawn, not both")
@@ -116,6 +123,14 @@ def _data(table: Mapping[str, Any], folder: Path, loss: str, pretrained: bool) -
     if pretrained:  # it expects what it was trained on, which nobody but its owner knows how to scale
         options.setdefault("standardise", False)
     return read_data(folder / table["file"], loss=loss, **options)
+
+
+def _texts(table: Mapping[str, Any], folder: Path) -> Data:
+    from .texts import read_texts
+
+    _check_keys("[data]", table, {"file", *SPLIT})
+    options = {name: value for name, value in table.items() if name != "file"}
+    return read_texts(folder / table["file"], **options)
 
 
 def _check_keys(place: str, table: Mapping[str, Any], known: set[str]) -> None:

@@ -17,6 +17,7 @@ from .engines import dask_client, run_here, run_in_processes, run_on_dask
 from .space import Settings, draw_random, expand_grid, run_key
 from .store import ResultsFile, check_origin
 from .task import DEFAULT_LOSS, Data, Records, Task
+from .texts import TextTask, make_task
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -34,13 +35,18 @@ class Sweep:
         it of a file, and of samples that are not split yet.
     runs : list of dict
         The settings of each run: what `grid` and `random` make.
-    base : Layer, optional
-        The pretrained model; every run adapts a clone. Without it each run draws a network from its own seed.
+    base : Layer or path, optional
+        The pretrained model; every run adapts a clone. Without it each run draws a network from its own seed. A path is
+        that of a pretrained model of text: `x` are then texts, `y` labels of any type, and a run is a
+        `nblora.estimators.TextClassifier`'s (extras `sklearn` and `text`).
     hidden : sequence of int
         Widths of the hidden layers of that network.
     loss : {"cross_entropy", "mse", "binary_cross_entropy"}
     target, modules_to_save
-        Which layers are adapted, and which are trained as they are: as in `Sequential.adapt`.
+        Which layers are adapted, and which are trained as they are: as in `Sequential.adapt`. On texts "*" is every
+        linear layer, and the head is what is trained as it is.
+    max_length : int or None
+        Tokens that texts are cut at.
     metric : str, optional
         What `best` and the progress bar go by: "val_accuracy" or "val_loss", by default the first that there is.
     threads : int
@@ -63,25 +69,27 @@ class Sweep:
         data: Data | Mapping[str, Any],
         runs: Sequence[Settings],
         *,
-        base: Layer | None = None,
+        base: Layer | str | os.PathLike[str] | None = None,
         hidden: Sequence[int] = (32,),
         loss: str = DEFAULT_LOSS,
         target: Any = "*",
         modules_to_save: Any = None,
+        max_length: int | None = 256,
         metric: str | None = None,
         threads: int = 1,
     ) -> None:
-        if base is not None:
-            check_model(base)
         if not runs:
             raise ValueError("runs must not be empty: give at least one combination of settings")
         checked = data if isinstance(data, Data) else _as_data(data)
-        arrays: dict[str, Any] = {name: v if v is None else np.asarray(v) for name, v in vars(checked).items()}
-        if isinstance(hidden, str) or not isinstance(hidden, Iterable):
-            raise TypeError(f"hidden must be a list of widths, got {hidden!r}")
-        widths = tuple(checks.check_integer("hidden", width, 1) for width in hidden)
         threads = checks.check_integer("threads", threads, 1)
-        self.task = Task(Data(**arrays), base, widths, loss, target, modules_to_save, threads)
+        if isinstance(base, str | os.PathLike):
+            if modules_to_save is not None or loss != DEFAULT_LOSS:
+                raise ValueError("on texts the head is trained, by cross_entropy: leave out modules_to_save and loss")
+            texts = make_task(checked, base, "all-linear" if target == "*" else target, max_length, threads)
+            texts.check(runs)
+            self.task: Task | TextTask = texts
+        else:
+            self.task = _task_of_arrays(checked, base, hidden, loss, target, modules_to_save, threads)
         names = [f"val_{name}" for name in (*as_loss(loss).metrics, "loss")]
         self.metric = checks.check_choice("metric", metric or names[0], names)
         digest = self.task.digest()
@@ -212,6 +220,18 @@ class Sweep:
         It is the luckiest seed's: `summarise` averages over seeds.
         """
         return best_record(records, self.metric)
+
+
+def _task_of_arrays(
+    data: Data, base: Any, hidden: Any, loss: str, target: Any, modules_to_save: Any, threads: int
+) -> Task:
+    if base is not None:
+        check_model(base)
+    arrays: dict[str, Any] = {name: v if v is None else np.asarray(v) for name, v in vars(data).items()}
+    if isinstance(hidden, str) or not isinstance(hidden, Iterable):
+        raise TypeError(f"hidden must be a list of widths, got {hidden!r}")
+    widths = tuple(checks.check_integer("hidden", width, 1) for width in hidden)
+    return Task(Data(**arrays), base, widths, loss, target, modules_to_save, threads)
 
 
 def _as_data(parts: Mapping[str, Any]) -> Data:

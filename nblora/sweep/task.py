@@ -72,7 +72,7 @@ class Task:
     def _hash_of_data(self) -> Any:
         digest = hashlib.sha256()
         for field in fields(self.data):
-            _add_array(digest, field.name, getattr(self.data, field.name))
+            add_array(digest, field.name, getattr(self.data, field.name))
         return digest
 
     def digest(self) -> str:
@@ -81,13 +81,17 @@ class Task:
         if self.base is not None:
             digest.update(repr(self.base._config()).encode())
             for name in self.base.parameter_names():
-                _add_array(digest, name, self.base.get_parameter(name))
+                add_array(digest, name, self.base.get_parameter(name))
         digest.update(repr((self.hidden, self.loss, self.target, self.modules_to_save, self.threads)).encode())
         return digest.hexdigest()[:16]
 
+    def train(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Train and measure with one combination of settings; return what its record says."""
+        return _train(self, settings)
 
-def run_one(task: Task, key: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Train and measure one combination of settings, and return its record.
+
+def run_one(task: Any, key: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Train and measure one combination of settings, and return its record; `task` is a `Task` or a `TextTask`.
 
     A run whose loss stops being finite has the status "diverged", one whose settings cannot be used "failed"; both are
     results. Any other error is the machine's, and raised: the sweep tries again.
@@ -96,7 +100,7 @@ def run_one(task: Task, key: str, settings: Mapping[str, Any]) -> dict[str, Any]
     record: dict[str, Any] = {"key": key, "status": "done", "settings": dict(settings)}
     with limit_threads(task.threads):
         try:
-            record.update(_train(task, settings))
+            record.update(task.train(settings))
         except NonFiniteError as error:
             record.update(status="diverged", error=str(error))
         except (TypeError, ValueError) as error:
@@ -239,9 +243,15 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=limit_threads._after_fork)
 
 
-def _add_array(digest: Any, name: str, array: Any) -> None:
-    if array is not None:
-        digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
+def add_array(digest: Any, name: str, array: Any) -> None:
+    """Add an array's contents to a digest, and nothing where there is none."""
+    if array is None:
+        return
+    digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
+    if array.dtype.hasobject:  # texts, whose array holds addresses
+        for text in array.ravel().tolist():
+            digest.update(f"{len(text)} {text}".encode())
+    else:
         digest.update(np.ascontiguousarray(array).tobytes())
 
 

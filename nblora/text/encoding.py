@@ -55,15 +55,14 @@ def encode(model: TextModel, texts: Sequence[str], *, batch_size: int = 32) -> n
         what = f"a model of the task {model.task!r}" if isinstance(model, TextModel) else type(model).__name__
         raise ValueError(f"model must be one of the task 'embedding', got {what}: load_pretrained(task='embedding')")
     checks.check_integer("batch_size", batch_size, 1)
+    return outputs_of(model, sentence_encoding(model, texts), batch_size)
+
+
+def sentence_encoding(model: TextModel, texts: Sequence[str]) -> Encoding:
+    """The tokens of texts as the model's folder says: cut, and behind its prompt where there is one."""
     tokenizer, longest, prompt = sentence_settings(model)
-    encoding = (
-        tokenizer.encode(texts, max_length=longest) if not prompt else _prompted(tokenizer, texts, prompt, longest)
-    )
-    return outputs_of(model, encoding, batch_size)
-
-
-def _prompted(tokenizer: Tokenizer, texts: Sequence[str], prompt: str, longest: int | None) -> Encoding:
-    """The tokens of texts behind a prompt."""
+    if not prompt:
+        return tokenizer.encode(texts, max_length=longest)
     tokenizer.encode(texts, special=False)  # a fault is that of the texts as they came
     return tokenizer.encode([prompt + text for text in texts], max_length=longest)
 

@@ -98,6 +98,11 @@ class Tokenizer:
         found = self._backend.token_to_id(self.special_tokens.get(token, token))
         return None if found is None else int(found)
 
+    def token(self, number: int) -> str:
+        """The token of an id, as the vocabulary writes it; "" for an id beyond it."""
+        found = self._backend.id_to_token(number)
+        return "" if found is None else str(found)
+
     def encode(
         self,
         texts: Sequence[str],

@@ -19,6 +19,7 @@ import nblora
 from nblora.estimators import TextClassifier
 from nblora.pretrained.labels import labels_of
 from nblora.text.labels import read_labels
+from nblora.text.predicting import load_predictor
 from tests.text.folders import sentence_folder
 
 TEXTS = ["the cat sat on the mat", "the law has tax", "tax law on tax", "cat has mat", "law law tax", "mat cat sat"] * 4
@@ -197,13 +198,19 @@ def test_the_merged_model_says_its_labels(fitted, tmp_path):
     np.testing.assert_allclose(found[:, 1] - found[:, 0], fitted.decision_function(TEXTS), atol=1e-4)
 
 
-def test_only_adapters_are_saved_as_adapters(folder, tmp_path):
-    classifier = TextClassifier(folder, method="head", **QUICK | {"epochs": 1}).fit(TEXTS, LABELS)
-    with pytest.raises(ValueError, match="'head' makes no adapter: save_pretrained"):
-        classifier.save_adapter(tmp_path / "adapter")
+def test_every_weight_is_no_adapter_and_a_head_alone_is_one(folder, tmp_path):
+    settings = QUICK | {"epochs": 1}
+    whole = TextClassifier(folder, method="full", **settings).fit(TEXTS, LABELS)
+    with pytest.raises(ValueError, match="'full' makes no adapter: save_pretrained"):
+        whole.save_adapter(tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
-    classifier.save_pretrained(tmp_path / "whole")
+    whole.save_pretrained(tmp_path / "whole")
     assert read_labels(tmp_path / "whole") == ["law", "pet"]
+    head = TextClassifier(folder, method="head", **settings).fit(TEXTS, LABELS)
+    head.save_adapter(tmp_path / "head")
+    for saved, classifier in (((tmp_path / "whole",), whole), ((folder, tmp_path / "head"), head)):
+        found = load_predictor(*saved).outputs(TEXTS)
+        np.testing.assert_allclose(found[:, 1] - found[:, 0], classifier.decision_function(TEXTS), atol=1e-4)
 
 
 # --- what cannot be used -----------------------------------------------------------------------------------------
