@@ -127,7 +127,7 @@ def _by_keys(function, rows, place, n0, j0, j1, a, b, c):
         keys = _visible(place, n0 + i + height - 1, j0, j1)
         for j in range(0, keys, width):
             vectors = 1 if 2 * (keys - j) <= width else 2
-            size = Tile(place.size, ROW_STRIDE, False, height, vectors, width)
+            size = Tile(place.size, ROW_STRIDE, False, height, vectors, width, ROW_STRIDE)
             _multiply(function, At(a, i * ROW_STRIDE), At(b, j * DEPTH), At(c, i * ROW_STRIDE + j), size)
 
 
@@ -141,7 +141,7 @@ def _by_features(function, rows, place, n0, j0, j1, a, b, c, more):
         keys = _visible(place, n0 + i + height - 1, j0, j1)
         for d in range(0, place.size, width):
             vectors = 1 if 2 * (place.size - d) <= width else 2
-            size = Tile(keys, C_STRIDE, more, height, vectors, width)
+            size = Tile(keys, C_STRIDE, more, height, vectors, width, ROW_STRIDE)
             _multiply(function, At(a, i * ROW_STRIDE), At(b, d * DEPTH), At(c, i * C_STRIDE + d), size)
 
 
@@ -153,7 +153,7 @@ def _by_queries(function, rows, keys, features, a, b, c):
     for j in range(0, keys, width):
         vectors = 1 if 2 * (keys - j) <= width else 2
         for d in range(0, features, TILE_ROWS):
-            size = Tile(rows, C_STRIDE, True, min(TILE_ROWS, features - d), vectors, ROW_STRIDE)
+            size = Tile(rows, C_STRIDE, True, min(TILE_ROWS, features - d), vectors, ROW_STRIDE, 0)
             _multiply(function, At(a, d * STRIP), At(b, j), At(c, d * C_STRIDE + j), size)
 
 

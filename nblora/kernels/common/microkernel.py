@@ -1,9 +1,9 @@
 """The register tile: C[i, j] (+)= Σ_k A(i, k) B[k, j] for up to `TILE_ROWS` rows and one or two vectors of columns.
 
-B is a panel of rows [k][2 vectors]. A comes in one of two formats, both straight copies of rows of the matrix that it
-was packed from, so nothing is transposed for it:
+B is a panel of rows [k][2 vectors]. A comes in one of two formats, both rows of the matrix that it is or was packed
+from, so nothing is transposed for it:
 
-- "rows": A(i, k) at i·ROW_STRIDE + k; the inner dimension is contiguous in memory;
+- "rows": A(i, k) at i·pitch + k; the inner dimension is contiguous in memory, and a matrix may be read where it lies;
 - "steps": A(i, k) at k·TILE_ROWS + i; the outer dimension is contiguous in memory.
 
 While it computes, the tile brings lines of two other arrays towards the level-2 cache, one line of each after every so
@@ -23,7 +23,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from .jit import kernel
-from .machine import ROW_STRIDE, TILE_ROWS, VECTOR_BITS
+from .machine import TILE_ROWS, VECTOR_BITS
 
 I8P, I32, I64 = ir.IntType(8).as_pointer(), ir.IntType(32), ir.IntType(64)
 LINE = 64
@@ -38,7 +38,7 @@ class At(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """What a register tile computes: its size, the pitch of C and of B, and whether C is added to."""
+    """What a register tile computes: its size, the pitch of C, of B and of A in rows, and whether C is added to."""
 
     depth: int
     stride: int
@@ -46,6 +46,7 @@ class Tile(NamedTuple):
     height: int
     vectors: int
     b_pitch: int
+    a_pitch: int
 
 
 class Ahead(NamedTuple):
@@ -143,11 +144,13 @@ def _emit_tile(builder, function, scalar, height, width, steps):
     of a chunk.
     """
     a, b, c, depth, stride, accumulate = function.args[:6]
-    b_pitch, ahead, other, stream, first, row_bytes, pitch, chunk = function.args[8:]
+    b_pitch, a_pitch, ahead, other, stream, first, row_bytes, pitch, chunk = function.args[8:]
     vector = vector_of(scalar)
     lanes, zero, nothing = vector.count, ir.Constant(vector, [0.0] * vector.count), ir.Constant(I64, 0)
     fma = fma_of(builder, vector)
-    a_row, a_step = (1, TILE_ROWS) if steps else (ROW_STRIDE, 1)
+    together = min(height, TILE_ROWS if steps else 3)  # rows that one pointer reaches: a row, two rows further
+    groups = range(0, height, together)
+    a_row, a_step = (ir.Constant(I64, 1), TILE_ROWS) if steps else (a_pitch, 1)
     c_rows = [builder.gep(c, [builder.mul(stride, ir.Constant(I64, i))]) for i in range(height)]
     entry = builder.block
     outer, inner, latch, done = (function.append_basic_block() for _ in range(4))
@@ -160,21 +163,26 @@ def _emit_tile(builder, function, scalar, height, width, steps):
         prefetch_line(builder, builder.gep(builder.bitcast(array, I8P), [place]))
     after = builder.add(start, chunk)
     stop = builder.select(builder.icmp_signed("<", after, depth), after, depth)
+    a_start = builder.gep(a, [builder.mul(start, ir.Constant(I64, a_step))])
+    places = [builder.gep(a_start, [builder.mul(a_row, ir.Constant(I64, i))]) for i in groups]
+    places.append(builder.gep(b, [builder.mul(start, b_pitch)]))
     builder.branch(inner)
 
     builder.position_at_end(inner)
-    k, *sums = _phis(builder, [I64, *[vector] * len(begun)])
-    _incoming([k, *sums], [start, *begun], outer)
-    a_k = builder.gep(a, [builder.mul(k, ir.Constant(I64, a_step))])
-    b_k = builder.gep(b, [builder.mul(k, b_pitch)])
+    k, *moving = _phis(builder, [I64, *[place.type for place in places]])
+    sums = _phis(builder, [vector] * len(begun))
+    _incoming([k, *moving, *sums], [start, *places, *begun], outer)
+    b_k = moving[-1]
     columns = [load_vector(builder, b_k, j * lanes, vector) for j in range(width)]
     new = []
     for i in range(height):
-        element = builder.load(builder.gep(a_k, [ir.Constant(I64, i * a_row)]), align=element_size(scalar))
+        a_k, row = moving[i // together], ir.Constant(I64, i % together)
+        element = builder.load(builder.gep(a_k, [builder.mul(a_row, row)]), align=element_size(scalar))
         row = splat(builder, element, vector)
         new += [builder.call(fma, [row, columns[j], sums[i * width + j]]) for j in range(width)]
     following = builder.add(k, ir.Constant(I64, 1))
-    _incoming([k, *sums], [following, *new], inner)
+    moved = [builder.gep(place, [ir.Constant(I64, a_step)]) for place in moving[:-1]] + [builder.gep(b_k, [b_pitch])]
+    _incoming([k, *moving, *sums], [following, *moved, *new], inner)
     builder.cbranch(builder.icmp_signed("<", following, stop), inner, latch)
 
     builder.position_at_end(latch)
@@ -208,7 +216,7 @@ def _emit_tile(builder, function, scalar, height, width, steps):
 def _tile_type(scalar):
     """The operands of `tile`, one after the other, as `operands_of` hands them over -> nothing."""
     pointer = scalar.as_pointer()
-    operands = [pointer, pointer, pointer, I64, I64, ir.IntType(1), I64, I64, I64]
+    operands = [pointer, pointer, pointer, I64, I64, ir.IntType(1), I64, I64, I64, I64]
     return ir.FunctionType(ir.VoidType(), [*operands, pointer, pointer, pointer, I64, I64, I64, I64])
 
 

@@ -167,7 +167,7 @@ def _multiply(task, p0, p1, rows, panels, rows_of, sums, begin):
         at = (panel * total + p0 - task.p0) * width
         vectors = 1 if 2 * (task.g.shape[1] - panel * width) <= width else 2
         for row in range(0, rows, TILE_ROWS):
-            size = Tile(p1 - p0, stride, not begin, min(TILE_ROWS, rows - row), vectors, width)
+            size = Tile(p1 - p0, stride, not begin, min(TILE_ROWS, rows - row), vectors, width, ROW_STRIDE)
             to = At(sums, row * stride + (panel - panels[0]) * width)
             tile(task.tile, At(rows_of, row * ROW_STRIDE), At(task.packed, at), to, size, ahead)
 

@@ -10,30 +10,12 @@ from nblora.kernels.common import elementwise
 from nblora.kernels.common.atomics import draw, fetch_add, wait_for
 from nblora.kernels.common.functions import activate_row
 from nblora.kernels.common.jit import kernel, part
-from nblora.kernels.common.machine import BLOCK, DEPTH, ROW_STRIDE, TILE_ROWS
-from nblora.kernels.common.rows import add_row, copy_row
+from nblora.kernels.common.rows import accumulate_row, scale_row
 from nblora.kernels.common.threads import entry, launch
 
-from .packing import Block, Matrix, pack_columns_transposed, pack_rows, plain
-from .products import (
-    C_STRIDE,
-    Packed,
-    Samples,
-    across_rows,
-    along_rows,
-    block_at,
-    block_size,
-    factor_across_rows,
-    job_pieces,
-    nothing_next,
-    operand_block,
-    packed_at,
-    panel_width,
-    sample_blocks,
-    scratch_work,
-    store_block,
-    transpose_block,
-)
+from .multiply import Job, Product, block_rows, depth_of, job_shape, multiply_block
+from .packing import Matrix, plain
+from .products import scratch_work
 
 
 class ForwardTask(NamedTuple):
@@ -67,108 +49,50 @@ class ForwardTask(NamedTuple):
 
 
 @part
-def packed_forward(samples, inputs, transposed, array):
-    """Elements that packing x takes; `array` is any of its dtype."""
-    size = _blocks(samples, transposed, array)[0]
-    return (samples + size - 1) // size * ((inputs + DEPTH - 1) // DEPTH) * operand_block(size, array)
+def _product(task):
+    """z without bias."""
+    M = Matrix(task.S, task.D, task.y.dtype.type(task.c), task.has_delta)
+    inner, rank = task.x.shape[1] if task.has_base else 0, task.A.shape[1] if task.has_low_rank else 0
+    return Product(task.x, M, task.transposed, inner, task.u, task.B, False, rank, task.z)
 
 
 @part
-def _blocks(samples, transposed, array):
-    """Samples of a block, samples of a job of z."""
-    return sample_blocks(samples, panel_width(array) if transposed else TILE_ROWS, array)
+def _low_product(task):
+    """u without its factor."""
+    A = task.A
+    return Product(task.x_low, plain(A), False, A.shape[0], task.x_low, A, False, 0, task.u)
 
 
 @part
-def _geometry(task, workers):
-    """Sizes: samples of a piece to prepare, samples of a block, samples of a job of z, outputs of a job of z."""
-    N, out = task.y.shape
-    width = panel_width(task.y)
-    size, samples = _blocks(N, task.transposed, task.y)
-    blocks = (N + size - 1) // size
-    piece = block_size(size, width, (2 * workers + blocks - 1) // blocks, BLOCK)
-    pieces = job_pieces(out, (N + samples - 1) // samples, workers, task.transposed)
-    outputs = block_size(out, TILE_ROWS if task.transposed else width, pieces, BLOCK)
-    return piece, size, samples, outputs
+def _scale(out, n0, n1, factor):
+    for n in range(n0, n1):
+        scale_row(out[n], out[n], factor)
 
 
 @part
-def _packing(task, size):
-    """Where x is packed."""
-    blocks = (task.x.shape[0] + size - 1) // size
-    return Packed(task.packed, 0, blocks, operand_block(size, task.packed) if task.has_base else 0)
-
-
-@part
-def _prepare(task, n0, n1, size, work):
-    """Pack x[n0:n1], samples of one block, and compute u[n0:n1] = s·x_low[n0:n1]·A."""
-    x, packed, s = task.x, _packing(task, size), task.y.dtype.type(task.s)
-    block, start = n0 // size, n0 % size
-    for k in range(0, x.shape[1] if task.has_base else 0, DEPTH):
-        end, at = min(k + DEPTH, x.shape[1]), packed_at(packed, block, k // DEPTH)
-        if task.transposed:
-            pack_columns_transposed(packed.array[at + start * DEPTH :], x, k, end, n0, n1)
-        else:
-            pack_rows(packed.array[at + start * ROW_STRIDE :], plain(x), n0, n1, k, end)
-    if not task.has_low_rank:
+def _activate(task, n0, n1, o0, o1):
+    """z += b and y = act(z) for n0 <= n < n1, o0 <= o < o1."""
+    if not (task.has_bias or task.activation != elementwise.IDENTITY):
         return
-    x, A = task.x_low, task.A
-    (inner, rank), samples = A.shape, Samples(n0, n1, size)
-    if task.masked:
-        packed = Packed(task.packed, 0, 0, 0)
-    for r in range(0, rank, BLOCK):
-        end = min(r + BLOCK, rank)
-        if task.transposed:
-            factor_across_rows(work, True, A, r, end, x, packed, samples)
-            transpose_block(work.g, work.c, end - r, n1 - n0)
-            store_block(task.u, n0, n1, r, end, work.g, s)
-        else:
-            block, none = Block(0, inner, r, end), nothing_next(A, work.b)
-            along_rows(work, True, x, packed, samples, plain(A), block, -1, none)
-            store_block(task.u, n0, n1, r, end, work.c, s)
-
-
-@part
-def _activate_block(task, n0, n1, o0, o1, c):
-    """z = C + b and y = act(z) for n0 <= n < n1, o0 <= o < o1."""
-    for n in range(n1 - n0):
-        z, y = task.z[n0 + n, o0:o1], task.y[n0 + n, o0:o1]
-        block = c[n * C_STRIDE : n * C_STRIDE + o1 - o0]
+    for n in range(n0, n1):
+        z = task.z[n, o0:o1]
         if task.has_bias:
-            add_row(z, block, task.bias[o0:o1])
-        else:
-            copy_row(z, block)
+            accumulate_row(z, task.bias[o0:o1])
         if task.activation != elementwise.IDENTITY:
-            activate_row(y, z, task.activation)
+            activate_row(task.y[n, o0:o1], z, task.activation)
 
 
 @part
-def _dense_job(task, samples, o0, o1, work):
-    n0, n1, size = samples
-    c, none = task.y.dtype.type(task.c), nothing_next(task.S, task.packed)
-    if task.has_base:
-        M, packed = Matrix(task.S, task.D, c, task.has_delta), _packing(task, size)
-        along_rows(work, True, task.x, packed, samples, M, Block(0, task.S.shape[0], o0, o1), -1, none)
-    if task.has_low_rank:
-        B, packed = task.B, Packed(task.packed, 0, 0, 0)
-        block = Block(0, B.shape[0], o0, o1)
-        along_rows(work, not task.has_base, task.u, packed, samples, plain(B), block, -1, none)
-    for n in range(n0, n1, size):
-        _activate_block(task, n, min(n + size, n1), o0, o1, work.c[block_at(n0, n, size) :])
-
-
-@part
-def _fully_connected_job(task, samples, o0, o1, work):
-    n0, n1, size = samples
-    M, none = Matrix(task.S, task.D, task.y.dtype.type(task.c), task.has_delta), nothing_next(task.S, task.packed)
-    block, packed = Block(o0, o1, 0, task.S.shape[1]), _packing(task, size)
-    across_rows(work, True, M, block, task.x, packed, samples, -1, none)
-    if task.has_low_rank:
-        factor_across_rows(work, False, task.B, o0, o1, task.u, Packed(task.packed, 0, 0, 0), samples)
-    for n in range(n0, n1, size):
-        end = min(n + size, n1)
-        transpose_block(work.g, work.c[block_at(n0, n, size) :], o1 - o0, end - n)
-        _activate_block(task, n, end, o0, o1, work.g)
+def _job(task, product, job, depth, work):
+    """A job's part of z and y."""
+    total, rows = product.inner + product.rank, block_rows(product, depth)
+    for k0 in range(0, total, depth):
+        k1 = min(k0 + depth, total)
+        for n0 in range(job.n0, job.n1, rows):
+            n1 = min(n0 + rows, job.n1)
+            multiply_block(work, product, job, n0, n1, k0, k1)
+            if k1 == total:
+                _activate(task, n0, n1, job.j0, job.j1)
 
 
 @part
@@ -176,31 +100,37 @@ def forward_worker(task, worker, workers):
     """Draw jobs until none is left."""
     work = scratch_work(task.scratch[worker], task.tile_rows, task.tile_steps)
     N, out = task.y.shape
-    piece, size, samples, outputs = _geometry(task, workers)
-    pieces = (size + piece - 1) // piece
-    prepares = (N + size - 1) // size * pieces
-    rows, columns = (N + samples - 1) // samples, (out + outputs - 1) // outputs
+    if task.has_low_rank:
+        low = _low_product(task)
+        depth = depth_of(low)
+        piece, columns = job_shape(N, low.out.shape[1], depth, workers, low.out)
+        rows = (N + piece - 1) // piece
+        jobs = rows * ((low.out.shape[1] + columns - 1) // columns)
+        while True:
+            job = draw(task.counters, 1, jobs, worker, workers)
+            if job < 0:
+                break
+            n0, j0 = job % rows * piece, job // rows * columns
+            of = Job(n0, min(n0 + piece, N), j0, min(j0 + columns, low.out.shape[1]))
+            total, size = low.inner, block_rows(low, depth)
+            for k0 in range(0, total, depth):
+                for n in range(of.n0, of.n1, size):
+                    multiply_block(work, low, of, n, min(n + size, of.n1), k0, min(k0 + depth, total))
+            for n in range(of.n0, of.n1):
+                row = low.out[n, of.j0 : of.j1]
+                scale_row(row, row, task.y.dtype.type(task.s))
+            fetch_add(task.counters, 0, 1)
+        wait_for(task.counters, 0, jobs)
+    product = _product(task)
+    depth = depth_of(product)
+    samples, columns = job_shape(N, out, depth, workers, task.y)
+    rows, across = (N + samples - 1) // samples, (out + columns - 1) // columns
     while True:
-        job = draw(task.counters, 1, prepares, worker, workers)
+        job = draw(task.counters, 1 + workers, rows * across, worker, workers)
         if job < 0:
             break
-        block = job // pieces * size
-        n0 = block + job % pieces * piece
-        n1 = min(n0 + piece, block + size, N)
-        if n0 < n1:
-            _prepare(task, n0, n1, size, work)
-        fetch_add(task.counters, 0, 1)
-    wait_for(task.counters, 0, prepares)
-    while True:
-        job = draw(task.counters, 1 + workers, rows * columns, worker, workers)
-        if job < 0:
-            break
-        n0, o0 = job % rows * samples, job // rows * outputs
-        of, o1 = Samples(n0, min(N, n0 + samples), size), min(out, o0 + outputs)
-        if task.transposed:
-            _fully_connected_job(task, of, o0, o1, work)
-        else:
-            _dense_job(task, of, o0, o1, work)
+        n0, o0 = job % rows * samples, job // rows * columns
+        _job(task, product, Job(n0, min(N, n0 + samples), o0, min(out, o0 + columns)), depth, work)
 
 
 _entry = entry(forward_worker)
@@ -211,3 +141,7 @@ def forward(task, workers, board, helpers):
     """Work off a `ForwardTask` in so many shares, with helpers that stand by at the board."""
     function, address = _entry(task)
     launch(function, address, workers, board, helpers)
+
+
+def packed_forward(*arguments):
+    return 1

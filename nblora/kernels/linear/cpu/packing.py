@@ -131,6 +131,33 @@ def pack_columns_transposed(b, S, k0, k1, j0, j1):
 
 
 @part
+def pack_across(b, length, before, M, k0, k1, j0, j1, spare):
+    """b[panel][before + k][j] = M[j0 + panel·width + j, k0 + k], by squares; M is combined in `spare` before."""
+    once()
+    S, D, scaling, combined = M
+    vector = lanes(b)
+    width, source = 2 * vector, S.reshape(-1)
+    whole, pitch = (k1 - k0) // vector * vector, k1 - k0 + 2 * vector
+    for j in range(0, j1 - j0, vector):
+        rows, start = min(vector, j1 - j0 - j), (j // width * length + before) * width + j % width
+        if combined:
+            for row in range(rows):
+                target = spare[row * pitch : row * pitch + k1 - k0]
+                combine_row(target, S[j0 + j + row, k0:k1], D[j0 + j + row, k0:k1], scaling)
+        if rows == vector:
+            for k in range(0, whole, vector):
+                if combined:
+                    transpose_square(b, start + k * width, width, spare, k, pitch)
+                else:
+                    transpose_square(b, start + k * width, width, source, (j0 + j) * S.shape[1] + k0 + k, S.shape[1])
+        done = whole if rows == vector else 0
+        for row in range(rows):
+            for k in range(done, k1 - k0):
+                at = (j0 + j + row) * S.shape[1] + k0 + k
+                b[start + k * width + row] = spare[row * pitch + k] if combined else source[at]
+
+
+@part
 def _pack_corner(b, start, S, k0, done, k1, j0, j1):
     width = 2 * lanes(b)
     for j in range(j1 - j0):

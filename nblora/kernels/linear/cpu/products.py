@@ -244,7 +244,7 @@ def stream_flow(todo, calls):
 
 
 @part
-def _tile_at(function, size, a, b, c, todo, begin, pace, call):
+def tile_at(function, size, a, b, c, todo, begin, pace, call):
     """One register tile; of what is next it fetches the part of call number `call`, the stream from `begin` on."""
     S, D = todo.M.S, todo.M.D
     item, pitch = c.array.itemsize, S.shape[1]
@@ -273,8 +273,8 @@ def _multiply_rows(work, a, b, rows, columns, depth, c, first, todo):
             height = (rows - i + tiles - t - 1) // (tiles - t)
             at = i * C_STRIDE + j * width
             a_at, b_at = i * ROW_STRIDE, j * width * DEPTH
-            size = Tile(depth, C_STRIDE, not first, height, vectors, width)
-            _tile_at(work.tile_rows, size, At(a, a_at), At(b, b_at), At(c, at), todo, begin, pace, t)
+            size = Tile(depth, C_STRIDE, not first, height, vectors, width, ROW_STRIDE)
+            tile_at(work.tile_rows, size, At(a, a_at), At(b, b_at), At(c, at), todo, begin, pace, t)
             i += height
         pack_weights(todo, p0, p1)
 
@@ -298,8 +298,8 @@ def multiply_strip(work, l, r, strip, g, first, todo, pace, call):
     for j in range(0, columns, width):
         vectors = 1 if 2 * (columns - j) <= width else 2
         a_at, b_at = i * length, j * length
-        size, to = Tile(depth, C_STRIDE, not first, height, vectors, width), At(g.array, g.at + j)
-        _tile_at(work.tile_steps, size, At(l, a_at), At(r, b_at), to, todo, todo.begin, pace, call)
+        size, to = Tile(depth, C_STRIDE, not first, height, vectors, width, ROW_STRIDE), At(g.array, g.at + j)
+        tile_at(work.tile_steps, size, At(l, a_at), At(r, b_at), to, todo, todo.begin, pace, call)
         call += 1
 
 
@@ -448,11 +448,11 @@ def factor_gradient(work, T, r0, r1, X, q0, q1):
             a = At(work.l, i * DEPTH)
             for j in range(0, whole, width):
                 vectors = 2 if j + width <= whole else 1
-                size, b = Tile(end - n, C_STRIDE, n != 0, height, vectors, pitch), At(source, n * pitch + q0 + j)
-                _tile_at(work.tile_steps, size, a, b, At(work.c, at + j), todo, 0, pace, call + j // width)
+                size, b = Tile(end - n, C_STRIDE, n != 0, height, vectors, pitch, 0), At(source, n * pitch + q0 + j)
+                tile_at(work.tile_steps, size, a, b, At(work.c, at + j), todo, 0, pace, call + j // width)
             if whole < q1 - q0:
-                size, b = Tile(end - n, C_STRIDE, n != 0, height, 1, width), At(work.r, 0)
-                _tile_at(work.tile_steps, size, a, b, At(work.c, at + whole), none, 0, idle, 0)
+                size, b = Tile(end - n, C_STRIDE, n != 0, height, 1, width, 0), At(work.r, 0)
+                tile_at(work.tile_steps, size, a, b, At(work.c, at + whole), none, 0, idle, 0)
         n += DEPTH
 
 
