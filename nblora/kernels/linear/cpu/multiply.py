@@ -187,3 +187,22 @@ def multiply_block(work, product, job, n0, n1, k0, k1):
                 tile_at(work.tile_rows, size, at, of, to, ahead, 0, pace, idle)
         if not whole:
             _place_block(product, n0, n1, j0, j1, work.g, k0 > 0)
+
+
+@part
+def multiply_steps_of(work, product, job, depth, k0, k1):
+    """C (+)= the steps k0 <= k < k1 for a whole job."""
+    rows = block_rows(product, depth)
+    for n0 in range(job.n0, job.n1, rows):
+        multiply_block(work, product, job, n0, min(n0 + rows, job.n1), k0, k1)
+
+
+@part
+def multiply(work, product, job, depth):
+    """C for a whole job; without any term it is zero."""
+    total = product.inner + product.rank
+    for k0 in range(0, total, depth):
+        multiply_steps_of(work, product, job, depth, k0, min(k0 + depth, total))
+    if total == 0:
+        for n in range(job.n0, job.n1):
+            product.out[n, job.j0 : job.j1] = 0

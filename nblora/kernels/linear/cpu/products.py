@@ -32,7 +32,7 @@ from .packing import (
 
 C_STRIDE = BLOCK + VECTOR_BITS // 16
 PART = C_STRIDE * (BLOCK + VECTOR_BITS // 16)
-LONG = 4 if VECTOR_BITS == 512 else 1
+LONG = 4 if VECTOR_BITS == 512 else 2
 """Blocks of C that a job may hold, in float32, so that an operand is packed once for all of them: half of a level-2
 cache of 2 MB. At 2048 samples packing the weight for each 256 took a tenth of the time."""
 PARTS = 7 + LONG

@@ -19,47 +19,39 @@ from nblora.kernels.common import elementwise
 from nblora.kernels.common.atomics import draw, fetch_add, wait_for
 from nblora.kernels.common.functions import slope_row
 from nblora.kernels.common.jit import kernel, part
-from nblora.kernels.common.machine import BLOCK, DEPTH, ROW_STRIDE, TILE_ROWS
+from nblora.kernels.common.machine import BLOCK, DEPTH, TILE_ROWS
 from nblora.kernels.common.microkernel import At
 from nblora.kernels.common.rows import descend_row, momentum_row, scale_row
 from nblora.kernels.common.threads import entry, launch
 
-from .packing import Block, Matrix, pack_columns, pack_columns_transposed, pack_rows, pack_steps, plain
+from .multiply import Job, Product, depth_of, job_shape, multiply, multiply_steps_of
+from .packing import Matrix, pack_columns, pack_steps, plain
 from .products import (
     C_STRIDE,
-    COLUMNS,
     PART,
-    ROWS,
-    Next,
     Packed,
-    Samples,
     Strip,
-    across_rows,
-    along_rows,
-    block_at,
     block_size,
-    factor_along_rows,
     factor_gradient,
     fetch_next,
-    job_pieces,
     long_blocks,
     multiply_steps,
     multiply_strip,
     nothing_next,
-    operand_block,
     pace_of,
     packed_at,
     panel_width,
     panels_block,
-    sample_blocks,
     scratch_work,
     store_block,
     stream_flow,
-    stream_next,
     transpose_block,
     with_stream,
 )
 
+FUSED = 2 * DEPTH
+"""Outputs after which a job that computes both goes on from the input gradient to the weight's: what W, D and V of
+them take stays in the level-2 cache."""
 PREPARED, CROSSED, DRAWN = range(3)
 
 
@@ -114,24 +106,37 @@ def _count(total, size):
 
 @part
 def _blocks(samples, transposed, array):
-    """Samples of a block, samples of a job."""
-    return sample_blocks(samples, TILE_ROWS if transposed else panel_width(array), array)
+    """Samples of a block of the gradient's operands."""
+    return block_size(samples, TILE_ROWS if transposed else panel_width(array), 1, BLOCK)
 
 
 @part
 def packed_sweep(samples, outputs, transposed, array):
-    """Elements that packing gz for both of its products takes; `array` is any of its dtype."""
-    size = _blocks(samples, transposed, array)[0]
-    return _count(samples, size) * _count(outputs, DEPTH) * (operand_block(size, array) + panels_block(size))
+    """Elements that packing gz for the weight's gradient takes; `array` is any of its dtype."""
+    size = _blocks(samples, transposed, array)
+    return _count(samples, size) * _count(outputs, DEPTH) * panels_block(size)
 
 
 @part
 def _packing(task, size):
-    """Where gz is packed: for the input gradient, and for the weight gradient."""
-    N, outputs = task.gz.shape
-    blocks, block = _count(N, size), operand_block(size, task.packed)
-    operand = Packed(task.packed, 0, blocks, block if task.has_base and task.input_gradient else 0)
-    return operand, Packed(task.packed, blocks * _count(outputs, DEPTH) * block, blocks, panels_block(size))
+    """Where gz is packed for the weight's gradient."""
+    return Packed(task.packed, 0, _count(task.gz.shape[0], size), panels_block(size))
+
+
+@part
+def _low_product(task):
+    """t without its factor, gz Bᵀ."""
+    B = task.B
+    return Product(task.gz, plain(B), True, B.shape[1], task.gz, B, False, 0, task.t)
+
+
+@part
+def _input_product(task):
+    """gx = gz Mᵀ + t Aᵀ; where x was masked the second term is the caller's."""
+    M = Matrix(task.S, task.D, task.gx.dtype.type(task.c), task.has_delta)
+    inner = task.gz.shape[1] if task.has_base else 0
+    rank = task.A.shape[1] if task.has_low_rank and not task.masked else 0
+    return Product(task.gz, M, not task.transposed, inner, task.t, task.A, True, rank, task.gx)
 
 
 @part
@@ -140,72 +145,19 @@ def _prepare(task, n0, n1, size, has_gradient, work):
     if task.activation != elementwise.IDENTITY:
         for n in range(n0, n1):
             slope_row(task.gz[n], task.gy[n], task.z[n], task.activation)
-    gz, s = task.gz, task.gz.dtype.type(task.s)
-    operand, panels = _packing(task, size)
+    gz, panels = task.gz, _packing(task, size)
     block, start = n0 // size, n0 % size
-    for k in range(0, gz.shape[1] if task.has_base else 0, DEPTH):
-        end = min(k + DEPTH, gz.shape[1])
-        at, panels_at = packed_at(operand, block, k // DEPTH), packed_at(panels, block, k // DEPTH)
-        if task.input_gradient and task.transposed:
-            pack_rows(operand.array[at + start * ROW_STRIDE :], plain(gz), n0, n1, k, end)
-        elif task.input_gradient:
-            pack_columns_transposed(operand.array[at + start * DEPTH :], gz, k, end, n0, n1)
-        if has_gradient and task.transposed:
-            pack_steps(panels.array[panels_at:], size, start, gz, k, end, n0, n1)
-        elif has_gradient:
-            pack_columns(panels.array[panels_at:], size, start, plain(gz), n0, n1, k, end)
-    if not task.has_low_rank:
-        return
-    (rank, inner), samples = task.B.shape, Samples(n0, n1, size)
-    for r in range(0, rank, BLOCK):
-        end = min(r + BLOCK, rank)
+    for k in range(0, gz.shape[1] if has_gradient else 0, DEPTH):
+        end, at = min(k + DEPTH, gz.shape[1]), packed_at(panels, block, k // DEPTH)
         if task.transposed:
-            factor_along_rows(work, True, gz, operand, samples, task.B, r, end)
-            store_block(task.t, n0, n1, r, end, work.c, s)
+            pack_steps(panels.array[at:], size, start, gz, k, end, n0, n1)
         else:
-            rows, none = Block(r, end, 0, inner), nothing_next(task.B, work.b)
-            across_rows(work, True, plain(task.B), rows, gz, operand, samples, -1, none)
-            transpose_block(work.g, work.c, end - r, n1 - n0)
-            store_block(task.t, n0, n1, r, end, work.g, s)
-
-
-@part
-def _finish_input(task, samples, i0, i1, work):
-    """Add t Aᵀ to the blocks of the input gradient in C, and store them; C is transposed for a Dense layer."""
-    n0, n1, size = samples
-    low = task.has_low_rank and not task.masked
-    one = task.gx.dtype.type(1)
-    if low:
-        A, rank, none = task.A, task.A.shape[1], Packed(task.packed, 0, 0, 0)
-        if task.transposed:
-            factor_along_rows(work, False, task.t, none, samples, A, i0, i1)
-        else:
-            block, after = Block(i0, i1, 0, rank), nothing_next(A, work.b)
-            across_rows(work, not task.has_base, plain(A), block, task.t, none, samples, -1, after)
-    elif not task.has_base:
-        work.c[:] = 0
-    for n in range(n0, n1, size):
-        end = min(n + size, n1)
-        block = work.c[block_at(n0, n, size) :]
-        if not task.transposed:
-            transpose_block(work.g, block, i1 - i0, end - n)
-            block = work.g
-        store_block(task.gx, n, end, i0, i1, block, one)
-
-
-@part
-def _matrix(task):
-    return Matrix(task.S, task.D, task.gx.dtype.type(task.c), task.has_delta)
-
-
-@part
-def _input_product(task, samples, block, at, after, work):
-    """C (+)= gz Mᵀ over a block of M; transposed, [in][n], for a Dense layer."""
-    operand = _packing(task, samples.size)[0]
-    if task.transposed:
-        along_rows(work, block.p0 == 0, task.gz, operand, samples, _matrix(task), block, at, after)
-    elif task.has_base:
-        across_rows(work, block.q0 == 0, _matrix(task), block, task.gz, operand, samples, at, after)
+            pack_columns(panels.array[at:], size, start, plain(gz), n0, n1, k, end)
+    if task.has_low_rank:
+        low = _low_product(task)
+        multiply(work, low, Job(n0, n1, 0, task.t.shape[1]), depth_of(low))
+        for n in range(n0, n1):
+            scale_row(task.t[n], task.t[n], gz.dtype.type(task.s))
 
 
 @part
@@ -235,7 +187,7 @@ def _fused_gradient(task, i0, i1, k0, k1, size, todo, work):
     By strips of tiles that stay in the level-1 cache. The inputs' operand is packed by the first call of a job.
     """
     N = task.x.shape[0]
-    packing = _packing(task, size)[1]
+    packing = _packing(task, size)
     panels = packing.array[packed_at(packing, 0, k0 // DEPTH) :]
     if k0 == 0:
         if task.transposed:
@@ -258,7 +210,7 @@ def _fused_gradient(task, i0, i1, k0, k1, size, todo, work):
 @part
 def _gradient_job(task, i0, i1, k0, k1, size, work):
     """Compute and use G for the inputs i0 <= i < i1 of a block and the outputs k0 <= k < k1 of several."""
-    N, packing = task.x.shape[0], _packing(task, size)[1]
+    N, packing = task.x.shape[0], _packing(task, size)
     for n in range(0, max(N, 1), size):  # without samples G is zero, and used
         end = min(n + size, N)
         if task.transposed:
@@ -284,36 +236,20 @@ def _gradient_job(task, i0, i1, k0, k1, size, work):
 
 
 @part
-def _cross_job(task, samples, i0, i1, fused, work):
-    """A block of the input gradient; where `fused` also the rows or columns of V, D and W that belong to it."""
-    outputs, size, M, none = task.gz.shape[1], samples.size, _matrix(task), nothing_next(task.S, task.packed)
+def _cross_job(task, product, job, depth, fused, size, work):
+    """A job of the input gradient; where `fused` also the rows or columns of V, D and W that belong to it."""
     if not fused:
-        whole = Block(0, outputs, i0, i1) if task.transposed else Block(i0, i1, 0, outputs)
-        _input_product(task, samples, whole, -1, none, work)
-    operand, panels = _packing(task, size)
-    for k0 in range(0, outputs if fused else 0, DEPTH):
-        k1 = min(k0 + DEPTH, outputs)
-        end, block = min(k1 + DEPTH, outputs), k0 // DEPTH
-        at, length = packed_at(panels, 0, block), panels.block
-        here = block % 2 * PART
-        target = work.w[PART - here :]
-        part_of_M = Block(k0, k1, i0, i1) if task.transposed else Block(i0, i1, k0, k1)
-        # With the input product the next block of M is packed, with the gradient this block's V and D are fetched.
-        if k1 == outputs:
-            after = stream_next(task.S, task.packed, at, length)
-        elif task.transposed:
-            after = Next(COLUMNS, M, k1, end, i0, i1, target, task.packed, at, length)
-        else:
-            after = Next(ROWS, M, i0, i1, k1, end, target, task.packed, at, length)
-        _input_product(task, samples, part_of_M, here if k0 else -1, after, work)
-        at, length = packed_at(operand, 0, block + 1), operand.block
-        if task.update and task.has_delta:
-            p0, p1, q0, q1 = part_of_M
-            after = fetch_next(task.V, task.D, p0, p1, q0, q1, task.packed, at, length)
-        else:
-            after = stream_next(task.S, task.packed, at, length)
-        _fused_gradient(task, i0, i1, k0, k1, size, after, work)
-    _finish_input(task, samples, i0, i1, work)
+        multiply(work, product, job, depth)
+        return
+    total, outputs, none = product.inner + product.rank, task.gz.shape[1], nothing_next(task.S, task.packed)
+    for k0 in range(0, total, depth):
+        multiply_steps_of(work, product, job, depth, k0, min(k0 + depth, total))
+        for k in range(k0, min(k0 + depth, outputs), DEPTH):
+            end, after = min(k + DEPTH, outputs), none
+            if task.update and task.has_delta:
+                p0, p1, q0, q1 = (k, end, job.j0, job.j1) if task.transposed else (job.j0, job.j1, k, end)
+                after = fetch_next(task.V, task.D, p0, p1, q0, q1, task.packed, 0, 0)
+            _fused_gradient(task, job.j0, job.j1, k, end, size, after, work)
 
 
 @part
@@ -380,16 +316,19 @@ def sweep_worker(task, worker, workers):
 
     has_gradient = task.has_delta or task.train
     fused = has_gradient and task.input_gradient and N <= BLOCK
-    size, samples = _blocks(N, task.transposed, task.gz)
+    size = _blocks(N, task.transposed, task.gz)
     piece = block_size(size, width, _count(2 * workers, max(1, _count(N, size))), BLOCK)
     pieces = _count(size, piece)
     prepares = _count(N, size) * pieces
-    quantum = width if task.transposed else TILE_ROWS
+    product = _input_product(task)
+    depth = FUSED if fused else depth_of(product)
+    samples, features = job_shape(N, inputs, depth, workers, task.gx)
+    if fused:
+        samples, features = max(N, 1), min(features, BLOCK)
     groups = max(1, _count(N, samples))
-    features = block_size(inputs, quantum, job_pieces(inputs, groups, workers, not task.transposed), BLOCK)
     crosses = groups * _count(inputs, features) if task.input_gradient else 0
     factors = factor_jobs(task)
-    i_size = block_size(inputs, quantum, 1, BLOCK)
+    i_size = block_size(inputs, width if task.transposed else TILE_ROWS, 1, BLOCK)
     k_size = block_size(outputs, DEPTH, 4 * workers // _count(inputs, i_size), long_blocks(task.gz) * DEPTH)
     gradients = _count(inputs, i_size) * _count(outputs, k_size) if has_gradient and not fused else 0
 
@@ -409,8 +348,8 @@ def sweep_worker(task, worker, workers):
         if job < 0:
             break
         n0, i0 = job % groups * samples, job // groups * features
-        of = Samples(n0, min(N, n0 + samples), size)
-        _cross_job(task, of, i0, min(inputs, i0 + features), fused, work)
+        of = Job(n0, min(N, n0 + samples), i0, min(inputs, i0 + features))
+        _cross_job(task, product, of, depth, fused, size, work)
         fetch_add(task.counters, CROSSED, 1)
     while True:
         job = draw(task.counters, DRAWN + 2 * workers, factors, worker, workers)
