@@ -18,8 +18,8 @@ from nblora.kernels.linear.cpu import sweep as sweep_kernel
 from nblora.kernels.linear.cpu.few import FEW
 from nblora.kernels.linear.cpu.few_forward import few_forward, packed_few_forward
 from nblora.kernels.linear.cpu.few_sweep import few_sweep, packed_few_sweep
-from nblora.kernels.linear.cpu.products import PART, PARTS
 from nblora.kernels.linear.cpu.rowtiles import row_tiles
+from nblora.kernels.linear.cpu.work import PART, PARTS
 from nblora.kernels.losses import cpu as loss_kernel
 from nblora.kernels.patches.window import Slide
 from nblora.kernels.update import cpu as update_kernel
@@ -136,10 +136,7 @@ class CPUBackend(CPUBlocks, ReferenceBackend):
             inner = (inputs if base is not None else 0) + rank
             workers = _workers(samples * outputs * inner)
             few = base is not None and samples <= FEW
-            if few:
-                size = _packed_size(packed_few_forward, dtype, samples, inputs, outputs, rank, workers)
-            else:
-                size = _packed_size(forward_kernel.packed_forward, dtype, samples, inputs, transposed)
+            size = _packed_size(packed_few_forward, dtype, samples, inputs, outputs, rank, workers) if few else 0
             scratch, packed = self._scratch.take(dtype, workers, size)
             task = forward_kernel.ForwardTask(
                 _plain(x),

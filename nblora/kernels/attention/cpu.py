@@ -21,7 +21,7 @@ from nblora.kernels.common.microkernel import Ahead, At, Tile, once, tile
 from nblora.kernels.common.mixing import FIRST_MIX, HEAD_STEP, KEY_STEP, ROW_STEP, SECOND_MIX
 from nblora.kernels.common.threads import entry, launch
 from nblora.kernels.linear.cpu.packing import pack_columns, pack_columns_transposed, pack_rows, pack_steps, plain
-from nblora.kernels.linear.cpu.products import C_STRIDE, PART, panel_width, transpose_block
+from nblora.kernels.linear.cpu.work import C_STRIDE, PART, panel_width, transpose_block
 
 QUERIES = 256
 """Queries of a job of forward, for which its keys are packed once."""

@@ -15,7 +15,6 @@ from nblora.kernels.common.rows import accumulate_row, combine_row
 from nblora.kernels.common.vectors import copy_group, copy_pair
 
 from .packing import Block, plain
-from .products import panel_width
 from .rowtiles import (
     DESCEND,
     DOT_ROWS,
@@ -31,6 +30,7 @@ from .rowtiles import (
     sum_rows,
     update_rows,
 )
+from .work import panel_width
 
 FEW = 64
 """Samples up to which weights are read where they lie."""

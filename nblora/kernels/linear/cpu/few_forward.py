@@ -34,8 +34,8 @@ from .few import (
     unpack_panels,
 )
 from .packing import Block, Matrix, plain
-from .products import panel_width, scratch_work
 from .rowtiles import DOT_ROWS
+from .work import panel_width, scratch_work
 
 
 @part

@@ -37,9 +37,9 @@ from .few import (
     use_gradients,
 )
 from .packing import Block, Matrix, plain
-from .products import panel_width, scratch_work
 from .rowtiles import DOT_ROWS
 from .sweep import factor_job, factor_jobs
+from .work import panel_width, scratch_work
 
 
 @part

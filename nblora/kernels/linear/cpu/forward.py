@@ -1,7 +1,7 @@
 """Forward: z = x (W + c D) + s (mask∘x) A B + b, y = act(z), in one parallel region.
 
-Workers draw jobs. First x is packed and u = s (mask∘x) A computed, by blocks of samples; then blocks of
-z, each by one worker from its first product to its activation.
+Workers draw jobs. First u = s (mask∘x) A is computed, then z by blocks, each by one worker from its first product to
+its activation.
 """
 
 from typing import NamedTuple
@@ -13,9 +13,9 @@ from nblora.kernels.common.jit import kernel, part
 from nblora.kernels.common.rows import accumulate_row, scale_row
 from nblora.kernels.common.threads import entry, launch
 
-from .multiply import Job, Product, block_rows, depth_of, job_shape, multiply_block
 from .packing import Matrix, plain
-from .products import scratch_work
+from .products import Product, block_rows, depth_of, grid_of, job_at, multiply, multiply_block
+from .work import scratch_work
 
 
 class ForwardTask(NamedTuple):
@@ -32,7 +32,7 @@ class ForwardTask(NamedTuple):
     z: object  # (N, out), written; may be y
     y: object  # (N, out), written
     scratch: object  # (workers, PARTS·PART)
-    packed: object  # (`packed_forward`,)
+    packed: object  # (`packed_few_forward`,), of few samples
     tile_rows: int  # addresses of `tile_functions`
     tile_steps: int
     row_tiles: object  # addresses of `row_tiles`
@@ -61,12 +61,6 @@ def _low_product(task):
     """u without its factor."""
     A = task.A
     return Product(task.x_low, plain(A), False, A.shape[0], task.x_low, A, False, 0, task.u)
-
-
-@part
-def _scale(out, n0, n1, factor):
-    for n in range(n0, n1):
-        scale_row(out[n], out[n], factor)
 
 
 @part
@@ -99,38 +93,29 @@ def _job(task, product, job, depth, work):
 def forward_worker(task, worker, workers):
     """Draw jobs until none is left."""
     work = scratch_work(task.scratch[worker], task.tile_rows, task.tile_steps)
-    N, out = task.y.shape
     if task.has_low_rank:
-        low = _low_product(task)
+        low, s = _low_product(task), task.u.dtype.type(task.s)
         depth = depth_of(low)
-        piece, columns = job_shape(N, low.out.shape[1], depth, workers, low.out)
-        rows = (N + piece - 1) // piece
-        jobs = rows * ((low.out.shape[1] + columns - 1) // columns)
+        grid = grid_of(low, depth, workers)
         while True:
-            job = draw(task.counters, 1, jobs, worker, workers)
-            if job < 0:
+            index = draw(task.counters, 1, grid.jobs, worker, workers)
+            if index < 0:
                 break
-            n0, j0 = job % rows * piece, job // rows * columns
-            of = Job(n0, min(n0 + piece, N), j0, min(j0 + columns, low.out.shape[1]))
-            total, size = low.inner, block_rows(low, depth)
-            for k0 in range(0, total, depth):
-                for n in range(of.n0, of.n1, size):
-                    multiply_block(work, low, of, n, min(n + size, of.n1), k0, min(k0 + depth, total))
-            for n in range(of.n0, of.n1):
-                row = low.out[n, of.j0 : of.j1]
-                scale_row(row, row, task.y.dtype.type(task.s))
+            job = job_at(low, grid, index)
+            multiply(work, low, job, depth)
+            for n in range(job.n0, job.n1):
+                u = task.u[n, job.j0 : job.j1]
+                scale_row(u, u, s)
             fetch_add(task.counters, 0, 1)
-        wait_for(task.counters, 0, jobs)
+        wait_for(task.counters, 0, grid.jobs)
     product = _product(task)
     depth = depth_of(product)
-    samples, columns = job_shape(N, out, depth, workers, task.y)
-    rows, across = (N + samples - 1) // samples, (out + columns - 1) // columns
+    grid = grid_of(product, depth, workers)
     while True:
-        job = draw(task.counters, 1 + workers, rows * across, worker, workers)
-        if job < 0:
+        index = draw(task.counters, 1 + workers, grid.jobs, worker, workers)
+        if index < 0:
             break
-        n0, o0 = job % rows * samples, job // rows * columns
-        _job(task, product, Job(n0, min(N, n0 + samples), o0, min(out, o0 + columns)), depth, work)
+        _job(task, product, job_at(product, grid, index), depth, work)
 
 
 _entry = entry(forward_worker)
@@ -141,7 +126,3 @@ def forward(task, workers, board, helpers):
     """Work off a `ForwardTask` in so many shares, with helpers that stand by at the board."""
     function, address = _entry(task)
     launch(function, address, workers, board, helpers)
-
-
-def packed_forward(*arguments):
-    return 1

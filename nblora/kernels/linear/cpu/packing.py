@@ -52,16 +52,6 @@ def pack_rows(a, M, i0, i1, k0, k1):
 
 
 @part
-def pack_rows_transposed(a, S, i0, i1, k0, k1):
-    """a[i·ROW_STRIDE + k] = S[k0 + k, i0 + i], for the skinny factors."""
-    once()
-    for k in range(k1 - k0):
-        row = S[k0 + k, i0:i1]
-        for i in range(row.shape[0]):
-            a[i * ROW_STRIDE + k] = row[i]
-
-
-@part
 def pack_steps(a, length, before, S, i0, i1, k0, k1):
     """a[panel][before + k][i] = S[k0 + k, i0 + panel·TILE_ROWS + i].
 

@@ -24,27 +24,20 @@ from nblora.kernels.common.microkernel import At
 from nblora.kernels.common.rows import descend_row, momentum_row, scale_row
 from nblora.kernels.common.threads import entry, launch
 
-from .multiply import Job, Product, depth_of, job_shape, multiply, multiply_steps_of
+from .gradients import Packed, Strip, factor_gradient, multiply_steps, multiply_strip, packed_at, panels_block
 from .packing import Matrix, pack_columns, pack_steps, plain
-from .products import (
+from .products import Grid, Job, Product, depth_of, grid_of, job_at, multiply, multiply_piece
+from .work import (
     C_STRIDE,
     PART,
-    Packed,
-    Strip,
+    Fetch,
     block_size,
-    factor_gradient,
-    fetch_next,
+    fetch_nothing,
     long_blocks,
-    multiply_steps,
-    multiply_strip,
-    nothing_next,
     pace_of,
-    packed_at,
     panel_width,
-    panels_block,
     scratch_work,
     store_block,
-    stream_flow,
     transpose_block,
     with_stream,
 )
@@ -181,7 +174,7 @@ def _apply_gradient(task, p0, p1, q0, q1, g):
 
 
 @part
-def _fused_gradient(task, i0, i1, k0, k1, size, todo, work):
+def _fused_gradient(task, i0, i1, k0, k1, size, fetch, work):
     """Compute and use G for the inputs i0 <= i < i1 and the outputs k0 <= k < k1 of a block, all samples at once.
 
     By strips of tiles that stay in the level-1 cache. The inputs' operand is packed by the first call of a job.
@@ -199,11 +192,11 @@ def _fused_gradient(task, i0, i1, k0, k1, size, todo, work):
         p0, p1, q0, q1, l, r = k0, k1, i0, i1, panels, work.r
     panels_across = _count(q1 - q0, panel_width(r))
     calls = _count(p1 - p0, TILE_ROWS) * panels_across
-    pace = pace_of(todo, todo.p0, todo.p1, stream_flow(todo, calls), N, calls)
+    pace = pace_of(fetch, N, calls)
     for p in range(p0, p1, TILE_ROWS):
         height, call = min(TILE_ROWS, p1 - p), (p - p0) // TILE_ROWS * panels_across
         strip = Strip(p - p0, height, q1 - q0, N, size)
-        multiply_strip(work, l, r, strip, At(work.g, 0), True, todo, pace, call)
+        multiply_strip(work, l, r, strip, At(work.g, 0), True, fetch, pace, call)
         _apply_gradient(task, p, p + height, q0, q1, work.g)
 
 
@@ -223,9 +216,9 @@ def _gradient_job(task, i0, i1, k0, k1, size, work):
             p0, p1, q0, q1, l, r = i0, i1, k, last, work.l, panels
             if task.transposed:
                 p0, p1, q0, q1, l, r = k, last, i0, i1, panels, work.r
-            meanwhile = nothing_next(task.D, task.packed)
+            meanwhile = fetch_nothing(task.D, task.packed)
             if end == N and task.update and task.has_delta:
-                meanwhile = fetch_next(task.V, task.D, p0, p1, q0, q1, task.packed, 0, 0)
+                meanwhile = Fetch(task.V, task.D, p0, p1, q0, q1, task.packed, 0, 0)
             if k + DEPTH < k1:
                 meanwhile = with_stream(meanwhile, packed_at(packing, n // size, k // DEPTH + 1), packing.block)
             elif end < N:
@@ -241,14 +234,14 @@ def _cross_job(task, product, job, depth, fused, size, work):
     if not fused:
         multiply(work, product, job, depth)
         return
-    total, outputs, none = product.inner + product.rank, task.gz.shape[1], nothing_next(task.S, task.packed)
+    total, outputs, none = product.inner + product.rank, task.gz.shape[1], fetch_nothing(task.S, task.packed)
     for k0 in range(0, total, depth):
-        multiply_steps_of(work, product, job, depth, k0, min(k0 + depth, total))
+        multiply_piece(work, product, job, depth, k0, min(k0 + depth, total))
         for k in range(k0, min(k0 + depth, outputs), DEPTH):
             end, after = min(k + DEPTH, outputs), none
             if task.update and task.has_delta:
                 p0, p1, q0, q1 = (k, end, job.j0, job.j1) if task.transposed else (job.j0, job.j1, k, end)
-                after = fetch_next(task.V, task.D, p0, p1, q0, q1, task.packed, 0, 0)
+                after = Fetch(task.V, task.D, p0, p1, q0, q1, task.packed, 0, 0)
             _fused_gradient(task, job.j0, job.j1, k, end, size, after, work)
 
 
@@ -322,11 +315,11 @@ def sweep_worker(task, worker, workers):
     prepares = _count(N, size) * pieces
     product = _input_product(task)
     depth = FUSED if fused else depth_of(product)
-    samples, features = job_shape(N, inputs, depth, workers, task.gx)
-    if fused:
-        samples, features = max(N, 1), min(features, BLOCK)
-    groups = max(1, _count(N, samples))
-    crosses = groups * _count(inputs, features) if task.input_gradient else 0
+    grid = grid_of(product, depth, workers)
+    if fused:  # all samples in a job, and columns that a strip of the gradient can hold
+        columns = min(grid.columns, BLOCK)
+        grid = Grid(max(N, 1), columns, 1, _count(inputs, columns))
+    crosses = grid.jobs if task.input_gradient else 0
     factors = factor_jobs(task)
     i_size = block_size(inputs, width if task.transposed else TILE_ROWS, 1, BLOCK)
     k_size = block_size(outputs, DEPTH, 4 * workers // _count(inputs, i_size), long_blocks(task.gz) * DEPTH)
@@ -347,9 +340,7 @@ def sweep_worker(task, worker, workers):
         job = draw(task.counters, DRAWN + workers, crosses, worker, workers)
         if job < 0:
             break
-        n0, i0 = job % groups * samples, job // groups * features
-        of = Job(n0, min(N, n0 + samples), i0, min(inputs, i0 + features))
-        _cross_job(task, product, of, depth, fused, size, work)
+        _cross_job(task, product, job_at(product, grid, job), depth, fused, size, work)
         fetch_add(task.counters, CROSSED, 1)
     while True:
         job = draw(task.counters, DRAWN + 2 * workers, factors, worker, workers)
