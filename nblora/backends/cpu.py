@@ -15,7 +15,7 @@ from nblora.kernels.common.microkernel import tile_functions
 from nblora.kernels.embedding import cpu as row_kernel
 from nblora.kernels.linear.cpu import forward as forward_kernel
 from nblora.kernels.linear.cpu import sweep as sweep_kernel
-from nblora.kernels.linear.cpu.few import few_samples
+from nblora.kernels.linear.cpu.few import FEW, FEW_SMALL, SMALL
 from nblora.kernels.linear.cpu.few_forward import few_forward, packed_few_forward
 from nblora.kernels.linear.cpu.few_sweep import few_sweep, packed_few_sweep
 from nblora.kernels.linear.cpu.rowtiles import row_tiles
@@ -135,7 +135,7 @@ class CPUBackend(CPUBlocks, ReferenceBackend):
         if samples:
             inner = (inputs if base is not None else 0) + rank
             workers = _workers(samples * outputs * inner)
-            few = base is not None and samples <= few_samples(weight.size)
+            few = base is not None and samples <= (FEW if weight.size > SMALL else FEW_SMALL)
             size = _packed_size(packed_few_forward, dtype, samples, inputs, outputs, rank, workers) if few else 0
             scratch, packed = self._scratch.take(dtype, workers, size)
             task = forward_kernel.ForwardTask(
@@ -233,7 +233,7 @@ class CPUBackend(CPUBlocks, ReferenceBackend):
         gy = _plain(grad_output)
         work = samples * outputs * ((inputs if base is not None else 0) + rank) + (weight.size if delta else 0)
         workers = _workers(work)
-        few = base is not None and 0 < samples <= few_samples(weight.size)
+        few = base is not None and 0 < samples <= (FEW if weight.size > SMALL else FEW_SMALL)
         if few:
             size = _packed_size(packed_few_sweep, dtype, samples, inputs, outputs, rank, workers)
         else:

@@ -33,9 +33,10 @@ from .rowtiles import (
 from .work import panel_width
 
 FEW = 64
-"""Samples up to which weights are read where they lie; half of them where the weight is small."""
-SMALL = 1 << 18
-"""Elements of a weight that is small: 1 MB in float32."""
+"""Samples up to which weights are read where they lie."""
+FEW_SMALL, SMALL = 32, 1 << 18
+"""The same for weights of at most so many elements, 1 MB in float32. Whether there is a delta does not matter, so that
+a new adapter is its base bit for bit."""
 SPAN = 1 << 16
 """Packed samples, in elements, that a job goes through again and again: 256 KB of float32 stay in a level-2 cache."""
 COMBINED = 4096
@@ -50,14 +51,6 @@ SHORT = 32
 """Features below which a block is not cut further."""
 PACKED, LOW, SUMMED, DRAWN = range(4)
 """Counters of forward and sweep: jobs done of the first three kinds, then jobs drawn, by kind and share."""
-
-
-def few_samples(elements):
-    """Samples up to which a weight of so many elements is read where it lies.
-
-    Whether there is a delta does not matter, so that a new adapter is its base bit for bit.
-    """
-    return FEW // 2 if elements <= SMALL else FEW
 
 
 class Pair(NamedTuple):
