@@ -11,6 +11,8 @@ import numpy as np
 from nblora.training import AdamW, evaluate, fit
 from nblora.training.snapshot import Snapshot
 
+from .rates import OTHERS, UPDATES
+from .settings import AUTO
 from .task import Task, as_fit
 
 _ENOUGH = 5.0
@@ -30,7 +32,7 @@ class Estimate:
     tokens_per_second : float
         Measured, after compiling.
     seconds : float
-        For training and validation, without compiling, reading and writing.
+        For training, for trying rates and for validation, without compiling, reading and writing.
     memory : int
         Bytes: the largest that this process had while an update of the longest texts was made, with what a run keeps
         beside it; or with the model that is loaded again at the end, if that is more.
@@ -86,12 +88,15 @@ def estimate(task: Task) -> Estimate:
         before.restore()
     rate = tokens / seconds
     total = round(examples.tokens * updates / per_epoch)
+    spent = total / rate
+    if settings.lr == AUTO:
+        spent += spent / updates * len(OTHERS) * min(UPDATES, per_epoch)
     evaluations = max(1, updates // (settings.eval_every or per_epoch))
     best = kept if "valid" in task.examples else 0
     # `fit` kept three copies of what is trained beside this one's; the best parameters are one more.
     memory = max(_peak_memory() - kept + best, loaded + model)
     return Estimate(
-        updates, total, rate, total / rate + evaluations * validation, memory, task.model.parameter_count,
+        updates, total, rate, spent + evaluations * validation, memory, task.model.parameter_count,
         sum(int(np.prod(named.shape)) for named in task.model._parameters() if not named.parameter.state), measured,
     )  # fmt: skip
 

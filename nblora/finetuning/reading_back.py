@@ -1,6 +1,7 @@
 """What is done with an adapter that was written: it is loaded again, compared, drawn, and said how to go on with."""
 
 import contextlib
+import shlex
 import warnings
 from pathlib import Path
 from typing import cast
@@ -65,12 +66,9 @@ def draw_history(folder: Folder) -> None:
 
 def next_commands(task: Task, folder: Path) -> list[str]:
     """What to do next."""
-    settings = task.settings
-    model = f"--model {folder}" if settings.method == "full" else f"--model {settings.model} --adapter {folder}"
-    if task.kind == CLASSES:
-        first = f"nblora predict {model} --data FILE"
-    else:
-        first = f"nblora generate {model} --prompt TEXT"
-    if settings.method == "full":
-        return [first]
-    return [first, f"nblora merge {settings.model} --adapter {folder} --output MERGED"]
+    settings, output = task.settings, shlex.quote(str(folder))
+    full, base = settings.method == "full", shlex.quote(settings.model)
+    model = f"--model {output}" if full else f"--model {base} --adapter {output}"
+    called = f"predict {model} --data FILE" if task.kind == CLASSES else f"generate {model} --prompt TEXT"
+    merging = [] if full else [f"nblora merge {base} --adapter {output} --output MERGED"]
+    return [f"nblora {called}", *merging]

@@ -10,8 +10,10 @@ from typing import Any, cast
 import numpy as np
 
 from nblora.errors import FormatError
+from nblora.formats.model_files import MAX_JSON
 from nblora.pretrained import TextModel, load_pretrained
 from nblora.pretrained.labels import name_labels
+from nblora.storage.bounded import parse_object, read_bounded
 from nblora.text.examples import Examples, check_vocabulary, class_examples, language_examples
 from nblora.text.labels import read_labels
 from nblora.text.records import Records, check_same_fields, read_parts, read_records
@@ -111,6 +113,8 @@ def make_task(settings: Settings, parts: dict[str, Records]) -> Task:
     kind = _kind(settings, parts["train"])
     classes = _classes(parts["train"], settings.model) if kind == CLASSES else None
     notes: list[str] = []
+    if "valid" not in parts:
+        notes.append("no records are held out for validation: what is kept is the state after the last update")
     model = _load(settings, kind, classes)
     tokenizer = load_tokenizer(settings.model)
     length = settings.max_length
@@ -153,10 +157,23 @@ def _classes(records: Records, model: str) -> list[str]:
             f"{records.path}: all {len(records)} records to train on have the label {labels[0]!r}; a classification "
             "needs at least two"
         )
-    known = read_labels(model) if Path(model).is_dir() else None
+    known = _known_classes(Path(model))
     if known is not None and set(labels) <= set(known):
         return known
     return sorted(labels, key=int) if all(label.isdecimal() and label.isascii() for label in labels) else labels
+
+
+def _known_classes(model: Path) -> list[str] | None:
+    """What the classes of a model's own head are called, by `labels.json` or else `config.json`."""
+    if not model.is_dir():
+        return None
+    if (names := read_labels(model)) is not None:
+        return names
+    path = model / "config.json"
+    named = parse_object(read_bounded(path, MAX_JSON), path).get("id2label") if path.is_file() else None
+    if not isinstance(named, dict) or sorted(named) != sorted(map(str, range(len(named)))):
+        return None
+    return [str(named[str(place)]) for place in range(len(named))]
 
 
 def _load(settings: Settings, kind: str, classes: list[str] | None) -> TextModel:

@@ -213,3 +213,25 @@ def test_integer_labels_are_sorted_as_numbers_and_a_models_own_names_stay(place,
     (tmp_path / "out" / "labels.json").write_text('{"labels": ["10", "9"]}')
     second = nblora.finetune(tmp_path / "out", tmp_path / "again.jsonl", tmp_path / "second", **settings)
     assert second.labels == ["10", "9"]
+    (tmp_path / "out" / "labels.json").unlink()  # then config.json names them
+    third = nblora.finetune(tmp_path / "out", tmp_path / "again.jsonl", tmp_path / "third", **settings)
+    assert third.labels == ["9", "10"]
+    assert third.notes[0] == "no records are held out for validation: what is kept is the state after the last update"
+
+
+@pytest.mark.parametrize("method", ["delta", "full"])
+def test_a_dry_run_changes_nothing_of_the_model(place, tmp_path, method):
+    from nblora.finetuning.estimate import estimate
+    from nblora.finetuning.settings import Settings
+    from nblora.finetuning.task import make_task, read_data
+
+    given = {"rank": 2, "alpha": 4, "target": "query", "lr": "auto", "epochs": 2, "iters": None, "batch_size": 4}
+    given |= {"accumulate": 2, "max_length": 20, "long": "cut", "valid": None, "eval_every": None, "save_every": None}
+    given |= {"patience": None, "learn_prompt": False, "seed": 0, "method": method, "task": None}
+    settings = Settings.checked(model=place / "bert", data=place / "pets.jsonl", output=tmp_path / "out", **given)
+    task = make_task(settings, read_data(settings))
+    before = {name: task.model.get_parameter(name) for name in task.model.parameter_names()}
+    found = estimate(task)
+    assert found.updates == 10
+    for name, value in before.items():
+        np.testing.assert_array_equal(task.model.get_parameter(name), value, err_msg=name)
