@@ -13,7 +13,7 @@ samples of the block that follows.
 from typing import NamedTuple
 
 from nblora.kernels.common.jit import part
-from nblora.kernels.common.machine import TILE_ROWS
+from nblora.kernels.common.machine import DEPTH, TILE_ROWS
 from nblora.kernels.common.microkernel import At, Tile, lanes, once
 from nblora.kernels.common.rows import accumulate_row, copy_row
 
@@ -22,8 +22,8 @@ from .work import C_STRIDE, PART, Fetch, pace_of, panel_width, tile_at
 
 PANELS = 1 << 19
 """Bytes of packed columns that a job holds, half of a level-2 cache of 1 MB."""
-STEPS = 512
-"""Most steps of one call of the tile: a panel of so many stays in the level-1 cache, or near it."""
+WIDE = 4
+"""Panels of a job: so many share what it reads of L."""
 ROWS = 4 * TILE_ROWS
 """Samples of a block: with each panel it is multiplied before the next panel is."""
 SAMPLES = 512
@@ -66,25 +66,25 @@ class Grid(NamedTuple):
 
 @part
 def depth_of(product):
-    """Steps of the inner dimension, M's and F's, that are packed at a time: equal pieces, at most what lets two panels
-    be held."""
+    """Steps of the inner dimension, M's and F's, that are packed at a time: equal pieces that leave room for `WIDE`
+    panels."""
     total = product.inner + product.rank
-    most = PANELS // product.out.itemsize // (2 * panel_width(product.out))
+    most = PANELS // product.out.itemsize // (WIDE * panel_width(product.out))
     pieces = max(1, (total + most - 1) // most)
     return max(1, (total + pieces - 1) // pieces)
 
 
 @part
 def grid_of(product, depth, workers):
-    """How C is cut into jobs: about four panels of columns each, and so few samples that each worker has four jobs.
+    """How C is cut into jobs: about `WIDE` panels of columns each, and so few samples that each worker has four jobs.
 
-    Many samples share what a job packs, and four panels what it reads of L. In all a multiple of the number of workers,
+    Many samples share what a job packs. In all a multiple of the number of workers,
     so that none waits for the last.
     """
     (N, columns), width = product.out.shape, panel_width(product.out)
     panels = (columns + width - 1) // width
-    most = max(2, PANELS // product.out.itemsize // (depth * width))
-    pieces = max((panels + most - 1) // most, panels // 4, 1)
+    most = max(1, PANELS // product.out.itemsize // (depth * width))
+    pieces = max((panels + most - 1) // most, panels // WIDE, 1)
     groups = max(1, min((4 * workers + pieces - 1) // pieces, N // SAMPLES))
     if groups * pieces < workers:
         groups = max(1, min((workers + pieces - 1) // pieces, (N + ROWS - 1) // ROWS))
@@ -170,7 +170,7 @@ def multiply_block(work, product, job, n0, n1, k0, k1):
     flat, width, K = out.reshape(-1), panel_width(out), product.inner
     base, r0 = max(min(k1, K) - k0, 0), max(k0 - K, 0)
     rank = length - base
-    parts = max(1, (base + STEPS - 1) // STEPS)
+    parts = max(1, (base + DEPTH - 1) // DEPTH)
     a, a_at, a_pitch = _copied(product, n0, n1, k0, k0 + base, work.a)
     low, low_pitch = product.U.reshape(-1), product.U.shape[1]
     panels, tiles = (job.j1 - job.j0 + width - 1) // width, (n1 - n0 + TILE_ROWS - 1) // TILE_ROWS
