@@ -13,7 +13,8 @@ from nblora.kernels.linear.cuda import gradients, vectors
 from nblora.kernels.linear.cuda.forward import FACTOR, HAS_BASE, HAS_LOW, KEEP, LOW, OUT, WEIGHT, X
 from nblora.kernels.linear.cuda.tiles import Tile
 from nblora.kernels.losses.cuda import losses
-from nblora.kernels.update.cuda import elementwise, grouped
+from nblora.kernels.update.cuda import DELTA, elementwise, grouped
+from nblora.kernels.update.cuda import WEIGHT as WEIGHT_ITSELF
 
 from .device import Device, DeviceArray, open_device
 from .protocol import Array, Gradients, LowRank, Number, Operands, Saved, keeps_input
@@ -21,15 +22,16 @@ from .protocol import Array, Gradients, LowRank, Number, Operands, Saved, keeps_
 
 @dataclass(frozen=True)
 class Shapes:
-    """Tiles and block sizes for one dtype: `wide` products, few rows (`flat`), few columns (`narrow`), and the rest.
+    """Tiles and block sizes for one dtype: `wide` products, few rows (`flat`), few columns (`narrow`), dense updates of
+    weights of few tiles (`small`), and the rest.
 
-    `split` is the number of inner elements that a split keeps at least: below it adding the splits up costs what they
-    save.
+    A product is split from twice `split` inner elements on: below it adding the splits up costs what they save.
     """
 
     wide: Tile
     flat: Tile
     narrow: Tile
+    small: Tile
     threads: int
     split: int = 256
 
@@ -37,21 +39,39 @@ class Shapes:
 MOST_HELD = 64 << 20
 """Bytes that put-off products may keep alive: where they are larger, one fills the device alone."""
 
+WORTH_SPLITTING = 4
+"""Splits of a dense update from which on its gradient, added up from them, is worth a place in memory."""
+
+MOST_SPLITS = 32
+"""Adding them up takes one read after the other."""
+
 # NumPy puts a dtype's name together anew each time.
 NAMES = {np.dtype(name): name for name in ("float32", "float64")}
 
 PLAIN = {
-    "float32": Shapes(Tile(128, 128, 8), Tile(32, 128, 8), Tile(64, 32, 8), 256),
-    "float64": Shapes(Tile(64, 64, 8, "float64"), Tile(16, 64, 8, "float64"), Tile(64, 32, 8, "float64"), 256),
+    "float32": Shapes(Tile(128, 128, 8), Tile(32, 128, 8), Tile(64, 32, 4, groups=4), Tile(64, 64, 8, groups=4), 256),
+    "float64": Shapes(
+        Tile(64, 64, 8, "float64"),
+        Tile(16, 64, 8, "float64"),
+        Tile(64, 32, 8, "float64"),
+        Tile(32, 32, 8, "float64", groups=4),
+        256,
+    ),
 }
 TENSOR = PLAIN | {
-    "float32": Shapes(Tile(128, 64, 16, tensor=True), Tile(32, 128, 16, tensor=True), Tile(64, 32, 8), 256)
+    "float32": Shapes(
+        Tile(128, 64, 16, tensor=True),
+        Tile(32, 128, 16, tensor=True),
+        PLAIN["float32"].narrow,
+        Tile(64, 32, 16, tensor=True, groups=2),
+        256,
+    )
 }
 # Numba's simulator makes a Python thread of each thread: blocks of 32, few of them.
 _TINY, _TINY_64 = Tile(32, 64, 16), Tile(16, 32, 8, "float64")
 SIMULATED = {
-    "float32": Shapes(_TINY, _TINY, _TINY, 32),
-    "float64": Shapes(_TINY_64, _TINY_64, _TINY_64, 32),
+    "float32": Shapes(_TINY, _TINY, _TINY, _TINY, 32),
+    "float64": Shapes(_TINY_64, _TINY_64, _TINY_64, _TINY_64, 32),
 }
 
 
@@ -156,15 +176,29 @@ class CUDABackend:
         """Grid, rows along x, of which there may be 2³¹ tiles, and the share of `inner` of each split."""
         least = self._shapes[tile.dtype].split
         across, down = -(-columns // tile.columns), -(-rows // tile.rows)
-        wanted = -(-2 * self._device.multiprocessors // (across * down))
-        splits = max(1, min(wanted, inner // least, 64))
+        wanted = -(-self._filling(tile) // (across * down))
+        # Where it is split at all, the groups of a block take shares of a split.
+        most = 1 if inner < 2 * least else inner // (least // tile.groups)
+        splits = max(1, min(wanted, most, MOST_SPLITS))
         chunk = -(-max(inner, 1) // (splits * tile.depth)) * tile.depth
         return (down, across, max(1, -(-inner // chunk))), chunk
+
+    def _filling(self, tile: Tile) -> int:
+        """Blocks that keep every multiprocessor busy."""
+        return max(1, min(tile.resident, self._device.busy // tile.threads)) * self._device.multiprocessors
 
     def _product(
         self, tile: Tile, p: Array, p_inner: bool, q: Array, q_inner: bool, factor: float, mask: Array | None = None
     ) -> Array:
         """factor · (mask∘P) Q; P is (rows, inner) where `p_inner`, Q (columns, inner) where `q_inner`."""
+        rows = p.shape[0 if p_inner else 1]
+        sums = self._sums(tile, p, p_inner, q, q_inner, factor, mask)
+        return sums if sums.shape[0] == rows else self._finish(sums, rows)
+
+    def _sums(
+        self, tile: Tile, p: Array, p_inner: bool, q: Array, q_inner: bool, factor: float, mask: Array | None = None
+    ) -> Array:
+        """The same, (splits·rows, columns), to be added up."""
         rows, inner = p.shape if p_inner else p.shape[::-1]
         columns = q.shape[0 if q_inner else 1]
         grid, chunk = self._splits(tile, rows, columns, inner)
@@ -173,7 +207,7 @@ class CUDABackend:
         kernel = gradients.product(tile, p_inner, q_inner, mask is not None)
         shared = p if mask is None else mask
         self._device.launch(kernel, grid, tile.threads, p, shared, q, p.dtype.type(factor), flags, chunk, sums)
-        return sums if grid[2] == 1 else self._finish(sums, rows)
+        return sums
 
     def _project(self, x: Array, matrix: Array, along: bool, factor: float, mask: Array | None = None) -> Array:
         """factor · (mask∘x) M for few columns; M is (columns, inner) where `along`."""
@@ -244,12 +278,13 @@ class CUDABackend:
         )
         y = self._device.empty((rows, sums.shape[1]), sums.dtype)
         threads = self._threads(sums)
-        each = min(rows, max(1, 2**30 // sums.shape[1]))  # rows that a kernel counts the elements of in 32 bits
+        bits = min(threads.bit_length(), sums.shape[1].bit_length() + (sums.shape[1].bit_count() > 1)) - 1
         self._device.launch(
             vectors.finish(NAMES[sums.dtype], threads),
-            (-(-each * sums.shape[1] // threads), -(-rows // each), 1),
+            (-(-rows // (threads >> bits)), -(-sums.shape[1] // (1 << bits)), 1),
             threads,
-            each,
+            bits,
+            sums.shape[0] // rows,
             sums,
             sums.dtype.type(factor),
             sums if low is None else low,
@@ -346,29 +381,34 @@ class CUDABackend:
         gz, gradients_ = self._skinny(grad_output, saved, operands, input_gradient)
         base, _, delta, _, train = operands
         if base and (delta or train):
-            dtype = gz.dtype.type
             x = cast(Array, saved.x)
-            p, q = (gz, x) if base.transposed else (x, gz)
-            tile = self._shapes[NAMES[gz.dtype]].wide
-            V, D = (delta.velocity, delta.delta) if delta else (base.weight, base.weight)
-            momentum, c = (delta.momentum, delta.scaling) if delta else (0.0, 0.0)
-            flags = _aligned(X, p, tile) | _aligned(WEIGHT, q, tile) | _aligned(OUT, D, tile, V, base.weight)
-            self._device.launch(
-                gradients.dense_update(tile, delta is not None, bool(train)),
-                (-(-p.shape[1] // tile.rows), -(-q.shape[1] // tile.columns), 1),
-                tile.threads,
-                p,
-                q,
-                dtype(momentum),
-                dtype((1 - momentum) * c),
-                dtype(delta_lr),
-                dtype(lr),
-                flags,
-                D,
-                V,
-                base.weight if train else D,
-            )
+            self._dense_update(*((gz, x) if base.transposed else (x, gz)), operands, lr, delta_lr)
         return gradients_
+
+    def _dense_update(self, p: Array, q: Array, operands: Operands, lr: float, delta_lr: float) -> None:
+        """G = Pᵀ Q; V = m V + (1-m) c G, D -= delta_lr V; W -= lr G: those that there are."""
+        base, _, delta, _, train = operands
+        weight, number = base.weight, p.dtype.type  # type: ignore[union-attr]  # only what has a base comes here
+        D, V = (delta.delta, delta.velocity) if delta else (weight, weight)
+        momentum, c = (delta.momentum, delta.scaling) if delta else (0.0, 0.0)
+        scalars = number(momentum), number((1 - momentum) * c), number(delta_lr), number(lr)
+        changed = weight if train else D
+        shapes, (samples, rows), columns = self._shapes[NAMES[p.dtype]], p.shape, q.shape[1]
+        tile = shapes.wide
+        if -(-rows // tile.rows) * -(-columns // tile.columns) < self._filling(tile):
+            tile = shapes.small
+        grid, _ = self._splits(tile, rows, columns, samples)
+        if grid[2] >= WORTH_SPLITTING:
+            sums = self._sums(tile, p, False, q, False, 1.0)
+            aligned = int(columns % tile.lanes == 0 and _base_aligned(D, V, weight))
+            threads, parts = shapes.threads, DELTA * (delta is not None) | WEIGHT_ITSELF * bool(train)
+            kernel = elementwise(NAMES[p.dtype], threads).descend_sums
+            blocks = self._blocks(changed.size // 4 + 1, threads)
+            self._device.launch(kernel, blocks, threads, sums, *scalars, parts, aligned, D, V, changed)
+            return
+        flags = _aligned(X, p, tile) | _aligned(WEIGHT, q, tile) | _aligned(OUT, D, tile, V, weight)
+        kernel = gradients.dense_update(tile, delta is not None, bool(train))
+        self._device.launch(kernel, (*grid[:2], 1), tile.threads, p, q, *scalars, flags, D, V, changed)
 
     def _skinny(
         self, grad_output: Array, saved: Saved, operands: Operands, input_gradient: bool
@@ -659,30 +699,30 @@ class CUDABackend:
 
     def mean_squared_error(self, output: Array, target: Array) -> tuple[Number, Array]:
         """Mean squared error and its gradient."""
-        return self._loss("mean_squared_error", output, target)
+        return self._loss("mean_squared_error", output, target, output.size)
 
     def binary_cross_entropy(self, logits: Array, target: Array) -> tuple[Number, Array]:
         """Binary cross-entropy with logits and its gradient."""
-        return self._loss("binary_cross_entropy", logits, target)
+        return self._loss("binary_cross_entropy", logits, target, logits.size)
 
     def softmax_cross_entropy(self, logits: Array, labels: Array) -> tuple[Number, Array]:
         """Softmax cross-entropy with integer labels and its gradient."""
-        if isinstance(labels, np.ndarray) and (labels < 0).any():
-            raise DeviceUnavailableError("labels of -100, where nothing is learnt, have no kernel on a GPU yet")
-        return self._loss("softmax_cross_entropy", logits, labels)
+        return self._loss("softmax_cross_entropy", logits, labels, int(np.count_nonzero(self.to_host(labels) >= 0)))
 
-    def _loss(self, name: str, output: Array, target: Array) -> tuple[Number, Array]:
+    def _loss(self, name: str, output: Array, target: Array, count: int) -> tuple[Number, Array]:
         """The loss, and its gradient, where `output` is: on the device, or on the host."""
         on_device = self.adopt(output)
         values = self.from_host(output) if on_device is None else on_device
         given = self.adopt(target)
         targets = self.from_host(target) if given is None else given
         threads = self._threads(values)
-        blocks = len(values) if name == "softmax_cross_entropy" else self._blocks(values.size, threads)
+        blocks = self._blocks(values.size, threads)
+        if name == "softmax_cross_entropy":  # a block a row, of no more warps than the row has work for
+            threads, blocks = min(threads, max(32, 1 << (values.shape[1] // 4).bit_length())), len(values)
         gradient = self._device.empty(values.shape, values.dtype)
         buffer, begin, partial = self._reserve(blocks)
         kernel = getattr(losses(NAMES[values.dtype], threads), name)
-        self._device.launch(kernel, blocks, threads, values, targets, gradient, partial)
+        self._device.launch(kernel, blocks, threads, values, targets, np.float64(1 / max(1, count)), gradient, partial)
         value = Pending(buffer, begin, begin + blocks)
         return (float(value), self.to_host(gradient)) if on_device is None else (value, gradient)
 

@@ -229,6 +229,8 @@ class Device:
     simulated = False
     waves = 8
     """Blocks a multiprocessor where a grid strides over its work."""
+    busy = 512
+    """Threads a multiprocessor that hide the memory's latency in a product: sixteen warps."""
 
     @property
     def description(self) -> str:
@@ -364,7 +366,7 @@ class SimulatedDevice(Device):
     """Numba's simulator of a GPU."""
 
     simulated = True
-    waves = 2  # to the simulator a thread is the dearest thing
+    waves, busy = 2, 32  # to the simulator a thread is the dearest thing
 
     def __init__(self, index: int) -> None:
         self.index, self.name, self._deferred = index, f"cuda:{index}", []

@@ -11,10 +11,26 @@ from tests.cuda.emulator import OWNERS, emulate
 
 # Small tiles: a few threads each, so that small arrays have many blocks with edges on every side.
 SMALL = {
-    "float32": Shapes(Tile(16, 16, 4), Tile(8, 16, 4), Tile(16, 8, 4), 64, 16),
-    "float64": Shapes(Tile(8, 8, 2, "float64"), Tile(4, 8, 2, "float64"), Tile(8, 4, 2, "float64"), 32, 16),
+    "float32": Shapes(Tile(16, 16, 4), Tile(8, 16, 4), Tile(16, 8, 4, groups=4), Tile(8, 8, 4, groups=2), 64, 16),
+    "float64": Shapes(
+        Tile(8, 8, 2, "float64"),
+        Tile(4, 8, 2, "float64"),
+        Tile(8, 4, 2, "float64", groups=2),
+        Tile(4, 8, 2, "float64", groups=4),
+        32,
+        16,
+    ),
 }
-TENSOR = {"float32": Shapes(Tile(32, 32, 8, tensor=True), Tile(32, 32, 8, tensor=True), Tile(16, 8, 4), 32, 16)}
+TENSOR = {
+    "float32": Shapes(
+        Tile(32, 32, 8, tensor=True),
+        Tile(32, 32, 8, tensor=True),
+        Tile(16, 8, 4, groups=4),
+        Tile(32, 32, 8, tensor=True, groups=2),
+        32,
+        16,
+    )
+}
 
 
 class EmulatedDevice(Device):
@@ -22,6 +38,8 @@ class EmulatedDevice(Device):
 
     With `aligned=False` no array begins at a multiple of 16 bytes, so no vector may be used.
     """
+
+    busy = 8  # blocks of the small tiles have 4 or so
 
     def __init__(self, order="forward", aligned=True):
         self.index, self.name, self.order, self.aligned = 0, "cuda:0", order, aligned

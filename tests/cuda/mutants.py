@@ -32,15 +32,18 @@ GUARDS = [
     (r"valid = (?:out - o|inputs - i|columns - column)(?= if|\n)", "valid = LANES"),
     (r"int32\(columns - column\)", "int32(LANES)"),
     (r"min\(begin \+ chunk, (?:inner|rows)\)", "begin + chunk"),  # the last split
-    (r"(?<=valid = )(?:target|out|parameter|delta)\.size - offset", "LANES"),  # the tail of an array
+    (r"(?<=valid = )(?:target|out|parameter|delta|weight)\.size - offset", "LANES"),  # the tail of an array
     (r"array\.size - offset", "LANES"),
-    (r"if row < each and n < N:", "if True:"),
+    (r"if n < N and o < outputs:", "if n < N:"),
+    (r"if n < N and o < outputs:", "if o < outputs:"),
+    (r"split < sums\.size", "split < 0"),  # the splits after the first
+    (r" if learnt else (?:ZERO|float64\(0\))", ""),  # a label of which nothing is learnt
     (r"if member == 0 and row < rows:", "if member == 0:"),
     (r" if flags & HAS_LOW and split == 0 else int32\(0\)", ""),  # the low-rank part once, not in every split
     (r"job \+ 1 < table\.shape\[0\] and ", ""),  # the end of a table of products
     (r"if (?:t|member) < width:", "if True:"),  # the idle half of a tree
     (r"\(array\.size \+ LANES - 1\) // LANES", "array.size // LANES"),  # the tail of an array left out
-    (r"\b(?:\w+\.)?size(?=, cuda\.gridsize)", r"\g<0> + 1"),  # the end of a loop over elements
+    (r"(?<=while i < )(?:\w+\.)?size", r"\g<0> + 1"),  # the end of a loop over elements
     (r"range\((?:t, )?outputs(?=[,)])", r"\g<0> + 1"),  # the end of a row
 ]
 
@@ -135,6 +138,7 @@ def checks(emulated):
     yield problem((17, 12, 24, 3), False, "random", **everything)
     yield problem((9, 45, 13, 5), False, "random", splits=True)
     yield problem((9, 13, 45, 5), True, "random", splits=True)
+    yield problem((70, 7, 6, 2), False, "random", splits=True, train=True)
 
 
 def check_updates(backend, size=71):
@@ -181,6 +185,8 @@ def check_losses(backend, samples=7, outputs=37):
     rng = np.random.default_rng(1)
     z, t = 3 * rng.normal(size=(samples, outputs)), rng.random((samples, outputs))
     labels = rng.integers(outputs, size=samples)
+    ignored, learnt = labels.copy(), np.arange(samples) % 3 != 1
+    ignored[~learnt] = -100
     softmax = np.exp(z) / np.exp(z).sum(axis=1, keepdims=True)
     onehot = np.eye(outputs)[labels]
     expected = {
@@ -188,11 +194,19 @@ def check_losses(backend, samples=7, outputs=37):
         "binary_cross_entropy": (t, (np.log1p(np.exp(z)) - z * t).mean(), (1 / (1 + np.exp(-z)) - t) / z.size),
         "softmax_cross_entropy": (labels, -np.log((softmax * onehot).sum(1)).mean(), (softmax - onehot) / samples),
     }
-    for name, (target, value, gradient) in expected.items():
+    cases = [(name, *case) for name, case in expected.items()]
+    value = -np.log((softmax * onehot).sum(1))[learnt].mean()
+    cases.append(("softmax_cross_entropy", ignored, value, (softmax - onehot) * learnt[:, None] / learnt.sum()))
+    for name, target, value, gradient in cases:
         for bring in (backend.from_host, np.asarray):  # from the device to the device, from the host to the host
             computed, slope = getattr(backend, name)(bring(z), bring(target))
             np.testing.assert_allclose(float(computed), value, rtol=1e-12)
             np.testing.assert_allclose(backend.to_host(slope), gradient, rtol=1e-10, atol=1e-15)
+        target = target.astype(np.float32) if target.dtype == np.float64 else target
+        computed, slope = getattr(backend, name)(backend.from_host(z.astype(np.float32)), backend.from_host(target))
+        np.testing.assert_allclose(float(computed), value, rtol=1e-6)
+        assert slope.dtype == np.float32
+        np.testing.assert_allclose(backend.to_host(slope), gradient, rtol=1e-5, atol=1e-6 * abs(gradient).max())
 
 
 def killed_by(module, mutate):

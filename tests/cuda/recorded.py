@@ -11,6 +11,8 @@ from tests.cuda.emulated import EmulatedDevice, make_backend
 class RecordingDevice(EmulatedDevice):
     """Launches nothing."""
 
+    busy = 512
+
     def launch(self, kernel, grid, threads, *arguments):
         self.launches.append((kernel, grid, threads, [as_argument(a) for a in arguments]))
 
@@ -22,7 +24,7 @@ def recording_backend(precision="float32"):
     return backend
 
 
-def record(backend, dtype, transposed, samples=200, delta=True, train=False, masked=False, low_rank=True, code=2):
+def record(backend, dtype, transposed, samples=600, delta=True, train=False, masked=False, low_rank=True, code=2):
     """(name, kernel, threads, Numba types of the arguments) of what a forward, backward, sweep and merge launch."""
     inputs, outputs, rank = 24, 40, 8
     stored = (outputs, inputs) if transposed else (inputs, outputs)
@@ -42,7 +44,10 @@ def record(backend, dtype, transposed, samples=200, delta=True, train=False, mas
     backend._device.launches.clear()
     y, saved = backend.forward(new(samples, inputs), operands, mask, True)
     backend.backward(y, saved, operands)
-    backend.backward_update(y, saved, operands, 0.1, 0.1)
+    for multiprocessors in (0, 1, 2):  # for which the update has tiles enough, too few, and so few that it is split
+        backend._device.multiprocessors = multiprocessors
+        backend.backward_update(y, saved, operands, 0.1, 0.1)
+        backend._device.settle()
     backend.merge(operands)
     return launched(backend)
 

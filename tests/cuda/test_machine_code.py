@@ -40,14 +40,21 @@ def kernels(variant):
     return record(recording_backend(precision), dtype, transposed, **settings)
 
 
-def assert_fits(code, threads, wanted):
-    """No stack, no local memory, and room for `wanted` blocks an SM."""
+def assert_fits(code, kernel, threads):
+    """No stack, no local memory, and room for the blocks that an SM is meant to run at once.
+
+    Compute capability 7.5, which has less shared memory than all others, must run eight warps.
+    """
+    wanted = kernel.targetoptions["launch_bounds"][1]
     assert code.stack == 0
     assert code.spills == 0
     assert code.count("LDL") == code.count("STL") == 0
     assert code.registers * threads * wanted <= 65536
     assert code.shared <= 48 * 1024
-    assert code.shared * wanted <= 64 * 1024  # what sm_75 has
+    if code.architecture == (7, 5):
+        assert code.shared * min(wanted, max(1, 256 // threads)) <= 64 * 1024
+    else:
+        assert code.shared * wanted <= 100 * 1024  # what 8.6, 8.9 and 12.0 have
 
 
 # Least share of multiplications in the inner loop. The whole step of a float64 or tensor-core product is one loop, its
@@ -71,8 +78,8 @@ def test_main_kernels(architecture):
         for name, kernel, threads, types in kernels(variant):
             if name in MAIN:
                 code = compile_kernel(kernel, types, architecture, "ltoir")
-                assert threads >= 8 * 32
-                assert_fits(code, threads, 2)
+                assert threads * kernel.targetoptions["launch_bounds"][1] >= 12 * 32
+                assert_fits(code, kernel, threads)
                 assert_tiled(code, "float32", variant[0] == "tf32")
 
 
@@ -86,7 +93,7 @@ def test_every_kernel(variant, architecture, output):
         pytest.skip("tensor cores take float32 from compute capability 8.0 on")
     for name, kernel, threads, types in kernels(variant):
         code = compile_kernel(kernel, types, architecture, output)
-        assert_fits(code, threads, 1 if dtype == "float64" else 2)
+        assert_fits(code, kernel, threads)
         if name in MAIN:
             tensor = precision == "tf32"
             assert_tiled(code, dtype, tensor)
@@ -104,10 +111,20 @@ def test_updates_and_losses(dtype, architecture, output):
     assert len(names) == 11
     for name, kernel, threads, types in found:
         code = compile_kernel(kernel, types, architecture, output)
-        assert_fits(code, threads, 2)
+        assert_fits(code, kernel, threads)
         if name in ("momentum", "add", "times", "masked"):
             assert code.count("LDG.E.128") > 0, name
             assert code.count("STG.E.128") > 0, name
+
+
+def test_what_adds_splits_up_divides_no_integers():
+    """A division of 64 bits is a hundred instructions, and would be done for every element."""
+    for samples in (600, 1):
+        found = record(recording_backend(), "float32", False, samples=samples)
+        for name, kernel, _, types in found:
+            if name in ("finish", "descend_sums"):
+                code = compile_kernel(kernel, types, (9, 0), "ltoir")
+                assert code.count("I2F") == 0, name
 
 
 def test_rules_keep_float32():

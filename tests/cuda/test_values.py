@@ -105,6 +105,41 @@ def test_split_inner_dimension(shape, transposed):
     assert any(isinstance(grid, tuple) and len(grid) == 3 and grid[2] > 1 for _, grid, *_ in backend._device.launches)
 
 
+def _launched(backend):
+    return [kernel.py_func.__name__ for kernel, *_ in backend._device.launches]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(("shape", "multiprocessors", "how"), [
+    ((9, 30, 40, 3), 1, "wide"), ((9, 30, 40, 3), 100, "small"), ((70, 7, 6, 2), 100, "split"),
+    ((131, 9, 13, 1), 50, "split"), ((15, 9, 13, 1), 50, "small"),
+], ids=str)  # fmt: skip
+def test_dense_updates(shape, multiprocessors, how, dtype, order):
+    """Large weights, small ones, and small ones with many samples, whose splits are added up in order."""
+    for case in (CASES[0], CASES[1], CASES[3]):  # the delta alone, with the base, the base alone
+        backend = make_backend(order)
+        backend._device.multiprocessors = multiprocessors
+        run(shape, dtype, order == "reverse", case, backend, TOLERANCE[dtype])
+        assert ("descend_sums" in _launched(backend)) == (how == "split")
+        assert ("dense_update" in _launched(backend)) != (how == "split")
+        used = {launch[2] for launch in backend._device.launches if launch[0].py_func.__name__ == "dense_update"}
+        if how != "split":
+            assert used == {getattr(backend._shapes[dtype], how).threads}
+
+
+def test_one_row_of_tiles_is_split_among_many_blocks():
+    """64 samples and a small rank: a few hundred blocks, not one."""
+    backend = make_backend(shapes=PLAIN)
+    backend._device.busy, backend._device.multiprocessors = 512, 132
+    narrow = PLAIN["float32"].narrow
+    for samples, inner, blocks in ((64, 768, 12), (64, 4096, 32), (2048, 4096, 416), (64, 511, 1)):
+        grid, chunk = backend._splits(narrow, samples, 8, inner)
+        assert np.prod(grid) == blocks
+        assert (grid[2] - 1) * chunk < inner <= grid[2] * chunk
+        assert chunk % narrow.depth == 0
+
+
 # N = 1 takes the kernels for one sample, whatever the precision.
 TENSOR_SHAPES = [
     (1, 37, 66, 4), *SHAPES[5:12], (33, 40, 35, 5), (64, 40, 33, 8), (3, 70, 36, 2), (34, 8, 64, 1), (32, 32, 32, 16),
@@ -212,7 +247,8 @@ def test_traffic_of_activations(samples, transposed):
     operands = brought(problem.operands(), backend.from_host)
     x, gy = (backend.from_host(problem.arrays[name]) for name in ("x", "gy"))
     traffic = backend._device.traffic
-    wide, narrow = backend._shapes["float32"].wide, backend._shapes["float32"].narrow
+    narrow = backend._shapes["float32"].narrow
+    dense = backend._shapes["float32"].wide  # its four tiles keep one multiprocessor busy
     tile = backend._tile(samples, np.dtype(np.float32))
 
     def reads(array):
@@ -227,9 +263,9 @@ def test_traffic_of_activations(samples, transposed):
     backend.backward_update(gy, saved, operands, 0.1, 0.1)
     backend._device.settle()
     rows_of, columns_of = (outputs, inputs) if transposed else (inputs, outputs)  # of the weight as it is stored
-    update = {"x": tiles(columns_of, wide.columns), "gz": tiles(rows_of, wide.rows)}
+    update = {"x": tiles(columns_of, dense.columns), "gz": tiles(rows_of, dense.rows)}
     if transposed:
-        update = {"x": tiles(rows_of, wide.rows), "gz": tiles(columns_of, wide.columns)}
+        update = {"x": tiles(rows_of, dense.rows), "gz": tiles(columns_of, dense.columns)}
     assert reads(x) == tiles(rank, narrow.columns) + update["x"]
     skinny = tiles(rank, narrow.columns) + tiles(rank, narrow.rows)
     assert reads(gy) == skinny + tiles(inputs, tile.columns) + update["gz"]

@@ -21,7 +21,7 @@ from nblora.kernels.common.cuda.rules import rules
 from nblora.kernels.common.cuda.target import COMPILED, cuda, int32, int64, kernel
 
 from .forward import FACTOR, HAS_BASE, HAS_LOW, LOW, OUT, WEIGHT, X
-from .tiles import Tile, accumulator, geometry
+from .tiles import Tile, accumulator, gathering, geometry
 
 
 @functools.cache
@@ -81,11 +81,11 @@ def product(tile: Tile, p_inner: bool, q_inner: bool, masked: bool):
     p (rows, inner), or (inner, rows) unless `p_inner`; mask like p; q (inner, columns), or (columns, inner) where
     `q_inner`; out (splits·rows, columns). Grid (⌈rows / tile⌉, ⌈columns / tile⌉, splits).
     """
-    LANES, PARTS, SUMS, SHARED = tile.lanes, tile.sums // tile.lanes, tile.sums, tile.shared_elements
+    LANES, PARTS, SUMS, SHARED = tile.lanes, tile.parts, tile.sums, tile.shared_elements
     ROWS, COLUMNS, TYPE = tile.rows, tile.columns, tile.type
     ZERO = TYPE(0)
     accumulate = accumulator(tile, p_inner, q_inner, "mask" if masked else None)
-    _, where = geometry(tile)
+    gather, place = gathering(tile)
 
     @kernel(tile.threads, tile.blocks)
     def product(p, mask, q, factor, flags, chunk, out):
@@ -104,8 +104,9 @@ def product(tile: Tile, p_inner: bool, q_inner: bool, masked: bool):
             sums, shared, p, mask, flags & X, q, q, flags & WEIGHT, factor, rows, columns, inner, begin, end, row0,
             column0,
         )  # fmt: skip
+        sums = gather(sums, shared)
         for index in range(PARTS):
-            along, across = where(int32(index), t)
+            along, across = place(int32(index), t)
             row, column = row0 + along, column0 + across
             valid = columns - column if row < rows else int32(0)
             offset = (int64(split) * rows + row) * columns + column
@@ -121,11 +122,11 @@ def product_through(tile: Tile):
     gy, z, gz (N, inner); q (columns, inner), whose columns lie in one tile, so that every element of gz has one owner;
     out (splits·N, columns). Grid (⌈N / tile⌉, 1, splits).
     """
-    LANES, PARTS, SUMS, SHARED = tile.lanes, tile.sums // tile.lanes, tile.sums, tile.shared_elements
+    LANES, PARTS, SUMS, SHARED = tile.lanes, tile.parts, tile.sums, tile.shared_elements
     ROWS, TYPE = tile.rows, tile.type
     ZERO = TYPE(0)
     accumulate = accumulator(tile, True, True, "slope")
-    _, where = geometry(tile)
+    gather, place = gathering(tile)
 
     @kernel(tile.threads, tile.blocks)
     def product_through(gy, z, gz, code, q, factor, flags, chunk, out):
@@ -142,8 +143,9 @@ def product_through(tile: Tile):
         sums = accumulate(
             sums, shared, gy, (z, gz), flags & X, q, q, flags & WEIGHT, code, rows, columns, inner, begin, end, row0, 0
         )
+        sums = gather(sums, shared)
         for index in range(PARTS):
-            along, column = where(int32(index), t)
+            along, column = place(int32(index), t)
             row = row0 + along
             valid = columns - column if row < rows else int32(0)
             offset = (int64(split) * rows + row) * columns + column
@@ -163,11 +165,11 @@ def grouped_products(tile: Tile, masked: bool):
 
     table (products, FIELDS). Grid (tiles of all products,).
     """
-    LANES, PARTS, SUMS, SHARED = tile.lanes, tile.sums // tile.lanes, tile.sums, tile.shared_elements
+    LANES, PARTS, SUMS, SHARED = tile.lanes, tile.parts, tile.sums, tile.shared_elements
     ROWS, COLUMNS, TYPE = tile.rows, tile.columns, tile.type
     ZERO, ONE = TYPE(0), TYPE(1)
     accumulate = accumulator(tile, False, False, "mask" if masked else None)
-    _, where = geometry(tile)
+    gather, place = gathering(tile)
 
     @kernel(tile.threads, tile.blocks)
     def grouped_products(table):
@@ -192,8 +194,9 @@ def grouped_products(tile: Tile, masked: bool):
             column0,
         )  # fmt: skip
         t = int32(cuda.threadIdx.x)
+        sums = gather(sums, shared)
         for index in range(PARTS):
-            along, across = where(int32(index), t)
+            along, across = place(int32(index), t)
             row, column = row0 + along, column0 + across
             valid = columns - column if row < rows else int32(0)
             store(out, int64(row) * columns + column, valid, flags & OUT, part(sums, int32(index), LANES))
@@ -209,11 +212,11 @@ def dense_update(tile: Tile, delta: bool, weight: bool):
     weight (rows, columns) are updated in place, those that there are. G never reaches global memory. Grid
     (⌈rows / tile⌉, ⌈columns / tile⌉); every element of D, V and W is read and written once.
     """
-    LANES, PARTS, SUMS, SHARED = tile.lanes, tile.sums // tile.lanes, tile.sums, tile.shared_elements
+    LANES, PARTS, SUMS, SHARED = tile.lanes, tile.parts, tile.sums, tile.shared_elements
     ROWS, COLUMNS, TYPE = tile.rows, tile.columns, tile.type
     ZERO = TYPE(0)
     accumulate = accumulator(tile, False, False)
-    _, where = geometry(tile)
+    gather, place = gathering(tile)
     momentum_step = rules(tile.dtype).momentum_lanes[LANES]
     descend = rules(tile.dtype).descend_lanes[LANES]
 
@@ -230,8 +233,9 @@ def dense_update(tile: Tile, delta: bool, weight: bool):
             sums, shared, p, p, flags & X, q, q, flags & WEIGHT, gain, rows, columns, samples, 0, samples, row0, column0
         )
         t = int32(cuda.threadIdx.x)
+        sums = gather(sums, shared)
         for index in range(PARTS):
-            along, across = where(int32(index), t)
+            along, across = place(int32(index), t)
             row, column = row0 + along, column0 + across
             valid = columns - column if row < rows else int32(0)
             offset = int64(row) * columns + column

@@ -5,6 +5,9 @@ A block computes a tile of C = P Q with P (rows, inner) and Q (inner, columns). 
 multiplied. Shared memory holds two steps of each operand, every step as [inner][rows] and [inner][columns], so one
 barrier a step is enough. Sums are accumulated in the dtype of the tile.
 
+A small tile has several groups of threads: each takes its turn of the steps in shared memory of its own, and at the end
+the groups' sums are added up there, always in the same way. So a product of few tiles has many warps.
+
 Either operand may lie in memory with the inner dimension contiguous (`inner` layout) or with the other one. An operand
 may be changed on its way into shared memory: `combine="delta"` makes it W + c D, `combine="mask"` x ∘ mask, and
 `combine="slope"` gy ∘ act'(z), which is written to memory too: there `other` is the pair of z and that memory, and the
@@ -39,13 +42,17 @@ from nblora.kernels.common.cuda.target import cuda, device_function, int32, int6
 
 @dataclass(frozen=True)
 class Tile:
-    """Sizes of a tile. Every thread sums 2 x 2 squares of `lanes` x `lanes`; on tensor cores every warp 32 x 32."""
+    """Sizes of a tile. Every thread sums 2 x 2 squares of `lanes` x `lanes`; on tensor cores every warp 32 x 32.
+
+    `groups`, a power of two, share the inner dimension.
+    """
 
     rows: int
     columns: int
     depth: int
     dtype: str = "float32"
     tensor: bool = False
+    groups: int = 1
 
     @property
     def lanes(self) -> int:
@@ -53,20 +60,31 @@ class Tile:
         return 16 // np.dtype(self.dtype).itemsize
 
     @property
-    def threads(self) -> int:
-        """Threads a block."""
+    def group(self) -> int:
+        """Threads a group."""
         if self.tensor:
             return self.rows * self.columns // 32
         return self.rows * self.columns // (2 * self.lanes) ** 2
 
     @property
-    def blocks(self) -> int:
-        """Blocks an SM that registers must suffice for.
+    def threads(self) -> int:
+        """Threads a block."""
+        return self.groups * self.group
 
-        Float64 kernels fit two by themselves, but for the masked input gradient on compute capability 10.0: held to
-        128 registers it would keep values in local memory.
+    @property
+    def blocks(self) -> int:
+        """Blocks an SM that the compiler must leave registers for.
+
+        Float64 kernels without groups fit two by themselves, but for the masked input gradient on compute capability
+        10.0: held to 128 registers it would keep values in local memory.
         """
-        return 2 if self.dtype == "float32" else 1
+        return self.resident if self.dtype == "float32" or self.groups > 1 else 1
+
+    @property
+    def resident(self) -> int:
+        """Blocks an SM that are meant to run at once: two of 256 threads, three of the grouped skinny products', whose
+        sums and steps take more than the 128 registers that four would leave them."""
+        return max(2, 384 // self.threads)
 
     @property
     def padding(self) -> int:
@@ -84,7 +102,17 @@ class Tile:
 
     @property
     def shared_elements(self) -> int:
-        """Elements of shared memory."""
+        """Elements of shared memory: two steps a group, or half of every group's sums."""
+        return max(self.groups * self.share, self.groups // 2 * self.rows * self.columns)
+
+    @property
+    def parts(self) -> int:
+        """Vectors of the result that a thread writes."""
+        return self.sums // self.lanes // self.groups
+
+    @property
+    def share(self) -> int:
+        """Elements of shared memory that two steps of a group take."""
         return 2 * self.depth * (self.rows + self.columns + 2 * self.padding)
 
     @property
@@ -95,9 +123,9 @@ class Tile:
 
 def vectors_per_thread(tile: Tile, extent: int) -> int:
     """How many vectors of an operand with `extent` rows or columns every thread carries in one step."""
-    count, rest = divmod(extent * tile.depth, tile.lanes * tile.threads)
+    count, rest = divmod(extent * tile.depth, tile.lanes * tile.group)
     if rest or count == 0 or tile.depth % tile.lanes:
-        raise ValueError(f"{tile} does not split {extent} x {tile.depth} elements evenly among {tile.threads} threads")
+        raise ValueError(f"{tile} does not split {extent} x {tile.depth} elements evenly among {tile.group} threads")
     return count
 
 
@@ -106,7 +134,7 @@ def carrier(tile: Tile, extent: int, inner: bool, combine: str | None) -> tuple[
 
     `extent` is the operand's share of the tile, `inner` its layout in memory.
     """
-    LANES, THREADS, STRIDE = tile.lanes, tile.threads, extent + tile.padding
+    LANES, THREADS, STRIDE = tile.lanes, tile.group, extent + tile.padding
     COUNT = vectors_per_thread(tile, extent)
     TOTAL = COUNT * LANES
     ACROSS = (tile.depth if inner else extent) // LANES  # vectors in a contiguous run
@@ -233,9 +261,11 @@ def accumulator(
 
     Arguments: sums; shared memory; P, what it is combined with, whether vectors of it are aligned; likewise Q; the
     factor c of a combination; rows, columns and inner dimension of the whole product; begin and end; the tile's first
-    row and column. It begins with a barrier, so products may follow one another in the same shared memory.
+    row and column. It begins with a barrier, so products may follow one another in the same shared memory. With groups
+    each thread has its group's sums, which `gathering` adds up.
     """
-    DEPTH = tile.depth
+    DEPTH, GROUP, GROUPS, SHARE = tile.depth, tile.group, tile.groups, tile.share
+    TURN = DEPTH * GROUPS
     fetch_p, put_p = carrier(tile, tile.rows, p_inner, p_combine)
     fetch_q, put_q = carrier(tile, tile.columns, q_inner, q_combine)
     step, _ = geometry(tile)
@@ -261,22 +291,95 @@ def accumulator(
         column,
     ):
         t = int32(cuda.threadIdx.x)
+        first, start = int32(begin), int32(0)
+        if GROUPS > 1:
+            group = t // GROUP
+            t -= group * GROUP
+            first += group * DEPTH
+            start = group * SHARE
         p_stride = inner if p_inner else rows
         q_stride = inner if q_inner else columns
-        next_p = fetch_p(p, p_other, factor, p_aligned, row, rows, begin, end, p_stride, t)
-        next_q = fetch_q(q, q_other, factor, q_aligned, column, columns, begin, end, q_stride, t)
+        next_p = fetch_p(p, p_other, factor, p_aligned, row, rows, first, end, p_stride, t)
+        next_q = fetch_q(q, q_other, factor, q_aligned, column, columns, first, end, q_stride, t)
         buffer = int32(0)
         cuda.syncthreads()  # what was in shared memory has been read
-        for k in range(begin, end, DEPTH):
-            p_start, q_start = buffer * P_SIZE, 2 * P_SIZE + buffer * Q_SIZE
+        for _ in range(begin, end, TURN):
+            p_start, q_start = start + buffer * P_SIZE, start + 2 * P_SIZE + buffer * Q_SIZE
             put_p(shared, p_start, next_p, t)
             put_q(shared, q_start, next_q, t)
             cuda.syncthreads()  # the step is whole; the step before it has been read
-            after = int32(k + DEPTH)
-            next_p = fetch_p(p, p_other, factor, p_aligned, row, rows, after, end, p_stride, t)
-            next_q = fetch_q(q, q_other, factor, q_aligned, column, columns, after, end, q_stride, t)
+            first = int32(first + TURN)
+            next_p = fetch_p(p, p_other, factor, p_aligned, row, rows, first, end, p_stride, t)
+            next_q = fetch_q(q, q_other, factor, q_aligned, column, columns, first, end, q_stride, t)
             sums = step(sums, shared, p_start, q_start, t)
             buffer = 1 - buffer
         return sums
 
     return accumulate
+
+
+@device_function
+def _as_they_are(sums, shared, group, t):
+    return sums
+
+
+def _then(first: Callable, rest: Callable) -> Callable:
+    @device_function
+    def both(sums, shared, group, t):
+        return rest(first(sums, shared, group, t), shared, group, t)
+
+    return both
+
+
+def _exchange(tile: Tile, bit: int) -> Callable:
+    """A device function: groups that differ in `bit` each keep one half of their sums, and add the other's half to it.
+
+    The larger bits come first, so what is exchanged halves each time.
+    """
+    HALF, GROUP, LANES, BIT = tile.sums * bit // tile.groups, tile.group, tile.lanes, bit
+    PARTS, ZERO, ONE = HALF // LANES, tile.type(0), tile.type(1)
+
+    @device_function
+    def exchange(sums, shared, group, t):
+        upper = int32(group // BIT % 2)
+        kept, given = part(sums, upper, HALF), part(sums, int32(1 - upper), HALF)
+        cuda.syncthreads()  # what was in shared memory has been read
+        for index in range(PARTS):
+            # Neighbouring threads write neighbouring vectors.
+            place = (group * PARTS + index) * GROUP + t
+            store_shared(shared, place * LANES, part(given, int32(index), LANES))
+        cuda.syncthreads()  # what the other group gives is there
+        other = group + BIT - 2 * BIT * upper
+        got = zeros(HALF, ZERO)
+        for index in range(PARTS):
+            place = (other * PARTS + index) * GROUP + t
+            got = with_part(got, int32(index), load_shared(shared, place * LANES, LANES))
+        return add_scaled(kept, got, ONE)
+
+    return exchange
+
+
+@functools.cache
+def gathering(tile: Tile) -> tuple[Callable, Callable]:
+    """Two device functions: `gather` adds the groups' sums up, `place` locates the parts of the result.
+
+    `gather(sums, shared)` leaves each thread `tile.parts` vectors of the result, those that it is to write;
+    `place(part, thread)` is (row, column) within the tile of the first element of one.
+    """
+    _, where = geometry(tile)
+    GROUP, EACH = tile.group, tile.parts
+    add_up = _as_they_are
+    for place in range(tile.groups.bit_length() - 1):
+        add_up = _then(_exchange(tile, 1 << place), add_up)
+
+    @device_function
+    def gather(sums, shared):
+        group = int32(cuda.threadIdx.x) // GROUP
+        return add_up(sums, shared, group, int32(cuda.threadIdx.x) - group * GROUP)
+
+    @device_function
+    def place(index, thread):
+        group = thread // GROUP
+        return where(group * EACH + index, thread - group * GROUP)
+
+    return gather, place

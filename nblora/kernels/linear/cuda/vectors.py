@@ -92,33 +92,40 @@ def finish(dtype: str, threads: int):
         v = s Σ_split sums[split·N + n, o] + mask[n, o] Σ_r low[n, r] factor[r, o] + bias[o];  z = v;  y = act(v)
 
     sums (splits·N, outputs); low (N, rank), factor (rank, outputs), or (outputs, rank) where `strided`; mask and bias
-    where `flags` says so; z, y (N, outputs). One thread an element: grid (⌈each·outputs / threads⌉, ⌈N / each⌉), so
-    that divisions of 32 bits tell elements apart.
+    where `flags` says so; z, y (N, outputs). One thread an element: a block has 2^bits columns of threads / 2^bits
+    rows, so that no division tells elements apart. Grid (⌈N / rows⌉, ⌈outputs / columns⌉).
     """
     TYPE = getattr(types, dtype)
     activate = rules(dtype).activate
     ZERO, ONE, THREADS = TYPE(0), TYPE(1), threads
 
     @kernel(threads)
-    def finish(each, sums, scaling, low, factor, strided, mask, bias, code, flags, z, y):
-        N, outputs = int32(y.shape[0]), int32(y.shape[1])
-        place = int32(cuda.blockIdx.x) * THREADS + int32(cuda.threadIdx.x)
-        row = place // outputs
-        n, o = int32(cuda.blockIdx.y) * each + row, place - row * outputs
-        if row < each and n < N:
+    def finish(bits, splits, sums, scaling, low, factor, strided, mask, bias, code, flags, z, y):
+        N, outputs = int64(y.shape[0]), int64(y.shape[1])
+        t = int32(cuda.threadIdx.x)
+        row = t >> bits
+        n = int64(cuda.blockIdx.x) * (THREADS >> bits) + row
+        o = (int64(cuda.blockIdx.y) << bits) + (t - (row << bits))
+        if n < N and o < outputs:
+            place = n * outputs + o
             value = ZERO
-            for split in range(sums.shape[0] // N):
-                value += sums[split * N + n, o]
+            split = place
+            for _ in range(splits):
+                value += load(sums, split, 1, 0, 1)[0]
+                split += y.size
             value *= scaling
             if flags & FINISH_LOW:
-                added = ZERO
-                for r in range(low.shape[1]):
-                    added += low[n, r] * (factor[o, r] if strided else factor[r, o])
-                value += added * (mask[n, o] if flags & FINISH_MASK else ONE)
+                added, rank = ZERO, int64(low.shape[1])
+                # Along r: the factor's own row where it is strided, else one of its columns.
+                at, step = (o * rank, int64(1)) if strided else (o, outputs)
+                for r in range(rank):
+                    added += load(low, n * rank + r, 1, 0, 1)[0] * load(factor, at, 1, 0, 1)[0]
+                    at += step
+                value += added * (load(mask, place, 1, 0, 1)[0] if flags & FINISH_MASK else ONE)
             if flags & FINISH_BIAS:
-                value += bias[o]
+                value += load(bias, o, 1, 0, 1)[0]
             if flags & FINISH_KEEP:
-                z[n, o] = value
-            y[n, o] = activate(value, code)
+                store(z, place, 1, 0, (value,))
+            store(y, place, 1, 0, (activate(value, code),))
 
     return finish
