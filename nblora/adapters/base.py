@@ -267,8 +267,7 @@ class Adapter(Projection, abstract=True):
     def _dropout_mask(self, batch: Array) -> Array | None:
         if self.lora_dropout == 0 or not (self._enabled and self._training and self.base_layer._droppable):
             return None
-        kept = self._rng.random(batch.shape, self.dtype) >= self.lora_dropout
-        return self._backend.from_host(kept * self.dtype.type(1 / (1 - self.lora_dropout)))
+        return self._backend.dropout_mask(self._rng, batch.shape, self.lora_dropout, self.dtype)
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[Self]:

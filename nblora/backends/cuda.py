@@ -13,6 +13,7 @@ from nblora.kernels.linear.cuda import gradients, vectors
 from nblora.kernels.linear.cuda.forward import FACTOR, HAS_BASE, HAS_LOW, KEEP, LOW, OUT, WEIGHT, X
 from nblora.kernels.linear.cuda.tiles import Tile
 from nblora.kernels.losses.cuda import losses
+from nblora.kernels.masks import cuda as masks
 from nblora.kernels.update.cuda import DELTA, elementwise, grouped
 from nblora.kernels.update.cuda import WEIGHT as WEIGHT_ITSELF
 
@@ -146,6 +147,24 @@ class CUDABackend:
         new = self._device.empty(array.shape, array.dtype)
         self._stride(elementwise(NAMES[new.dtype], self._threads(new)).fill, new, new.dtype.type(0), 1)
         return new
+
+    def dropout_mask(self, rng: np.random.Generator, shape: tuple[int, ...], share: float, dtype: np.dtype) -> Array:
+        """0 for the share that is dropped, 1 / (1 - share) for the rest: by Philox, with a key that `rng` draws."""
+        mask, key = self._device.empty(shape, dtype), int(rng.integers(2**64, dtype=np.uint64))
+        if mask.size:
+            threads = self._threads(mask)
+            self._device.launch(
+                masks.dropout_mask(NAMES[mask.dtype], threads),
+                self._blocks(mask.size // 4 + 1, threads),
+                threads,
+                np.int64(key % 2**32),
+                np.int64(key // 2**32),
+                np.int64(share * 2**32),
+                dtype.type(1 / (1 - share)),
+                int(_base_aligned(mask)),
+                mask,
+            )
+        return mask
 
     def _threads(self, array: Array) -> int:
         return self._shapes[NAMES[array.dtype]].threads

@@ -148,6 +148,11 @@ class Backend(Product, Protocol):
         """A new array of zeros, same shape and dtype, C-contiguous."""
         ...
 
+    def dropout_mask(self, rng: np.random.Generator, shape: tuple[int, ...], share: float, dtype: np.dtype) -> Array:
+        """A new array of 0 for the `share` that is dropped, drawn by `rng`, and 1 / (1 - share) for the rest. A GPU
+        takes a key from `rng` and draws numbers of its own, so its masks are not the CPU's."""
+        ...
+
     def convolution(self, slide: Slide) -> Product:
         """The product of patches: x (N, channels, height, width), y (N, out, H', W'), and `in` the numbers of a patch.
         Patches are made in pieces of at most `PIECE` bytes."""

@@ -115,6 +115,11 @@ class ReferenceBackend(ReferenceBlocks):
         """Nothing to do: NumPy's own memory."""
         return contextlib.nullcontext()
 
+    def dropout_mask(self, rng: np.random.Generator, shape: tuple[int, ...], share: float, dtype: np.dtype) -> Array:
+        """0 for the share that is dropped, 1 / (1 - share) for the rest."""
+        kept = rng.random(shape, dtype) >= share
+        return kept * dtype.type(1 / (1 - share))
+
     def zeros_like(self, array: Array) -> Array:
         """A new array of zeros, same shape and dtype, C-contiguous."""
         return np.zeros(array.shape, array.dtype)

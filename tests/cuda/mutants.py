@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 
 import nblora.kernels
+from nblora.backends.reference import ReferenceBackend
+from tests.cuda.philox import dropout_mask
 
 FOLDER = Path(nblora.kernels.__file__).parent
 PACKAGE = nblora.kernels.__name__
@@ -21,6 +23,7 @@ RELOADED = (
     "linear.cuda.vectors",
     "update.cuda",
     "losses.cuda",
+    "masks.cuda",
 )
 
 # What may be taken away: pattern, what stands there instead. Every place where a pattern matches is one mutant;
@@ -36,6 +39,8 @@ GUARDS = [
     (r"array\.size - offset", "LANES"),
     (r"if n < N and o < outputs:", "if n < N:"),
     (r"if n < N and o < outputs:", "if o < outputs:"),
+    (r"mask\.size - offset(?=, aligned, first)", "4"),  # the tail of a mask
+    (r"mask\.size - offset - 2", "2"),
     (r"split < sums\.size", "split < 0"),  # the splits after the first
     (r" if learnt else (?:ZERO|float64\(0\))", ""),  # a label of which nothing is learnt
     (r"if member == 0 and row < rows:", "if member == 0:"),
@@ -132,6 +137,7 @@ def checks(emulated):
     for order in ("forward", "reverse"):
         yield lambda order=order: check_updates(emulated.make_backend(order))
         yield lambda order=order: check_losses(emulated.make_backend(order))
+        yield lambda order=order: check_masks(emulated.make_backend(order))
         for transposed in (False, True):
             yield problem((9, 11, 13, 5), transposed, order, **everything)
             yield problem((1, 67, 18, 3), transposed, order, **everything)
@@ -178,6 +184,15 @@ def check_updates(backend, size=71):
         np.testing.assert_allclose(total, (p**2).sum(), rtol=1e-6)
         several = backend.read([2.5, *backend.sums_of_squares([new(array.astype(dtype)) for array in (p, g[:, :3])])])
         np.testing.assert_allclose(several, [2.5, (p**2).sum(), (g[:, :3] ** 2).sum()], rtol=1e-6)
+
+
+def check_masks(backend, size=71):
+    """Every number of a mask that no vector divides."""
+    for dtype in (np.dtype(np.float32), np.dtype(np.float64)):
+        for shape in ((1, size), (1, 1)):
+            drawn = backend.dropout_mask(np.random.default_rng(0), shape, 0.4, dtype)
+            expected = dropout_mask(ReferenceBackend(), np.random.default_rng(0), shape, 0.4, dtype)
+            np.testing.assert_array_equal(backend.to_host(drawn), expected)
 
 
 def check_losses(backend, samples=7, outputs=37):

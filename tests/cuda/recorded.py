@@ -65,6 +65,7 @@ def record_updates(backend, dtype, shape=(20, 12)):
     backend.scale(a, 2.0)
     backend.sum_of_squares(a)
     backend._masked(a, b)
+    backend.dropout_mask(np.random.default_rng(0), shape, 0.5, np.dtype(dtype))
     backend.mean_squared_error(a, b)
     backend.binary_cross_entropy(a, b)
     backend.softmax_cross_entropy(a, labels)

@@ -108,7 +108,7 @@ def test_every_kernel(variant, architecture, output):
 def test_updates_and_losses(dtype, architecture, output):
     found = record_updates(recording_backend(), dtype)
     names = {name for name, *_ in found}
-    assert len(names) == 11
+    assert len(names) == 12
     for name, kernel, threads, types in found:
         code = compile_kernel(kernel, types, architecture, output)
         assert_fits(code, kernel, threads)
