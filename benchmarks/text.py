@@ -215,9 +215,9 @@ def in_a_process(options):
     return json.loads(done.stdout) if done.stdout else None
 
 
-def runs_of(part):
+def runs_of(part, cases):
     """The runs of a part, each by what tells it from others; LoRA and PEFT in turn, in the same mood of the machine."""
-    for case in CASES:
+    for case in cases:
         for methods in (("lora", "peft"), ("head", "delta", "full")):
             repeated = part == "accuracy" or "peft" in methods
             for seed in SEEDS if part == "accuracy" else range(ROUNDS) if repeated else (0,):
@@ -230,9 +230,9 @@ def collect(arguments, scratch):
     held = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
     done = {tuple(record[key] for key in ("part", "case", "method", "seed")): record for record in held}
     corpus, written = None, {}
-    for run in runs_of(arguments.part):
+    for run in runs_of(arguments.part, arguments.case):
         key, case = tuple(run.values()), run["case"]
-        if key in done:
+        if key in done or arguments.held:
             continue
         if case not in written:
             corpus = corpus or read_corpus(arguments.corpus)
@@ -252,38 +252,40 @@ def collect(arguments, scratch):
         with open(file, "a") as opened:
             print(json.dumps(done[key]), file=opened)
         print(*done[key].values(), sep=" | ", file=sys.stderr, flush=True)
-    return [done[tuple(run.values())] for run in runs_of(arguments.part)]
+    return [done[key] for run in runs_of(arguments.part, arguments.case) if (key := tuple(run.values())) in done]
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
-def accuracy_table(records):
+def accuracy_table(records, cases):
     from nblora.bench.tables import table
 
     rows = []
     for method, called in CALLED.items():
         cells = [called]
-        for case in CASES:
+        for case in cases:
             found = [100 * r["accuracy"] for r in records if r["case"] == case and r["method"] == method]
-            cells.append(f"{np.mean(found):.1f} ± {np.std(found, ddof=1):.1f}")
-        trained = next(r["trained"] for r in records if r["method"] == method)
-        rows.append([*cells, f"{trained:,}", f"{RATES[method]:g}"])
+            spread = f" ± {np.std(found, ddof=1):.1f}" if len(found) > 1 else ""
+            cells.append(f"{np.mean(found):.1f}{spread} ({len(found)})" if found else "")
+        trained = next((f"{r['trained']:,}" for r in records if r["method"] == method), "")
+        rows.append([*cells, trained, f"{RATES[method]:g}"])
     sizes = "; ".join(
         f"{case}: {size['train']:,} to train on, {size['epochs']} epochs, {size['test']:,} to test on, cut at "
-        f"{size['length']} tokens" for case, size in CASES.items()
+        f"{size['length']} tokens" for case, size in CASES.items() if case in cases
     )  # fmt: skip
-    note = f"Percent right, mean ± standard deviation over {len(SEEDS)} seeds. {sizes}."
-    return f"{table(['method', *(f'{case} %' for case in CASES), 'trained parameters', 'rate'], rows)}\n\n{note}"
+    note = f"Percent right on texts held out, mean ± standard deviation, and in brackets over how many seeds. {sizes}."
+    return f"{table(['method', *(f'{case} %' for case in cases), 'trained parameters', 'rate'], rows)}\n\n{note}"
 
 
-def time_table(records, about):
+def time_table(records, about, cases):
     from nblora.bench.tables import table
 
     rows = []
     for method, called in CALLED.items():
         cells = [called]
-        for case, size in CASES.items():
+        for case in cases:
+            size = CASES[case]
             found = [r for r in records if r["case"] == case and r["method"] == method]
             own = np.median([r["seconds"] for r in found]) / size["timed"] * 1000
             of_peft = np.median([r["seconds"] for r in records if r["case"] == case and r["method"] == "peft"])
@@ -291,12 +293,12 @@ def time_table(records, about):
             cells += [f"{own:.1f}", f"{share:.2f}", f"{memory:.0f}"]
         rows.append(cells)
     header = ["method"]
-    for case in CASES:
+    for case in cases:
         header += [f"{case}, s", "of PEFT's", "MiB"]
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "numpy", "numba"))
     attention = ", ".join(
         f"{case} {'/'.join(sorted({r['attention'] for r in records if r['case'] == case and r['method'] == 'peft'}))}"
-        for case in CASES
+        for case in cases
     )
     note = (
         f"Seconds of training on 1,000 texts, compiling apart; LoRA and PEFT: medians of {ROUNDS} processes in turn; "
@@ -312,11 +314,14 @@ def main():
     parser.add_argument("--corpus", type=Path)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--part", choices=("accuracy", "time"), default="accuracy")
+    parser.add_argument("--case", action="append", choices=tuple(CASES), help="both by default")
     parser.add_argument("--results", type=Path, default=Path("text-results.jsonl"))
+    parser.add_argument("--held", action="store_true", help="run nothing: a table of the accuracies that are there")
     parser.add_argument("--update-docs", type=Path)
     arguments = parser.parse_args()
     if arguments.run:
         return work(arguments.run)
+    arguments.case = arguments.case or list(CASES)
     if not (arguments.corpus and arguments.model):
         parser.error("--corpus and --model are needed")
     from nblora.bench.machine import Watch, busy_with, describe_machine
@@ -326,7 +331,7 @@ def main():
     with tempfile.TemporaryDirectory() as name:
         records = collect(arguments, Path(name))
     timed = arguments.part == "time"
-    text = time_table(records, about) if timed else accuracy_table(records)
+    text = time_table(records, about, arguments.case) if timed else accuracy_table(records, arguments.case)
     busy = busy_with({**about, **watch.shares()}) if timed else ""
     print(f"{text}\n\n{busy}" if busy else text)
     if arguments.update_docs and not busy:

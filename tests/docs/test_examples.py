@@ -24,6 +24,7 @@ MODELS = {"encoder": "bert_cls_qv", "llama": "llama_clm_all"}
 MADE = {
     "text.md": {"minilm": sentence_folder, "smollm2.gguf": chat_file},
     "finetuning.md": {"minilm": sentence_folder},
+    "classifying.md": {"minilm": sentence_folder},
 }
 """Those that have to be made."""
 LINK = re.compile(r"\[[^\]]*\]\(([^)#:]+)(?:#[^)]*)?\)")
