@@ -1,6 +1,6 @@
 """Samples: checked as a whole before the first step, cut into batches, cast batch by batch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -56,6 +56,15 @@ class Samples(NamedTuple):
         places = rng.permutation(whole)
         first = order[: whole * size].reshape(whole, size)[places].reshape(-1)
         return np.concatenate([first, order[whole * size :]])
+
+
+def counted(batches: Sequence[tuple[Any, Any]], loss: Loss) -> dict[str, int]:
+    """Of how many targets the loss of these batches is the mean, their samples, and their `Samples.size`."""
+    return {
+        "learnt": sum(loss._learnt(y) for _, y in batches),
+        "samples": sum(len(x) for x, _ in batches),
+        "size": sum(Samples(x, y).size for x, y in batches),
+    }
 
 
 def check_samples(names: tuple[str, str], x: Any, y: Any, model: Layer, loss: Loss) -> Samples:

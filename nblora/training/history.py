@@ -11,6 +11,14 @@ from nblora.storage.atomic import replace_whole
 Row = dict[str, float]
 
 
+def tally(sums: Row, figures: Row, counts: dict[str, int], norm: float, factor: float) -> None:
+    """Add one update to the sums of a row, in place: figures by how much they are the mean of."""
+    added = {name: value * counts["learnt"] for name, value in figures.items()}
+    for name, value in {**added, **counts, "norms": norm, "updates": 1}.items():
+        sums[name] = sums.get(name, 0) + value
+    sums["factor"] = factor
+
+
 class History:
     """One row for each epoch, as dicts of one set of keys.
 

@@ -20,9 +20,9 @@ from nblora.layers.saving import digests
 from .calibration import BATCHES
 from .callbacks import Callback
 from .checkpoint import RunState, read_run, write_run
-from .data import Samples
+from .data import Samples, counted
 from .faults import check_parameters, first_fault
-from .history import History, Row
+from .history import History, Row, tally
 from .losses import Loss
 from .progress import Progress
 from .schedules import Schedule
@@ -278,18 +278,12 @@ class Run:
         self._moved = True
         if math.isnan(self._first_loss):
             self._first_loss = figures["loss"] if figures["loss"] > 0 else math.inf
-        weight = sum(self.step.loss._learnt(y) for _, y in batches)
-        size = sum(Samples(*batch).size for batch in batches)
-        counted = {name: value * weight for name, value in figures.items()}
-        counted |= {"learnt": weight, "norms": norm or 0.0, "updates": 1, "size": size}
-        counted["samples"] = sum(len(x) for x, _ in batches)
-        for name, value in counted.items():
-            sums[name] = sums.get(name, 0) + value
-        sums["factor"] = factor
+        counts = counted(batches, self.step.loss)
+        tally(sums, figures, counts, norm or 0.0, factor)
         for callback in self.callbacks:
             callback.on_step_end(self.step.count, figures)
         where = f"epoch {self.epoch + 1}/{self.epochs}" if self.limit is None else f"{self.step.count}/{self.limit}"
-        bar.advance(where, size, figures["loss"])
+        bar.advance(where, counts["size"], figures["loss"])
 
     def _row(self, sums: dict[str, float]) -> Row:
         row: Row = {"epoch": self.epoch + 1, "step": self.step.count}

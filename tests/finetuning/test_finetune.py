@@ -113,6 +113,7 @@ def test_language(place, tmp_path, data, method):
     assert [row["step"] for row in result.history] == [4, 8, 12]
     assert result.history["val_loss"][-1] < result.history["val_loss"][0]
     assert result.labels is None
+    assert result.description["records"] == {"yes.jsonl": "completion", "talk.jsonl": "messages"}[data]
     assert not (tmp_path / "out" / "labels.json").exists()
     assert result.commands[0].endswith("--prompt TEXT")
     if method == "full":
