@@ -41,6 +41,8 @@ def command(
       [fixed]
       epochs = 5
 
+    For labelled texts it is file = "reviews.jsonl" in [data], and in [base] model = "FOLDER", perhaps with max_length.
+
     Each run's result is added to the results file when the run ends. A sweep that was stopped, in whatever way, goes on
     where it was when it is started again with the same file. Dask needs: pip install 'nblora[dask]'.
 
