@@ -236,6 +236,10 @@ def sweep():
             "flat 64x64": {"flat": Tile(64, 64, 8)},
             "narrow 32x32": {"narrow": Tile(32, 32, 8)},
             "narrow 128x32": {"narrow": Tile(128, 32, 8)},
+            "narrow without groups": {"narrow": Tile(64, 32, 8)},
+            "narrow 8 deep": {"narrow": Tile(64, 32, 8, groups=4)},
+            "small as wide": {"small": given.wide},
+            "small 2 groups": {"small": Tile(64, 64, 8, groups=2)},
         }.items():
             try:
                 backend._shapes = {**before, "float32": replace(given, **change)}

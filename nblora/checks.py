@@ -206,10 +206,11 @@ def is_device_array(value: Any) -> bool:
     """Whether a value is in a GPU's memory: CuPy's, PyTorch's, JAX's, Numba's arrays and nblora's own."""
     if isinstance(value, np.ndarray):
         return False
-    if hasattr(value, "__cuda_array_interface__"):
+    # DLPack's kinds 2 and 13 are CUDA's memory. It is asked first: to look for the interface is to read it, by which an
+    # array of nblora counts as lent.
+    if hasattr(value, "__dlpack_device__") and int(value.__dlpack_device__()[0]) in (2, 13):
         return True
-    # Who offers DLPack alone: its kinds 2 and 13 are CUDA's memory.
-    return hasattr(value, "__dlpack_device__") and int(value.__dlpack_device__()[0]) in (2, 13)
+    return hasattr(value, "__cuda_array_interface__")
 
 
 def check_finite(name: str, array: np.ndarray, dtype: np.dtype) -> None:

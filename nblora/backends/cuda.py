@@ -61,10 +61,10 @@ PLAIN = {
 }
 TENSOR = PLAIN | {
     "float32": Shapes(
-        Tile(128, 64, 16, tensor=True),
+        Tile(128, 128, 16, tensor=True),
         Tile(32, 128, 16, tensor=True),
         PLAIN["float32"].narrow,
-        Tile(64, 32, 16, tensor=True, groups=2),
+        Tile(64, 64, 16, tensor=True, groups=2),
         256,
     )
 }

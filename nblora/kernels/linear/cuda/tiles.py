@@ -84,7 +84,7 @@ class Tile:
     def resident(self) -> int:
         """Blocks an SM that are meant to run at once: two of 256 threads, three of the grouped skinny products', whose
         sums and steps take more than the 128 registers that four would leave them."""
-        return max(2, 384 // self.threads)
+        return max(2, 384 // self.threads) if self.threads < 512 else 1
 
     @property
     def padding(self) -> int:
