@@ -21,6 +21,7 @@ pytest.importorskip("gguf")
 
 from . import support
 
+KILLS = 20
 SETTINGS = {"rank": 2, "lr": 0.01, "epochs": 3, "eval_every": 4, "save_every": 2, "batch_size": 4, "seed": 1}
 
 
@@ -168,11 +169,13 @@ def test_killed_at_twenty_random_moments(place, tmp_path):
     run(tmp_path / "whole")
     whole = time.perf_counter() - began
     wanted, rng, killed = results(tmp_path / "whole"), random.Random(4), 0
-    for number in range(20):
+    for number in range(40):  # some come too late
+        if killed >= KILLS:
+            break
         output = tmp_path / f"out{number}"
         killed += run(output, kill=rng.uniform(0, whole)) == -signal.SIGKILL
         killed += run(output, "--resume", kill=rng.uniform(0, whole)) == -signal.SIGKILL  # and the one that goes on
         run(output, "--resume")
         assert results(output) == wanted, f"run {number}"
         assert sorted(os.listdir(output)) == sorted(os.listdir(tmp_path / "whole"))
-    assert killed >= 20
+    assert killed >= KILLS
