@@ -47,6 +47,18 @@ def test_outside_arrays_are_numpys_own(arena):
     assert (arena._free, arena._held, arena._out, arena._lent) == ({}, 0, 0, {})
 
 
+def test_batches_of_nearly_one_size_share_memory(arena):
+    with arena.open():
+        first = arena.empty((1400, 300), np.float32)
+        where = place(first)
+        del first
+        smaller = arena.empty((1000, 300), np.float32)
+        assert place(smaller) == where
+        del smaller
+        assert place(arena.empty((500, 300), np.float32)) != where, "much of it would lie idle"
+        assert place(arena.empty((1500, 300), np.float32)) != where
+
+
 def test_no_more_is_held_than_a_quarter_beyond_need(arena):
     rng = np.random.default_rng(0)
     with arena.open():

@@ -15,6 +15,8 @@ import numpy as np
 
 SMALL = 1 << 16
 """Bytes below which an array comes from NumPy, which is as fast."""
+_LOOSE = 1.5
+"""Memory that an array may take, over what it needs: batches of texts have as many sizes as there are batches."""
 _SPARE = 1.25
 """Memory that is held, over the most that was lent at once: sizes that come no more are given back."""
 
@@ -54,11 +56,8 @@ class Arena:
         count = math.prod(shape) * kind.itemsize
         if count < SMALL:
             return np.empty(shape, kind)
-        size = _rounded(count)
-        try:
-            memory = self._free[size].pop()
-        except (KeyError, IndexError):
-            memory = self._new(size)
+        memory = self._taken(_rounded(count))
+        size = len(memory)
         self._out += size
         self._most = max(self._most, self._out)
         # Every view of the array, and every view of a view, holds this one in the end: memory that is no array itself
@@ -67,6 +66,14 @@ class Arena:
         reference = weakref.ref(lease, self._back)
         self._lent[id(reference)] = reference, memory
         return lease[:count].view(kind).reshape(shape)
+
+    def _taken(self, size: int) -> mmap.mmap:
+        """Free memory of so many bytes, or of as few more as there is; else new."""
+        for other in sorted(self._free):
+            if size <= other <= _LOOSE * size:
+                with contextlib.suppress(IndexError):  # empty, or another thread took the last
+                    return self._free[other].pop()
+        return self._new(size)
 
     def _new(self, size: int) -> mmap.mmap:
         """Memory of so many bytes; what is free beyond need makes room."""
