@@ -240,7 +240,7 @@ def test_data_that_cannot_be_used(folder, x, y, error, words):
     [
         ({"model": None}, TypeError, "model must be the path of a pretrained model"),
         ({"model": "not/there"}, FileNotFoundError, "no such model folder"),
-        ({"method": "dora"}, ValueError, "method"),
+        ({"method": "dorra"}, ValueError, "method"),
         ({"rank": 0}, ValueError, "rank"),
         ({"target": "none"}, ValueError, "target 'none' matches none of the layers"),
         ({"lr": -1.0}, ValueError, "lr"),
