@@ -42,7 +42,7 @@ def _read_config(ctx: click.Context, parameter: click.Parameter, path: Path | No
 )
 @click.option(
     "--method",
-    type=click.Choice(["lora", "delta", "head", "full"]),
+    type=click.Choice(["lora", "delta", "dora", "zi", "miss", "head", "full"]),
     default="lora",
     show_default=True,
     help="What is trained.",

@@ -29,7 +29,7 @@ METHODS = ("head", *ADAPTERS, "full")
 
 
 class TextClassifier(ClassifierMixin, BaseEstimator):
-    """A classifier of texts: a pretrained model and a head for the labels, trained by an adapter's method, or without one.
+    """A classifier of texts: a pretrained model and a head for the labels, trained by any method.
 
     `X` is a list, array or Series of texts, or of pairs of texts (shape (samples, 2)); labels are of any type. Needs
     the extras `sklearn` and `text`.

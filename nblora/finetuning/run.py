@@ -100,9 +100,10 @@ def finetune(
         digests, metrics) and, where matplotlib is, `history.png`.
     task : {"sequence-classification", "causal-lm"}, optional
         By default what the records are for.
-    method : {"lora", "delta", "head", "full"}
-        LoRA; LoRA with a dense delta, of which the adapter's file holds the best approximation of rank `rank`; the head
-        alone; every parameter, which writes a model instead of an adapter.
+    method : str
+        An adapter's name in `nblora.adapters.ADAPTERS`, such as "lora" or "dora", or "delta", of whose dense delta the
+        file holds the best approximation of rank `rank`; "head", the head alone; "full", every parameter, which writes
+        a model instead of an adapter.
     rank, alpha, target
         Of the adapters, as in `model.adapt`.
     lr : float or "auto"

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from nblora import checks
+from nblora.adapters import ADAPTERS
 from nblora.errors import FormatError
 from nblora.storage.bounded import read_bounded
 
-METHODS = ("lora", "delta", "head", "full")
+METHODS = (*ADAPTERS, "head", "full")
 TASKS = ("sequence-classification", "causal-lm")
 LONG = ("cut", "refuse")
 AUTO = "auto"

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from nblora.adapters import ADAPTERS
 from nblora.errors import FormatError
 from nblora.formats.model_files import MAX_JSON
 from nblora.pretrained import TextModel, load_pretrained
@@ -215,7 +216,8 @@ def _choose_trained(model: TextModel, settings: Settings) -> None:
         model.unfreeze([re.compile(re.escape(name)) for name in model.head.own])
     else:
         target = settings.target if isinstance(settings.target, str) else list(settings.target)
-        model.adapt(target, settings.method, rank=settings.rank, alpha=settings.alpha, seed=settings.seed)
+        scale: dict[str, Any] = {"alpha": settings.alpha} if "alpha" in ADAPTERS[settings.method].settings() else {}
+        model.adapt(target, settings.method, rank=settings.rank, seed=settings.seed, **scale)
 
 
 def count_labels(task: Task) -> dict[str, int] | None:

@@ -8,6 +8,8 @@ from click.testing import CliRunner
 
 import nblora
 from nblora.cli import main
+from nblora.cli.finetune import command as finetune_command
+from nblora.finetuning.settings import METHODS
 from nblora.text.labels import read_labels
 
 pytest.importorskip("tokenizers")
@@ -66,7 +68,11 @@ def test_a_classification_from_one_command(place, tmp_path):
     assert np.mean(found == np.arange(12) % 2) == held["metrics"]["test"]["accuracy"]
 
 
-@pytest.mark.parametrize("method", ["lora", "delta", "head", "full"])
+def test_the_command_offers_every_method():
+    assert list(next(p for p in finetune_command.params if p.name == "method").type.choices) == list(METHODS)
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_methods(place, tmp_path, method):
     result = nblora.finetune(
         place / "bert", place / "pets.jsonl", tmp_path / "out", method=method, rank=2, lr=0.01, epochs=2, seed=3
