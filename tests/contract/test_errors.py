@@ -95,7 +95,7 @@ def test_alpha(make):
 
 @pytest.mark.parametrize("make", MAKERS)
 def test_init_and_use_rslora(make):
-    with pytest.raises(ValueError, match="init must be one of 'kaiming', 'gaussian', ('pissa', )?got 'zeros'"):
+    with pytest.raises(ValueError, match=r"init must be one of 'kaiming', 'gaussian', ('pissa', )?got 'zeros'"):
         make(init="zeros")
     with pytest.raises(TypeError, match="init"):
         make(init=None)
