@@ -37,6 +37,13 @@ class Data:
     x_test: np.ndarray | None = None
     y_test: np.ndarray | None = None
 
+    def hashed(self) -> Any:
+        """Return a SHA-256 of the contents, to which more may be added."""
+        digest = hashlib.sha256()
+        for field in fields(self):
+            add_array(digest, field.name, getattr(self, field.name))
+        return digest
+
 
 @dataclass(frozen=True)
 class Task:
@@ -67,17 +74,11 @@ class Task:
 
     def data_digest(self) -> str:
         """Return a name of the data's contents."""
-        return self._hash_of_data().hexdigest()[:16]
-
-    def _hash_of_data(self) -> Any:
-        digest = hashlib.sha256()
-        for field in fields(self.data):
-            add_array(digest, field.name, getattr(self.data, field.name))
-        return digest
+        return str(self.data.hashed().hexdigest()[:16])
 
     def digest(self) -> str:
         """Return a name of data, base and what else decides a run's result."""
-        digest = self._hash_of_data()
+        digest = self.data.hashed()
         if self.base is not None:
             digest.update(repr(self.base._config()).encode())
             for name in self.base.parameter_names():

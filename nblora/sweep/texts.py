@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from nblora.text.records import Records, read_parts
 from nblora.training import evaluate
 
 from .data import split_places
-from .task import HISTORY, Data, add_array
+from .task import HISTORY, Data
 
 _OF_ALL = ("method", "seed", "lr", "weight_decay", "schedule", "epochs", "batch_size", "rank")
 _BLOCK = 1 << 20
@@ -62,17 +62,11 @@ class TextTask:
 
     def data_digest(self) -> str:
         """Return a name of the data's contents."""
-        return self._hash_of_data().hexdigest()[:16]
-
-    def _hash_of_data(self) -> Any:
-        digest = hashlib.sha256()
-        for field in fields(self.data):
-            add_array(digest, field.name, getattr(self.data, field.name))
-        return digest
+        return str(self.data.hashed().hexdigest()[:16])
 
     def digest(self) -> str:
         """Return a name of data, model and what else decides a run's result."""
-        digest = self._hash_of_data()
+        digest = self.data.hashed()
         place = Path(self.model)
         for path in sorted(place.iterdir()) if place.is_dir() else [place]:
             if path.is_file():
