@@ -20,7 +20,7 @@ from nblora.kernels.common.machine import DEPTH, ROW_STRIDE, TILE_ROWS
 from nblora.kernels.common.microkernel import Ahead, At, Tile, once, tile
 from nblora.kernels.common.mixing import FIRST_MIX, HEAD_STEP, KEY_STEP, ROW_STEP, SECOND_MIX
 from nblora.kernels.common.threads import entry, launch
-from nblora.kernels.linear.cpu.packing import pack_columns, pack_columns_transposed, pack_rows, pack_steps, plain
+from nblora.kernels.linear.cpu.packing import pack_across, pack_columns, pack_rows, pack_steps, plain
 from nblora.kernels.linear.cpu.work import C_STRIDE, PART, panel_width, transpose_block
 
 QUERIES = 256
@@ -304,7 +304,7 @@ def _forward_strip(task, place, work, n0, rows, j0, j1):
         if first:
             _zero(strip[: rows * C_STRIDE])
         return
-    pack_rows(q, plain(task.q), n0, n0 + rows, place.column, place.column + place.size)
+    pack_rows(q, task.q, n0, n0 + rows, place.column, place.column + place.size)
     _by_keys(task.tiles[0], rows, place, n0, j0, j1, q, turned, s)
     _softmax_strip(place, n0, rows, j0, j1, s, strip, largest, total, s.dtype.type(task.scale))
     if task.drops[1]:
@@ -328,7 +328,7 @@ class _Forward(NamedTuple):
 def _pack_keys(task, place, kt, v, j0, j1):
     """Keys turned, values as they are."""
     columns = place.key_column, place.key_column + place.size
-    pack_columns_transposed(kt, task.k, columns[0], columns[1], j0, j1)
+    pack_across(kt, DEPTH, 0, plain(task.k), columns[0], columns[1], j0, j1, kt)
     pack_columns(v, DEPTH, 0, plain(task.v), j0, j1, columns[0], columns[1])
 
 
@@ -437,8 +437,8 @@ def _backward_strip(task, place, work, n0, rows, j0, j1, head):
     """Add what `rows` queries from n0 on give."""
     once()
     column, end = place.column, place.column + place.size
-    pack_rows(work.q, plain(task.q), n0, n0 + rows, column, end)
-    pack_rows(work.g, plain(task.go), n0, n0 + rows, column, end)
+    pack_rows(work.q, task.q, n0, n0 + rows, column, end)
+    pack_rows(work.g, task.go, n0, n0 + rows, column, end)
     _strip_gradients(task, place, work, n0, rows, j0, j1, head)
     keys, steps = _visible(place, n0 + rows - 1, j0, j1), work.steps
     strip = steps[2 * STRIP * C_STRIDE :]
@@ -466,8 +466,8 @@ def _backward_keys(task, place, work, j0, j1, head):
     once()
     kind = work.q.dtype.type
     column, end = place.key_column, place.key_column + place.size
-    pack_columns_transposed(work.kt, task.k, column, end, j0, j1)
-    pack_columns_transposed(work.vt, task.v, column, end, j0, j1)
+    pack_across(work.kt, DEPTH, 0, plain(task.k), column, end, j0, j1, work.kt)
+    pack_across(work.vt, DEPTH, 0, plain(task.v), column, end, j0, j1, work.vt)
     pack_columns(work.k, DEPTH, 0, plain(task.k), j0, j1, column, end)
     padded = _padded(j1 - j0, work.k)
     for d in range(place.size):

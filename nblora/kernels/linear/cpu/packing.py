@@ -1,14 +1,14 @@
 """Packing: tiles of a matrix copied into the formats of the register tile, combined with the delta on the way.
 
 M = S + c·D where `combined`, else S. "Rows" and "steps" are the A formats and "columns" the B format of `microkernel`;
-a panel of B or of steps has `length` rows, `DEPTH` where not given. Lanes beyond the matrix hold whatever was there or
+a panel of B or of steps has `length` rows. Lanes beyond the matrix hold whatever was there or
 follows in memory: they meet no real element.
 """
 
 from typing import NamedTuple
 
 from nblora.kernels.common.jit import part
-from nblora.kernels.common.machine import DEPTH, ROW_STRIDE, TILE_ROWS
+from nblora.kernels.common.machine import ROW_STRIDE, TILE_ROWS
 from nblora.kernels.common.microkernel import lanes, once
 from nblora.kernels.common.rows import combine_row, copy_row
 from nblora.kernels.common.vectors import combine_pair, copy_pair, copy_vector, transpose_square
@@ -39,16 +39,11 @@ def plain(S):
 
 
 @part
-def pack_rows(a, M, i0, i1, k0, k1):
-    """a[i·ROW_STRIDE + k] = M[i0 + i, k0 + k]."""
+def pack_rows(a, S, i0, i1, k0, k1):
+    """a[i·ROW_STRIDE + k] = S[i0 + i, k0 + k]."""
     once()
-    S, D, scaling, combined = M
     for i in range(i1 - i0):
-        target, weight = a[i * ROW_STRIDE : i * ROW_STRIDE + k1 - k0], S[i0 + i, k0:k1]
-        if combined:
-            combine_row(target, weight, D[i0 + i, k0:k1], scaling)
-        else:
-            copy_row(target, weight)
+        copy_row(a[i * ROW_STRIDE : i * ROW_STRIDE + k1 - k0], S[i0 + i, k0:k1])
 
 
 @part
@@ -102,25 +97,6 @@ def pack_columns(b, length, before, M, k0, k1, j0, j1):
 
 
 @part
-def pack_columns_transposed(b, S, k0, k1, j0, j1):
-    """b[panel][k][j] = S[j0 + panel·width + j, k0 + k]: squares of vectors, transposed in registers."""
-    once()
-    length = lanes(b)
-    width = 2 * length
-    source = S.reshape(-1)
-    whole = (k1 - k0) // length * length
-    for j in range(0, j1 - j0, length):
-        start = j // width * DEPTH * width + j % width
-        if j + length <= j1 - j0:
-            at = (j0 + j) * S.shape[1] + k0
-            for k in range(0, whole, length):
-                transpose_square(b, start + k * width, width, source, at + k, S.shape[1])
-            _pack_corner(b, start, S, k0, whole, k1, j0 + j, j0 + j + length)
-        else:
-            _pack_corner(b, start, S, k0, 0, k1, j0 + j, j1)
-
-
-@part
 def pack_across(b, length, before, M, k0, k1, j0, j1, spare):
     """b[panel][before + k][j] = M[j0 + panel·width + j, k0 + k], by squares; M is combined in `spare` before."""
     once()
@@ -145,12 +121,3 @@ def pack_across(b, length, before, M, k0, k1, j0, j1, spare):
             for k in range(done, k1 - k0):
                 at = (j0 + j + row) * S.shape[1] + k0 + k
                 b[start + k * width + row] = spare[row * pitch + k] if combined else source[at]
-
-
-@part
-def _pack_corner(b, start, S, k0, done, k1, j0, j1):
-    width = 2 * lanes(b)
-    for j in range(j1 - j0):
-        row = S[j0 + j, k0:k1]
-        for k in range(done, row.shape[0]):
-            b[start + k * width + j] = row[k]

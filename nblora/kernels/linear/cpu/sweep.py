@@ -6,11 +6,11 @@
 With S [P, Q] stored, L [N, P] and R [N, Q]: Dense has L = x, R = gz; FullyConnected has L = gz, R = x; G = Lᵀ R in
 either. A block of G lives in scratch until it has been used, so the gradient never exists as a matrix.
 
-Workers draw jobs, kind after kind: samples (gz, packed for both of its products, and t), input gradient,
+Workers draw jobs, kind after kind: samples (gz, packed for the weight gradient, and t), input gradient,
 factors and bias, weight gradient. A kind that needs another waits until that one's blocks are counted as done. Up to
 `BLOCK` samples the input and weight gradients are one kind: a job owns whole rows (Dense) or columns (FullyConnected)
-of S, those whose input gradient it computes, and updates each tile right after it took its part of the product. Where
-nobody reads the input gradient its jobs are left out, and its packed operand with them.
+of S, those whose input gradient it computes, and after every `FUSED` outputs updates what it took their part of the
+product from. Where nobody reads the input gradient its jobs are left out.
 """
 
 from typing import NamedTuple

@@ -19,8 +19,8 @@ PARTS = 5 + LONG
 class Work(NamedTuple):
     """What one worker computes with: scratch of `PART` elements each, and the addresses of the register tiles."""
 
-    a: object  # copies of samples
-    b: object  # an operand
+    a: object  # copies of samples; of few samples an edge
+    b: object  # of few samples the other edge
     g: object  # a strip of a gradient, or a panel of C that is no whole number of vectors
     l: object  # A of a gradient, in steps
     r: object  # B of a gradient
