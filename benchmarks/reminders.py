@@ -42,6 +42,7 @@ def conversations(count, tasks, people, places, seed):
         task = str(rng.choice(tasks)).format(who=rng.choice(people), where=rng.choice(places))
         day, hour = str(rng.choice(DAYS)), int(rng.integers(7, 21))
         asked = str(rng.choice(FORMS)).format(task=task, day=day, hour=hour)
+        # The word is part of the format that is taught.
         found[asked] = f"TODO | {day[:3].upper()} | {hour:02d}:00 | {task}"
     return [
         {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": line}]}

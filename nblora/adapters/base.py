@@ -76,9 +76,8 @@ class Adapter(Projection, abstract=True):
     peft_parts: ClassVar[dict[str, str]] = {}
     around_models: ClassVar[bool] = True
     trained_by: ClassVar[tuple[str, ...]] = ()
-    _initial: Mapping[str, Parameter] = MappingProxyType(
-        {}
-    )  # A and B as they began, where the change begins without them
+    # A and B as they began, where the change begins without them.
+    _initial: Mapping[str, Parameter] = MappingProxyType({})
     _rng: np.random.Generator
 
     def __new__(cls, base_layer: Any = None, *arguments: Any, **settings: Any) -> Self:
@@ -314,7 +313,7 @@ class Adapter(Projection, abstract=True):
     @classmethod
     def fixed_factor(cls, in_features: int, rank: int) -> np.ndarray:
         """Return A (in, rank) of a method that does not train it, in float64."""
-        raise NotImplementedError
+        raise NotImplementedError  # asked of methods with `peft_parts` alone
 
     @classmethod
     def config_as_lora(cls, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -335,7 +334,7 @@ class Adapter(Projection, abstract=True):
     @classmethod
     def _of_factors(cls, base_layer: Any, factors: Factors, use_rslora: bool) -> "Adapter":
         """An adapter of what a file holds."""
-        raise NotImplementedError
+        raise NotImplementedError  # asked of methods with `reads_peft` alone
 
     def diagnostics(self) -> dict[str, Any]:
         extra = {
