@@ -1,10 +1,12 @@
 """Operations of transformers and of convolutional networks beside the linear step: norms, attention, gates, pooling.
 
-Here in plain NumPy, the specification; `blocks_cpu.py` has the kernels. Arrays are as in `protocol.py`; those that an
-operation returns are new. A backend without them is refused by the layers that need them.
+Here in plain NumPy, the specification; `blocks_cpu.py` has the kernels, and `cuda/` those of a GPU. Arrays are as in
+`protocol.py`; those that an operation returns are new. Places, rows, positions and tables of angles are NumPy's on
+every backend, and nobody changes them: a GPU brings each over once, and finds its copy again.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +14,7 @@ import numpy as np
 from nblora.kernels.common.elementwise import activate, activation_slope
 from nblora.kernels.common.mixing import FIRST_MIX, HEAD_STEP, KEY_STEP, ROW_STEP, SECOND_MIX
 
-from .protocol import Array, Operands
+from .protocol import Array, Number, Operands
 
 
 class Heads(NamedTuple):
@@ -142,6 +144,46 @@ class ReferenceBlocks:
         """Gradients of x and of u."""
         return grad * u * _each(activation_slope, x, code), grad * _each(activate, x, code)
 
+    def multiplied(self, x: Array, y: Array) -> Array:
+        """x∘y, of one shape."""
+        return x * y
+
+    def gather(self, x: Array, rows: np.ndarray) -> Array:
+        """x[rows]: rows of (N, F), of int64."""
+        return np.ascontiguousarray(x[rows])
+
+    def scatter(self, target: Array, rows: np.ndarray, source: Array, add: bool = False) -> None:
+        """target[rows[n]] (+)= source[n], in place; no row twice."""
+        target[rows] = target[rows] + source if add else source
+
+    def split_columns(self, x: Array, parts: int) -> list[Array]:
+        """Parts of equal width of each row of (N, F)."""
+        return [np.ascontiguousarray(part) for part in np.split(x, parts, axis=1)]
+
+    def join_columns(self, parts: Sequence[Array]) -> Array:
+        """The inverse of `split_columns`."""
+        return np.concatenate(list(parts), axis=1)
+
+    def row_means(self, x: Array, begins: np.ndarray) -> Array:
+        """The mean of rows begins[s] to begins[s + 1] of (N, F) for each s, (S, F); no range is empty."""
+        counts = np.diff(begins).astype(x.dtype)[:, None]
+        return np.add.reduceat(x, begins[:-1], axis=0) / counts
+
+    def row_means_gradient(self, grad: Array, begins: np.ndarray) -> Array:
+        """The gradient of the rows."""
+        counts = np.diff(begins)
+        return np.repeat(grad / counts.astype(grad.dtype)[:, None], counts, axis=0)
+
+    def largest(self, x: Array) -> tuple[np.ndarray, np.ndarray]:
+        """Of each row of (N, F) the place of its largest number, the first of NaN where there is any, and that number;
+        as NumPy's arrays, int64 and of x's dtype."""
+        places = x.argmax(axis=1)
+        return places, x[np.arange(len(x)), places]
+
+    def right_answers(self, logits: Array, labels: Array) -> Number:
+        """How many rows of logits (N, out) have the largest number where labels (N,) int64 say, negative ones never."""
+        return float(np.count_nonzero(logits.argmax(axis=1) == labels))
+
     def pool(self, x: Array, shape: Pooling) -> tuple[Array, Array]:
         """Maxima or means of windows of images (N, C, H, W), and where each maximum was, by its place in the image."""
         padded, places = _windows(x, shape)
@@ -193,6 +235,18 @@ class ReferenceBlocks:
             z = x * scale.reshape(across) + shift.reshape(across)
             grad = grad * _each(activation_slope, z, code)
         return grad * scale.reshape(across), (grad * x).sum(axis=others), grad.sum(axis=others)
+
+    def channel_scale(
+        self, weight: Array, bias: Array, mean: Array, variance: Array, eps: float
+    ) -> tuple[Array, Array]:
+        """What a batch norm with fixed statistics multiplies each channel with, w / √(variance + eps), and adds, b less
+        the mean times that; all (C,)."""
+        scale = weight / np.sqrt(variance + variance.dtype.type(eps))
+        return scale, bias - mean * scale
+
+    def channel_scale_gradient(self, scale: Array, shift: Array, mean: Array, variance: Array, eps: float) -> Array:
+        """The gradient of the weight, of those of scale and shift; that of the bias is shift's."""
+        return (scale - mean * shift) / np.sqrt(variance + variance.dtype.type(eps))
 
     def output_norms(self, operands: Operands) -> Array:
         """‖W + s A B‖ of each output over its inputs, (out,)."""

@@ -13,7 +13,9 @@ import numpy as np
 from nblora.kernels.patches.window import Slide, Window
 
 Array = Any  # numpy.ndarray on the CPU, a device array on a GPU
-Number = Any  # float on the CPU; on a GPU what `read` makes floats of, many in one copy
+Number = (
+    Any  # float on the CPU; on a GPU what `read` makes floats of, many in one copy; times a float, or added: one more
+)
 
 
 class Base(NamedTuple):
@@ -142,6 +144,14 @@ class Backend(Product, Protocol):
 
     def lending(self) -> contextlib.AbstractContextManager[None]:
         """While it is open, new arrays may take the memory of others that are gone."""
+        ...
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> Array:
+        """A new array whose values are undefined, C-contiguous."""
+        ...
+
+    def zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> Array:
+        """A new array of zeros, C-contiguous."""
         ...
 
     def zeros_like(self, array: Array) -> Array:

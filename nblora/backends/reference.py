@@ -120,6 +120,14 @@ class ReferenceBackend(ReferenceBlocks):
         kept = rng.random(shape, dtype) >= share
         return kept * dtype.type(1 / (1 - share))
 
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> Array:
+        """A new array whose values are undefined, C-contiguous."""
+        return np.empty(shape, dtype)
+
+    def zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> Array:
+        """A new array of zeros, C-contiguous."""
+        return np.zeros(shape, dtype)
+
     def zeros_like(self, array: Array) -> Array:
         """A new array of zeros, same shape and dtype, C-contiguous."""
         return np.zeros(array.shape, array.dtype)

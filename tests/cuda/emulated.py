@@ -4,7 +4,8 @@ from collections import Counter
 
 import numpy as np
 
-from nblora.backends.cuda import CUDABackend, Shapes
+from nblora.backends.cuda import CUDABackend
+from nblora.backends.cuda.shapes import Shapes
 from nblora.backends.device import Device, DeviceArray
 from nblora.kernels.linear.cuda.tiles import Tile
 from tests.cuda.emulator import OWNERS, emulate

@@ -101,6 +101,23 @@ def compile_kernel(kernel, argument_types, architecture, output):
     )
 
 
+def assert_fits(code, kernel, threads):
+    """No stack, no local memory, and room for the blocks that an SM is meant to run at once.
+
+    Compute capability 7.5, which has less shared memory than all others, must run eight warps.
+    """
+    wanted = kernel.targetoptions["launch_bounds"][1]
+    assert code.stack == 0
+    assert code.spills == 0
+    assert code.count("LDL") == code.count("STL") == 0
+    assert code.registers * threads * wanted <= 65536
+    assert code.shared <= 48 * 1024
+    if code.architecture == (7, 5):
+        assert code.shared * min(wanted, max(1, 256 // threads)) <= 64 * 1024
+    else:
+        assert code.shared * wanted <= 100 * 1024  # what 8.6, 8.9 and 12.0 have
+
+
 def _figure(pattern, log):
     found = re.search(pattern, log)
     return int(found[1]) if found else 0

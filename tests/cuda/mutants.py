@@ -15,7 +15,7 @@ from tests.cuda.philox import dropout_mask
 
 FOLDER = Path(nblora.kernels.__file__).parent
 PACKAGE = nblora.kernels.__name__
-RELOADED = (
+LINEAR = (
     "common.cuda.sums",
     "linear.cuda.tiles",
     "linear.cuda.forward",
@@ -25,6 +25,7 @@ RELOADED = (
     "losses.cuda",
     "masks.cuda",
 )
+"""Kernels of the linear step, and what they stand on; others have tests, and mutants, of their own."""
 
 # What may be taken away: pattern, what stands there instead. Every place where a pattern matches is one mutant;
 # `python -m tests.cuda.mutants` lists them.
@@ -58,12 +59,20 @@ def source_file(module):
     return FOLDER / (module.replace(".", "/") + ".py")
 
 
-def mutants():
+def kernel_modules():
+    """Every module of kernels for a GPU, in an order in which they can be imported, by its name under `kernels`."""
+    names = [path.relative_to(FOLDER).with_suffix("").as_posix().replace("/", ".") for path in FOLDER.rglob("*.py")]
+    found = sorted(name for name in names if ".cuda" in name and not name.endswith("__init__"))
+    fixed = ("intrinsics", "target", "simulated", "rules")
+    return [name for name in found if name.rpartition(".")[2] not in fixed]
+
+
+def mutants(modules=LINEAR, guards=GUARDS):
     """(name, module, function from source to source) of every mutant."""
     found = []
-    for module in RELOADED:
+    for module in modules:
         source = source_file(module).read_text()
-        for pattern, instead in [BARRIER, *GUARDS]:
+        for pattern, instead in [BARRIER, *guards]:
             for place, match in enumerate(re.finditer(pattern, source)):
                 line = source.count("\n", 0, match.start()) + 1
                 name = f"{module}:{line} {match[0].strip()}"
@@ -79,13 +88,16 @@ def mutants():
 @contextlib.contextmanager
 def mutated(module, mutate):
     """Import the kernels and the backend anew, with one module's source changed; the module `emulated` over them."""
-    names = [*(f"{PACKAGE}.{name}" for name in RELOADED), "nblora.backends.cuda", "tests.cuda.emulated"]
+    importlib.import_module("nblora.backends.cuda")
+    backend = [name for name in sys.modules if name.startswith("nblora.backends.cuda")]
+    names = [*(f"{PACKAGE}.{name}" for name in kernel_modules()), *backend, "tests.cuda.emulated"]
     packages = [importlib.import_module(name) for name in sorted({name.rpartition(".")[0] for name in names})]
     held = {name: sys.modules.pop(name, None) for name in names}
     attributes = [dict(vars(package)) for package in packages]
     for name in names:  # `from package import module` looks at the package first
         package, _, short = name.rpartition(".")
-        vars(sys.modules[package]).pop(short, None)
+        if package in sys.modules:
+            vars(sys.modules[package]).pop(short, None)
     finder = _Finder(f"{PACKAGE}.{module}", mutate)
     sys.meta_path.insert(0, finder)
     try:
@@ -224,8 +236,11 @@ def check_losses(backend, samples=7, outputs=37):
         np.testing.assert_allclose(backend.to_host(slope), gradient, rtol=1e-5, atol=1e-6 * abs(gradient).max())
 
 
-def killed_by(module, mutate):
-    """The first error that a mutant runs into; None where it passes everything."""
+def killed_by(module, mutate, checks=checks):
+    """The first error that a mutant runs into; None where it passes everything.
+
+    `checks` takes the module `emulated` over the changed kernels, and gives callables that raise where one is wrong.
+    """
     with mutated(module, mutate) as emulated:
         for check in checks(emulated):
             try:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from nblora.backends.cuda import PLAIN, TENSOR
+from nblora.backends.cuda.shapes import PLAIN, TENSOR
 from nblora.backends.device import as_argument
 from nblora.backends.protocol import Base, Delta, LowRank, Operands
 from tests.cuda.emulated import EmulatedDevice, make_backend

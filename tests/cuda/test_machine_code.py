@@ -10,7 +10,7 @@ pytest.importorskip("greenlet", reason="the emulator needs greenlet (extra test)
 
 from nblora.kernels.common.cuda.target import COMPILED
 from tests.cuda import machine_code
-from tests.cuda.machine_code import ARCHITECTURES, OUTPUTS, compile_kernel
+from tests.cuda.machine_code import ARCHITECTURES, OUTPUTS, assert_fits, compile_kernel
 from tests.cuda.recorded import record, record_updates, recording_backend
 
 needs_compiler = pytest.mark.skipif(
@@ -38,23 +38,6 @@ VARIANTS = [
 def kernels(variant):
     precision, dtype, transposed, settings = variant
     return record(recording_backend(precision), dtype, transposed, **settings)
-
-
-def assert_fits(code, kernel, threads):
-    """No stack, no local memory, and room for the blocks that an SM is meant to run at once.
-
-    Compute capability 7.5, which has less shared memory than all others, must run eight warps.
-    """
-    wanted = kernel.targetoptions["launch_bounds"][1]
-    assert code.stack == 0
-    assert code.spills == 0
-    assert code.count("LDL") == code.count("STL") == 0
-    assert code.registers * threads * wanted <= 65536
-    assert code.shared <= 48 * 1024
-    if code.architecture == (7, 5):
-        assert code.shared * min(wanted, max(1, 256 // threads)) <= 64 * 1024
-    else:
-        assert code.shared * wanted <= 100 * 1024  # what 8.6, 8.9 and 12.0 have
 
 
 # Least share of multiplications in the inner loop. The whole step of a float64 or tensor-core product is one loop, its

@@ -5,7 +5,7 @@ import pytest
 
 pytest.importorskip("greenlet", reason="the emulator needs greenlet (extra test)")
 
-from nblora.backends.cuda import PLAIN, TENSOR
+from nblora.backends.cuda.shapes import PLAIN, TENSOR
 from tests.cuda import mutants
 from tests.cuda.emulated import make_backend
 from tests.cuda.emulator import ORDERS
