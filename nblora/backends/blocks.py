@@ -144,9 +144,17 @@ class ReferenceBlocks:
         """Gradients of x and of u."""
         return grad * u * _each(activation_slope, x, code), grad * _each(activate, x, code)
 
-    def multiplied(self, x: Array, y: Array) -> Array:
-        """x∘y, of one shape."""
-        return x * y
+    def dropout(self, x: Array, share: float, rng: np.random.Generator) -> tuple[Array, Array]:
+        """x / (1 - share) where it is kept and 0 where it is dropped, with the probability `share`; and what says
+        which. A GPU draws numbers of its own, as for `dropout_mask`."""
+        kept = rng.random(x.shape, np.float32) >= share
+        return self.dropout_gradient(x, share, kept), kept
+
+    def dropout_gradient(self, grad: Array, share: float, kept: Array) -> Array:
+        """The gradient of x."""
+        gx: Array = grad * kept
+        gx *= grad.dtype.type(1 / (1 - share))
+        return gx
 
     def gather(self, x: Array, rows: np.ndarray) -> Array:
         """x[rows]: rows of (N, F), of int64."""

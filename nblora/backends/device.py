@@ -52,7 +52,8 @@ class DeviceArray:
 
     CuPy, PyTorch, JAX and Numba take it without a copy: by `__dlpack__`, which has their stream wait for its values, or
     by `__cuda_array_interface__`; NumPy with one by `numpy.asarray`.
-    Only whole arrays are written to: `array[...] = value`. bfloat16 ones read as float32 and are read-only.
+    Cut along its first axis, by a slice without steps, it is a view. Whole arrays and such parts are written to:
+    `array[...] = value`, `array[2:4] = value`. bfloat16 ones read as float32 and are read-only.
     """
 
     def __init__(self, memory: Any, device: "Device", bfloat16: bool = False) -> None:
@@ -133,6 +134,18 @@ class DeviceArray:
         """Some elements of a vector, in place."""
         return DeviceArray(self.memory[begin:end], self._device)
 
+    def __getitem__(self, rows: slice) -> "DeviceArray":
+        begin, end = self._range(rows)
+        inner = math.prod(self.shape[1:])
+        view = self.memory.reshape((self.size,))[begin * inner : end * inner].reshape((end - begin, *self.shape[1:]))
+        return DeviceArray(view, self._device, self.bfloat16)
+
+    def _range(self, rows: Any) -> tuple[int, int]:
+        if not isinstance(rows, slice) or rows.step not in (None, 1) or not self.shape:
+            raise IndexError(f"a device array is cut by a slice of its first axis, without steps, got {rows!r}")
+        begin, end, _ = rows.indices(self.shape[0])
+        return begin, max(begin, end)
+
     def copy(self) -> "DeviceArray":
         """A copy in the same memory."""
         return self._device.duplicate(self)
@@ -148,9 +161,7 @@ class DeviceArray:
         return host if dtype is None else host.astype(dtype, copy=False)
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        if key is not Ellipsis:
-            raise IndexError("a device array is written as a whole: array[...] = value")
-        self._device.assign(self, value)
+        self._device.assign(self if key is Ellipsis else self[key], value)
 
     def __len__(self) -> int:
         return self.shape[0]

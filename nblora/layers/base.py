@@ -256,11 +256,11 @@ class Layer(NamedParameters):
         """The targets of a data set that `_as_samples` checked, as `loss` wants them."""
         return loss.check_target(name, y, self._output_shape(name, x.shape))
 
-    def _learn(self, x: Any, target: Any, loss: Any, run: Run) -> tuple[Any, Array, Callable[[], dict[str, float]]]:
-        """The loss of a batch, what `_backward` takes, and what tells the loss's other figures."""
+    def _learn(self, x: Any, target: Any, loss: Any, run: Run) -> tuple[Any, Array, dict[str, Any]]:
+        """The loss of a batch, what `_backward` takes, and the loss's other figures: numbers for `backend.read`."""
         output = self._forward(self._enter("x", x, self._as_input)[0], run)
         value, grad = loss.value_and_gradient(output, target, run.backend)
-        return value, grad, lambda: loss.measure(run.backend.to_host(output), target) if loss.metrics else {}
+        return value, grad, loss._figures(output, target, run.backend) if loss.metrics else {}
 
     def _drop_base(self, rng: np.random.Generator | None) -> None:
         """Have the dropout that a pretrained model's configuration says draw from children of `rng`, or none: None."""

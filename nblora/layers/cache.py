@@ -20,9 +20,12 @@ class Cache:
     ----------
     rooms : array_like of int, shape (sequences,)
         Rows that each sequence has room for at first.
+    backend : Backend
+        Where the model is.
     """
 
-    def __init__(self, rooms: Any) -> None:
+    def __init__(self, rooms: Any, backend: Any) -> None:
+        self._backend = backend
         self._rooms = np.array(rooms, np.int64)
         self._lengths = np.zeros(len(self._rooms), np.int64)
         self._buffers: dict[Any, tuple[Array, Array]] = {}
@@ -50,12 +53,10 @@ class Cache:
         kept = self._buffers.get(attention)
         if kept is None:
             rows = int(self._rooms.sum())
-            kept = self._buffers[attention] = (
-                np.empty((rows, k.shape[1]), k.dtype),
-                np.empty((rows, v.shape[1]), v.dtype),
-            )
+            new, columns = self._backend.empty, k.shape[1]
+            kept = self._buffers[attention] = new((rows, columns), k.dtype), new((rows, columns), v.dtype)
         for buffer, values in zip(kept, (k, v), strict=True):
-            buffer[self._new] = values
+            self._backend.scatter(buffer, self._new, values)
         return kept
 
     def keep(self, chosen: np.ndarray) -> None:
@@ -75,8 +76,8 @@ class Cache:
         for attention, kept in self._buffers.items():
             moved = []
             for buffer in kept:
-                larger = np.empty((int(rooms.sum()), buffer.shape[1]), buffer.dtype)
-                larger[new] = buffer[old]
+                larger = self._backend.empty((int(rooms.sum()), buffer.shape[1]), buffer.dtype)
+                self._backend.scatter(larger, new, self._backend.gather(buffer, old))
                 moved.append(larger)
             self._buffers[attention] = moved[0], moved[1]
         self._rooms, self._lengths = rooms, lengths

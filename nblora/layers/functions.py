@@ -90,22 +90,18 @@ class Dropout(Function):
 
     def _forward(self, x: Array, run: Run, rng: np.random.Generator | None) -> Array:
         """x itself where nothing draws, and out of training."""
-        drops = rng is not None and run.training and self.share > 0
-        kept = rng.random(x.shape, np.float32) >= self.share if drops else None  # type: ignore[union-attr]  # it drops
+        kept = None
+        if rng is not None and run.training and self.share:
+            x, kept = cast(ReferenceBlocks, run.backend).dropout(x, self.share, rng)
         self._keep(run, kept)
-        return x if kept is None else self._scaled(x, kept)
+        return x
 
     def _backward(self, grad: Array, run: Run) -> Array | None:
         held = run.recall(self)
         if held is None or grad is None:
             return None
         (kept,) = held
-        return grad if kept is None else self._scaled(grad, kept)
-
-    def _scaled(self, x: Array, kept: np.ndarray) -> Array:
-        y = x * kept
-        y *= x.dtype.type(1 / (1 - self.share))
-        return y
+        return grad if kept is None else cast(ReferenceBlocks, run.backend).dropout_gradient(grad, self.share, kept)
 
     def __repr__(self) -> str:
         return f"Dropout({self.share:g})"

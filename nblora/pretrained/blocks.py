@@ -1,10 +1,11 @@
 """What families of models are made of: blocks of layers with the names that checkpoints give them."""
 
-from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, cast
 
 import numpy as np
 
+from nblora.backends.blocks import ReferenceBlocks
 from nblora.backends.protocol import Array
 from nblora.layers import Layer, tree
 from nblora.layers.attention import Attention
@@ -128,10 +129,10 @@ class Split(Function):
 
     def _forward(self, x: Array, run: Run) -> list[Array]:
         self._keep(run)
-        return [np.ascontiguousarray(part) for part in np.split(x, self._parts, axis=1)]
+        return _blocks(run).split_columns(x, self._parts)
 
-    def _backward(self, grads: Iterable[Array] | None, run: Run) -> Array | None:
-        return None if run.recall(self) is None or grads is None else np.concatenate(list(grads), axis=1)
+    def _backward(self, grads: Sequence[Array] | None, run: Run) -> Array | None:
+        return None if run.recall(self) is None or grads is None else _blocks(run).join_columns(grads)
 
 
 class Narrow(Function):
@@ -145,21 +146,22 @@ class Narrow(Function):
         rows = run.reads(run.sequences)
         if run.training:
             run.keep(self, (rows, len(x)))
-        return a[rows], x[rows]
+        return _blocks(run).gather(a, rows), _blocks(run).gather(x, rows)
 
     def _backward(self, a: Array | None, x: Array | None, run: Run) -> tuple[Array | None, Array | None]:
         kept = run.recall(self)
         if kept is None:
             return a, x
-        return _spread(a, *kept), _spread(x, *kept)
+        rows, count = kept
+        return _spread(a, rows, count, run), _spread(x, rows, count, run)
 
 
-def _spread(grad: Array | None, rows: np.ndarray, count: int) -> Array | None:
+def _spread(grad: Array | None, rows: np.ndarray, count: int, run: Run) -> Array | None:
     """The gradient of all rows of which some were read."""
     if grad is None:
         return None
-    below = np.zeros((count, grad.shape[1]), grad.dtype)
-    below[rows] = grad
+    below = run.backend.zeros((count, grad.shape[1]), grad.dtype)
+    _blocks(run).scatter(below, rows, grad)
     return below
 
 
@@ -178,13 +180,16 @@ class Pick(Function):
             return x
         rows = self.rows(run.sequences)  # type: ignore[arg-type]  # models of text and of patches set them
         self._keep(run, rows, len(x))
-        return np.ascontiguousarray(x[rows])
+        return _blocks(run).gather(x, rows)
 
     def _backward(self, grad: Array, run: Run) -> Array | None:
         if run.reads is not None:
             return grad
         kept = run.recall(self)
-        return None if kept is None else _spread(grad, *kept)
+        if kept is None:
+            return None
+        rows, count = kept
+        return _spread(grad, rows, count, run)
 
 
 class Mean(Function):
@@ -192,30 +197,41 @@ class Mean(Function):
 
     def _forward(self, x: Array, run: Run) -> Array:
         begins = run.sequences.begins  # type: ignore[union-attr]  # as for Pick
-        counts = np.diff(begins).astype(x.dtype)[:, None]
-        self._keep(run, counts)
-        return np.add.reduceat(x, begins[:-1], axis=0) / counts
+        self._keep(run, begins)
+        return _blocks(run).row_means(x, begins)
 
     def _backward(self, grad: Array, run: Run) -> Array | None:
         kept = run.recall(self)
-        if kept is None:
-            return None
-        (counts,) = kept
-        return np.repeat(grad / counts, counts[:, 0].astype(np.int64), axis=0)
+        return None if kept is None else _blocks(run).row_means_gradient(grad, *kept)
 
 
 class Normalised(Function):
-    """Rows of length one: x / max(‖x‖, 1e-12), as `torch.nn.functional.normalize`."""
+    """Rows of length one: x / √(‖x‖² + 1e-24), which differs from `torch.nn.functional.normalize` for lengths about
+    1e-12 alone: a norm of root mean squares with the weight 1 / √features.
+
+    Parameters
+    ----------
+    features : int
+        Of a row.
+    """
+
+    def __init__(self, features: int) -> None:
+        self._eps = 1e-24 / features
+        self._weights = {np.dtype(t): np.full(features, features**-0.5, t) for t in ("float32", "float64")}
 
     def _forward(self, x: Array, run: Run) -> Array:
-        norms = np.maximum(np.sqrt((x * x).sum(axis=1, keepdims=True)), x.dtype.type(1e-12))
-        y = x / norms
-        self._keep(run, y, norms)
+        weight = run.backend.from_host(self._weights[x.dtype])
+        y, stats = _blocks(run).norm(x, weight, None, self._eps, False)
+        self._keep(run, x, stats, weight)
         return y
 
     def _backward(self, grad: Array, run: Run) -> Array | None:
         kept = run.recall(self)
         if kept is None:
             return None
-        y, norms = kept
-        return (grad - y * (grad * y).sum(axis=1, keepdims=True)) / norms
+        x, stats, weight = kept
+        return _blocks(run).norm_gradient(grad, x, stats, weight, False, (True, False))[0]
+
+
+def _blocks(run: Run) -> ReferenceBlocks:
+    return cast(ReferenceBlocks, run.backend)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from nblora import checks
+from nblora.backends.protocol import Array
 from nblora.errors import NonFiniteError
 from nblora.formats.model_files import MAX_JSON
 from nblora.layers.cache import Cache
@@ -128,8 +129,7 @@ def _tokens_of(
     ids = tokens.ids
     with model._backend.lending():
         for _ in range(count):
-            logits = decoding.logits(ids, lengths)
-            ids = np.array([choice(row, text) for row, text in zip(logits, going.tolist(), strict=True)])
+            ids = choice(decoding.logits(ids, lengths), going, model._backend)
             yield going, ids
             on = np.flatnonzero(~np.isin(ids, ends))
             if not len(on):
@@ -150,16 +150,16 @@ class Decoding:
     """
 
     def __init__(self, model: TextModel, rooms: np.ndarray) -> None:
-        self._model, self._cache = model, Cache(rooms)
+        self._model, self._cache = model, Cache(rooms, model._backend)
 
-    def logits(self, ids: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """Logits after the next tokens of each text, (texts, vocabulary); so many of each, one after the other."""
+    def logits(self, ids: np.ndarray, counts: np.ndarray) -> Array:
+        """Logits after the next tokens of each text, (texts, vocabulary), where the model is; so many of each, one
+        after the other."""
         run = Run(self._model._backend)
         run.cache, run.sequences = self._cache, self._cache.next_rows(counts)
         run.reads = _last
         rows = self._model.body._forward(Tokens(ids, None, run.sequences.begins, int(counts.max())), run)
-        logits: np.ndarray = self._model.head._forward(rows, run)
-        return logits
+        return self._model.head._forward(rows, run)
 
     def keep(self, texts: np.ndarray) -> None:
         """Go on with these texts alone, given by their places."""
@@ -193,15 +193,21 @@ class Choice:
             raise ValueError(f"top_p must be in (0, 1], got {self._share}")
         self._generators = generators
 
-    def __call__(self, logits: np.ndarray, text: int) -> int:
-        """Take a token by its logits, (vocabulary,)."""
-        best = int(np.argmax(logits))  # of NaN, if there is any
-        if not np.isfinite(logits[best]):
-            raise NonFiniteError(f"the logits of text {text} are not finite: {logits[best]} at token {best}")
+    def __call__(self, logits: Array, texts: np.ndarray, backend: Any) -> np.ndarray:
+        """Take a token of each text by its logits (texts, vocabulary), which are brought to the host where tokens are
+        drawn."""
+        best, values = backend.largest(logits)
+        for token, value, text in zip(best.tolist(), values.tolist(), texts.tolist(), strict=True):
+            if not np.isfinite(value):  # NaN, if there is any
+                raise NonFiniteError(f"the logits of text {text} are not finite: {value} at token {token}")
         if self._temperature == 0:
-            return best
+            return np.asarray(best)
+        rows = zip(backend.to_host(logits), values.tolist(), texts.tolist(), strict=True)
+        return np.array([self._drawn(row, largest, text) for row, largest, text in rows])
+
+    def _drawn(self, logits: np.ndarray, largest: float, text: int) -> int:
         with np.errstate(over="ignore"):  # of a tiny temperature: e^-inf is 0
-            weights = np.exp((logits.astype(np.float64) - float(logits[best])) / self._temperature)
+            weights = np.exp((logits.astype(np.float64) - largest) / self._temperature)
         if self._share == 1:
             return _draw(weights, self._generators[text])
         order = np.argsort(-weights, kind="stable")

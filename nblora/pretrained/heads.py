@@ -120,7 +120,7 @@ class Pooled(Head, abstract=True):
     def __init__(self, features: Layer, pooling: str, normalised: bool, idle: Mapping[str, Layer]) -> None:
         self._idle, self.pooling, self.normalised = dict(idle), pooling, normalised
         self._steps: list[Any] = [Mean() if pooling == "mean" else Pick(pooling)]
-        self._steps += [Normalised()] if normalised else []
+        self._steps += [Normalised(features.out_features)] if normalised else []
         self.dtype, self.in_features, self.out_features = features.dtype, features.out_features, features.out_features
         self._open(features._backend)
 

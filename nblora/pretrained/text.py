@@ -156,7 +156,7 @@ class TextModel(PretrainedModel):
             return loss.check_target(name, y, (len(x), self.out_features))
         return next_tokens(x, x.ids if y is None else _labels(name, y, x, self.out_features))
 
-    def _learn(self, x: Tokens, target: Any, loss: Any, run: Run) -> tuple[Any, Array | None, Callable[[], dict]]:
+    def _learn(self, x: Tokens, target: Any, loss: Any, run: Run) -> tuple[Any, Array | None, dict[str, Any]]:
         """As `Layer._learn`; of a causal model logits are made only where there is a label, and in pieces."""
         if not self.head.by_token:
             return super()._learn(x, target, loss, run)
@@ -166,8 +166,10 @@ class TextModel(PretrainedModel):
         if run.training:
             run.keep(self, False)
         wanted = run.training and run.live
-        grad = np.zeros_like(rows) if wanted else None
-        value, figures, size = 0.0, dict.fromkeys(loss.metrics, 0.0), max(1, PIECE // self.out_features)
+        grad = run.backend.zeros_like(rows) if wanted else None
+        value: Any = 0.0
+        figures: dict[str, Any] = dict.fromkeys(loss.metrics, 0.0)
+        size = max(1, PIECE // self.out_features)
         for start in range(0, len(learnt), size):
             places = slice(start, start + size)
             piece = run.inner()
@@ -175,15 +177,16 @@ class TextModel(PretrainedModel):
             logits, labels = self.head._forward(rows[places], piece), target.values[learnt[places]]
             part, slopes = loss.value_and_gradient(logits, labels, run.backend)
             share = len(labels) / len(learnt)
-            value += share * float(part)
-            for metric, figure in loss.measure(logits, labels).items():
-                figures[metric] += share * figure
+            value = value + share * part
+            found = loss._figures(logits, labels, run.backend) if loss.metrics else {}
+            for metric, figure in found.items():
+                figures[metric] = figures[metric] + share * figure
             if run.training and piece.live:
                 run.backend.scale(slopes, share)
                 below = self.head._backward(slopes, piece.back(run.sink))
                 if grad is not None and below is not None:
                     grad[places] = below
-        return value, grad, lambda: figures
+        return value, grad, figures
 
 
 def next_tokens(x: Tokens, labels: np.ndarray) -> Ragged:

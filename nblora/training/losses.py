@@ -61,6 +61,10 @@ class Loss:
         """Compute the figures named by `metrics`: means over the given samples."""
         return {}
 
+    def _figures(self, output: Any, target: np.ndarray, backend: Any) -> dict[str, Any]:
+        """What `measure` computes, of outputs where the model is: numbers that `backend.read` brings to the host."""
+        return self.measure(backend.to_host(output), target)
+
     def _learnt(self, target: np.ndarray) -> int:
         """Of how many targets the loss is the mean."""
         return len(target)
@@ -136,6 +140,12 @@ class CrossEntropy(Loss):
         learnt = target != IGNORED
         return {"accuracy": accuracy(output[learnt], target[learnt]) if learnt.any() else 0.0}
 
+    def _figures(self, output: Any, target: np.ndarray, backend: Any) -> dict[str, Any]:
+        if isinstance(output, np.ndarray) or type(self).measure is not CrossEntropy.measure:
+            return super()._figures(output, target, backend)
+        right = backend.right_answers(checks.as_rows(output), target.reshape(-1))
+        return {"accuracy": right * (1 / max(1, self._learnt(target)))}
+
 
 class BinaryCrossEntropy(Loss):
     """Binary cross-entropy with logits: the mean over samples and outputs of log(1 + exp(z)) - z t.
@@ -175,6 +185,9 @@ class Part(Loss):
 
     def measure(self, output: np.ndarray, target: np.ndarray) -> dict[str, float]:
         return self._loss.measure(output, target)
+
+    def _figures(self, output: Any, target: np.ndarray, backend: Any) -> dict[str, Any]:
+        return self._loss._figures(output, target, backend)
 
 
 LOSSES: dict[str, type[Loss]] = {

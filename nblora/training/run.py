@@ -347,10 +347,10 @@ def mean_figures(model: Layer, samples: Samples, loss: Loss, batch_size: int) ->
     """Mean loss and metrics over the samples, in the mode that the model is in."""
     total, learnt = {"loss": 0.0, **dict.fromkeys(loss.metrics, 0.0)}, 0
     for x, y in samples.batches(batch_size):
-        value, _, measure = model._learn(x, y, loss, LayerRun(model._backend))
+        value, _, figures = model._learn(x, y, loss, LayerRun(model._backend))
         count = loss._learnt(y)
         learnt += count
-        for name, figure in {"loss": model._backend.read([value])[0], **measure()}.items():
+        for name, figure in zip(("loss", *figures), model._backend.read([value, *figures.values()]), strict=True):
             total[name] += count * figure
     return {name: value / max(1, learnt) for name, value in total.items()}
 

@@ -1,11 +1,12 @@
 """One step of training: forward, loss, backward, update."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from nblora.backends.protocol import Number
 from nblora.errors import NonFiniteError
 from nblora.layers import Layer
 from nblora.layers.run import Run
@@ -99,14 +100,21 @@ class Step:
         self._sink.begin(factor)
         shares = self._shares(batches)
         gone = [self._back(x, y, share) for (x, y), share in zip(batches, shares, strict=True)]
-        # A GPU's losses and sums of squares come in one copy, for which the host waits once a step.
-        read = self.model._backend.read([*(value for value, _ in gone), *self._sink.squares()])
-        figures: dict[str, float] = {}
-        for (x, _), share, value, (_, measure) in zip(batches, shares, read, gone, strict=False):
-            self._require_finite(value, x)
-            for name, figure in {"loss": value, **measure()}.items():
-                figures[name] = figures.get(name, 0.0) + share * figure
-        return StepResult(figures, self._sink.apply(self.count, read[len(gone) :]))
+        # A GPU's losses, figures and sums of squares come in one copy, for which the host waits once a step.
+        numbers: list[Number] = []
+        for figures in gone:
+            numbers += figures.values()
+        read = self.model._backend.read([*numbers, *self._sink.squares()])
+        total: dict[str, float] = {}
+        place = 0
+        for (x, _), share, figures in zip(batches, shares, gone, strict=True):
+            for name in figures:
+                figure = read[place]
+                place += 1
+                if name == "loss":
+                    self._require_finite(figure, x)
+                total[name] = total.get(name, 0.0) + share * figure
+        return StepResult(total, self._sink.apply(self.count, read[place:]))
 
     def _shares(self, batches: Sequence[tuple[Any, Any]]) -> list[float]:
         if len(batches) == 1:
@@ -114,18 +122,18 @@ class Step:
         counts = [self.loss._learnt(y) for _, y in batches]
         return [count / max(1, sum(counts)) for count in counts]
 
-    def _back(self, x: Any, y: Any, share: float) -> tuple[Any, Callable[[], dict[str, float]]]:
-        """Forward and back by one batch that counts by `share`: its loss, and what tells more of it."""
+    def _back(self, x: Any, y: Any, share: float) -> dict[str, Number]:
+        """Forward and back by one batch that counts by `share`: its loss, and the loss's other figures."""
         model, backend = self.model, self.model._backend
         run = Run(backend, training=True, live=False)
         run.sink, run.recompute = self._sink, self.recompute
         # On a GPU the batch is brought there once: output and gradients stay, the host sees the loss.
-        value, grad, measure = model._learn(x, y, self.loss if share == 1 else Part(self.loss, share), run)
+        value, grad, figures = model._learn(x, y, self.loss if share == 1 else Part(self.loss, share), run)
         if self._sink.sweeps or isinstance(value, float):
             (value,) = backend.read([value])
             self._require_finite(value, x)
         model._backward(grad, run.back(self._sink))
-        return value, measure
+        return {"loss": value, **figures}
 
     def _require_finite(self, loss: float, x: Any) -> None:
         if not math.isfinite(loss):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import nblora
+from nblora.backends import resolve
 from nblora.layers import tree
 from nblora.layers.attention import Attention
 from nblora.layers.functions import Dropout
@@ -101,15 +102,15 @@ def test_gradients(make, rng, name):
 
 
 def test_what_is_dropped():
-    rng, run = np.random.default_rng(0), Run(None, training=True)
+    rng, run = np.random.default_rng(0), Run(resolve("cpu"), training=True)
     x = np.full((400, 100), 3.0)
     step = Dropout(0.3)
     y = step._forward(x, run, rng)
     assert set(np.unique(y)) == {0, 3 / 0.7}
     assert abs((y == 0).mean() - 0.3) < 0.01
     np.testing.assert_array_equal(step._backward(x, run), y)
-    assert step._forward(x, Run(None), rng) is x
-    assert Dropout(0.0)._forward(x, Run(None, training=True), rng) is x
+    assert step._forward(x, Run(resolve("cpu")), rng) is x
+    assert Dropout(0.0)._forward(x, Run(resolve("cpu"), training=True), rng) is x
 
 
 def parameters(model):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import nblora
+from nblora.backends import resolve
 from nblora.errors import FormatError, NonFiniteError
 from nblora.pretrained.generation import Choice, Decoding
 from tests.pretrained.support import FIXTURES, relative_to_largest
@@ -133,8 +134,8 @@ def test_drawing_repeats_and_is_each_texts_own(case):
 def test_the_frequencies_of_a_nucleus(top_p, kept):
     share = np.array([0.1, 0.5, 0.15, 0.25])  # in their order: tokens 1, 3, 2, 0
     choice = Choice(2.0, top_p, [np.random.default_rng(0)])
-    logits = (2 * np.log(share) + 7).astype(np.float64)
-    drawn = np.bincount([choice(logits, 0) for _ in range(4000)], minlength=4) / 4000
+    logits, backend = (2 * np.log(share) + 7).astype(np.float64)[None], resolve("cpu")
+    drawn = np.bincount([choice(logits, np.array([0]), backend)[0] for _ in range(4000)], minlength=4) / 4000
     nucleus = np.argsort(-share)[:kept]
     expected = np.zeros(4)
     expected[nucleus] = share[nucleus] / share[nucleus].sum()
