@@ -193,12 +193,13 @@ class ReferenceBlocks:
         return float(np.count_nonzero(logits.argmax(axis=1) == labels))
 
     def pool(self, x: Array, shape: Pooling) -> tuple[Array, Array]:
-        """Maxima or means of windows of images (N, C, H, W), and where each maximum was, by its place in the image."""
+        """Maxima or means of windows of images (N, C, H, W), and where each maximum was, by its place in the image: the
+        first of equal ones, and of NaN, which is the largest."""
         padded, places = _windows(x, shape)
         if not shape.maximum:
             return padded.mean(axis=(-2, -1)), np.zeros(0, np.int64)
         flat = padded.reshape(*padded.shape[:4], math.prod(shape.kernel))
-        best = np.where(np.isnan(flat), np.inf, flat).argmax(axis=-1)
+        best = np.where(np.isneginf(flat).all(axis=-1), (places >= 0).argmax(axis=-1), flat.argmax(axis=-1))
         return (
             np.take_along_axis(flat, best[..., None], -1)[..., 0],
             np.take_along_axis(np.broadcast_to(places, flat.shape), best[..., None], -1)[..., 0].astype(np.int64),

@@ -28,18 +28,21 @@ class Kept(NamedTuple):
 
 
 class Convolution:
-    """The linear step on patches: x (N, channels, height, width), y (N, out, H', W')."""
+    """The linear step on patches: x (N, channels, height, width), y (N, out, H', W').
 
-    def __init__(self, backend: Backend, slide: Slide) -> None:
-        self._backend, self._slide = backend, slide
+    `piece` bytes of patches are held at a time, `PIECE` where it is None.
+    """
+
+    def __init__(self, backend: Backend, slide: Slide, piece: int | None = None) -> None:
+        self._backend, self._slide, self.piece = backend, slide, piece
 
     def forward(self, x: Array, operands: Operands, mask: Array | None, keep: bool) -> tuple[Array, Kept | None]:
         """Compute y, and keep what backward needs where `keep`."""
         backend, window = self._backend, self._slide.on(*x.shape[1:])
         outputs = _outputs(operands)
-        y = np.empty((len(x), outputs, window.out_height, window.out_width), x.dtype)
+        y = backend.empty((len(x), outputs, window.out_height, window.out_width), x.dtype)
         lines, pieces = pointwise(outputs, window.places), []
-        for start, stop in _pieces(len(x), window, x.dtype):
+        for start, stop in self._pieces(len(x), window, x.dtype):
             rows = backend.unfold(x, window, start, stop)
             masks = None if mask is None else backend.unfold(mask, window, start, stop)
             out, saved = backend.forward(rows, operands, masks, keep)
@@ -86,12 +89,13 @@ class Convolution:
     ) -> Gradients:
         backend, window = self._backend, saved.window
         samples, outputs = grad_output.shape[:2]
-        gx = None
+        gx, whole = None, _meets_all_once(window)
         if input_gradient:
-            gx = np.zeros((samples, window.channels, window.height, window.width), grad_output.dtype)
+            make = backend.empty if whole else backend.zeros
+            gx = make((samples, window.channels, window.height, window.width), grad_output.dtype)
         lines, gy = pointwise(outputs, window.places), _as_lines(grad_output)
         total: Gradients | None = None
-        for (start, stop), piece in zip(_pieces(samples, window, grad_output.dtype), saved.pieces, strict=True):
+        for (start, stop), piece in zip(self._pieces(samples, window, grad_output.dtype), saved.pieces, strict=True):
             rows, masks = (
                 None if images is None else backend.unfold(images, window, start, stop)
                 for images in (saved.images, saved.mask)
@@ -103,10 +107,13 @@ class Convolution:
             else:
                 found = backend.backward_update(grad, kept, operands, *rates, input_gradient)
             if gx is not None:
-                backend.fold(found.x, window, start, gx, True)
+                backend.fold(found.x, window, start, gx, not whole)
             total = found if total is None else self._sum(total, found)
         assert total is not None  # there is always a piece
         return total._replace(x=gx)
+
+    def _pieces(self, samples: int, window: Window, dtype: np.dtype) -> list[tuple[int, int]]:
+        return _pieces(samples, window, dtype, PIECE if self.piece is None else self.piece)
 
     def _sum(self, total: Gradients, found: Gradients) -> Gradients:
         """Add the gradients of the parameters to `total`, in place."""
@@ -129,10 +136,17 @@ def _as_lines(images: Array) -> Array:
     return images.reshape(samples, channels, 1, height * width)
 
 
-def _pieces(samples: int, window: Window, dtype: np.dtype) -> list[tuple[int, int]]:
+def _meets_all_once(window: Window) -> bool:
+    """Whether every number of an image is in one patch, as it is for a kernel of one element."""
+    steps = (window.sh, window.sw, window.dh, window.dw, window.ph, window.pw)
+    reached = window.out_height * window.kh, window.out_width * window.kw
+    return steps == (window.kh, window.kw, 1, 1, 0, 0) and reached == (window.height, window.width)
+
+
+def _pieces(samples: int, window: Window, dtype: np.dtype, piece: int) -> list[tuple[int, int]]:
     """Ranges of patches, of much the same size and at least one: whole samples or lines where they fit."""
     total = samples * window.places
-    largest = max(1, PIECE // (window.features * dtype.itemsize))
+    largest = max(1, piece // (window.features * dtype.itemsize))
     for unit in (window.places, window.out_width):
         if unit <= largest:
             largest = largest // unit * unit

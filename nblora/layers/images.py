@@ -296,16 +296,14 @@ class BatchNorm2d(_Images):
         fixed = {"running_mean": self._mean, "running_var": self._variance}
         return {"weight": self._weight, "bias": self._bias, **fixed}
 
-    def _gain(self) -> Array:
-        return 1 / np.sqrt(self._variance.array + self.dtype.type(self.eps))
-
-    def _scale_and_shift(self) -> tuple[Array, Array]:
-        scale = self._weight.array * self._gain()
-        return scale, self._bias.array - self._mean.array * scale
+    def _scale_and_shift(self, backend: Any) -> tuple[Array, Array]:
+        arrays = (parameter.array for parameter in (self._weight, self._bias, self._mean, self._variance))
+        made: tuple[Array, Array] = backend.channel_scale(*arrays, self.eps)
+        return made
 
     def _forward(self, x: Array, run: Run) -> Array:
         self._output_shape("x", x.shape)
-        scale, shift = self._scale_and_shift()
+        scale, shift = self._scale_and_shift(run.backend)
         images = _batch(x)
         y = cast(ReferenceBlocks, run.backend).channels(images, scale, shift, self._activation)
         if run.training:
@@ -322,7 +320,8 @@ class BatchNorm2d(_Images):
         backend = cast(ReferenceBlocks, run.backend)
         gx, along, plain = backend.channels_gradient(_batch(grad), kept.x, kept.scale, kept.shift, self._activation)
         if kept.trained:
-            run.sink.put(self._weight, (along - self._mean.array * plain) * self._gain(), run)
+            fixed = self._mean.array, self._variance.array
+            run.sink.put(self._weight, backend.channel_scale_gradient(along, plain, *fixed, self.eps), run)
             run.sink.put(self._bias, plain, run)
         return gx.reshape(grad.shape) if kept.live else None
 
@@ -343,7 +342,7 @@ def convolve_and_norm(convolution: Layer, norm: BatchNorm2d, x: Array, run: Run)
     """
     if not _folds(convolution, norm, run):
         return norm._forward(convolution._forward(x, run), run)
-    run.epilogue = (*norm._scale_and_shift(), norm._activation)
+    run.epilogue = (*norm._scale_and_shift(run.backend), norm._activation)
     try:
         y = convolution._forward(x, run)
     finally:

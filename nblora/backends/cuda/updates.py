@@ -46,7 +46,7 @@ class Updates(Deferred):
 
     def add(self, target: Array, source: Array) -> None:
         """target += source, in place."""
-        self._before_writing(target)
+        self._before_writing(target, source)  # a gradient that is put off may be the source alone
         kernel = elementwise(NAMES[target.dtype], self._threads(target)).add
         self._stride(kernel, target, source, int(base_aligned(target, source)))
 

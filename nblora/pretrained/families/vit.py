@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, NamedTuple, Self, cast
 
 import numpy as np
 
 from nblora import checks
 from nblora.backends import default_backend
-from nblora.backends.protocol import Array
+from nblora.backends.protocol import Array, Rows
+from nblora.kernels.patches.window import pointwise
 from nblora.layers import Layer
 from nblora.layers.attention import Attention
 from nblora.layers.diagnostics import describe_own
@@ -23,6 +24,31 @@ from ..source import Source
 from .family import Family
 
 
+MOST_KNOWN = 4
+"""Batch sizes whose rows are kept: training has two, that of a whole batch and that of the last."""
+
+FIRST = np.zeros(1, np.int64)
+
+
+class _Places(NamedTuple):
+    """Which rows of `count` images are what, all int64: the position of each row; the first of every image, and a zero
+    for each; the others; and which rows are summed for the gradient of a position."""
+
+    positions: np.ndarray
+    first: np.ndarray
+    none: np.ndarray
+    others: np.ndarray
+    samples: Rows
+
+    @classmethod
+    def of(cls, count: int, size: int) -> "_Places":
+        """Those of images of `size` rows."""
+        rows = np.arange(count * size).reshape(count, size)
+        first, others = np.ascontiguousarray(rows[:, 0]), np.ascontiguousarray(rows[:, 1:]).reshape(-1)
+        samples = Rows(np.ascontiguousarray(rows.T).reshape(-1), np.arange(size + 1) * count)
+        return cls(np.tile(np.arange(size), count), first, np.zeros(count, np.int64), others, samples)
+
+
 class ClassToken(Layer):
     """Images of features (N, features, height, width) as rows: a learnt one first, then those of all places, each with
     the row of its position added.
@@ -33,42 +59,62 @@ class ClassToken(Layer):
     positions : array, shape (1, places + 1, features)
     """
 
+    _needs = ("unfold", "take_rows", "gather", "scatter", "sum_rows")
+
     def __init__(self, token: Any, positions: Any) -> None:
         stored = checks.as_parameter("positions", positions, (1, None, None))
         self.dtype, self.in_features, self.out_features = stored.dtype, stored.shape[2], stored.shape[2]
         shape = (1, 1, self.in_features)
         self._token = Parameter(checks.as_parameter("token", token, shape, self.dtype))
         self._positions = Parameter(stored)
+        self._known: dict[int, _Places] = {}
         self._open(default_backend())
 
     def _own_parameters(self) -> dict[str, Parameter]:
         return {"cls_token": self._token, "position_embeddings": self._positions}
 
+    def _places(self, count: int) -> _Places:
+        """The rows of `count` images; the same arrays again, whose copies a GPU finds."""
+        if count not in self._known:
+            if len(self._known) >= MOST_KNOWN:
+                self._known.pop(next(iter(self._known)))
+            self._known[count] = _Places.of(count, self._positions.shape[1])
+        return self._known[count]
+
     def _forward(self, x: Array, run: Run) -> Array:
-        token, positions = self._token.array, self._positions.array
-        count, features = x.shape[:2]
-        rows = np.empty((count, positions.shape[1], features), x.dtype)
-        rows[:, 0] = token[0]
-        rows[:, 1:] = x.reshape(count, features, -1).transpose(0, 2, 1)
-        rows += positions
+        backend, (count, features) = cast(Any, run.backend), x.shape[:2]
+        places, positions = self._places(count), self._positions.array.reshape(-1, features)
+        rows, tokens = (backend.empty((len(found), features), x.dtype) for found in (places.positions, places.first))
+        window = pointwise(features, len(positions) - 1)
+        patches = backend.unfold(x.reshape(count, features, 1, window.width), window, 0, count * window.width)
+        backend.take_rows([positions], [1.0], places.positions, rows, False)
+        backend.take_rows([self._token.array.reshape(1, features)], [1.0], places.none, tokens, False)
+        backend.scatter(rows, places.first, tokens, add=True)
+        backend.scatter(rows, places.others, patches, add=True)
         if run.training:
             trained = self.trainable and not run.frozen
             run.keep(self, (x.shape, run.live, trained) if run.live or trained else None)
             run.live = run.live or trained
         run.passed(self, rows)
-        return rows.reshape(-1, features)
+        return rows
 
     def _backward(self, grad: Array, run: Run) -> Array | None:
         kept = run.recall(self)
         if kept is None:
             return None
         shape, live, trained = kept
-        rows = grad.reshape(shape[0], -1, shape[1])
+        backend, places = cast(Any, run.backend), self._places(shape[0])
         if trained:
-            total = rows.sum(axis=0, keepdims=True)
-            run.sink.put(self._positions, total, run)
-            run.sink.put(self._token, total[:, :1].copy(), run)
-        return np.ascontiguousarray(rows[:, 1:].transpose(0, 2, 1)).reshape(shape) if live else None
+            total = backend.empty(self._positions.shape[1:], grad.dtype)
+            backend.sum_rows(grad, places.samples, 1.0, total)
+            run.sink.put(self._positions, total.reshape(self._positions.shape), run)
+            run.sink.put(self._token, backend.gather(total, FIRST).reshape(self._token.shape), run)
+        if not live:
+            return None
+        gx, window = backend.empty(shape, grad.dtype), pointwise(shape[1], self._positions.shape[1] - 1)
+        lines = gx.reshape(shape[0], shape[1], 1, window.width)
+        backend.fold(backend.gather(grad, places.others), window, 0, lines, False)
+        return gx
 
     def diagnostics(self) -> dict[str, Any]:
         return describe_own(self, {"trainable": self.trainable})
