@@ -1,20 +1,17 @@
 """Operations on images: values on the emulator against the reference, machine code, traffic, and mutants."""
 
-import itertools
-import math
-
 import numpy as np
 import pytest
 
 pytest.importorskip("greenlet", reason="the emulator needs greenlet (extra test)")
 
-from nblora.backends import blocks, reference
+from nblora.backends import reference
 from nblora.backends.blocks import Pooling
 from nblora.backends.cuda import images as room
 from nblora.kernels.common.cuda.target import COMPILED
 from nblora.kernels.common.elementwise import GELU, IDENTITY, QUICK_GELU, RELU, SILU
-from nblora.kernels.patches.window import Slide, pointwise
-from tests.cuda import machine_code, mutants
+from nblora.kernels.patches.window import Slide
+from tests.cuda import machine_code
 from tests.cuda.emulated import make_backend
 from tests.cuda.emulator import ORDERS
 from tests.cuda.machine_code import ARCHITECTURES, OUTPUTS, assert_fits, compile_kernel
@@ -257,7 +254,7 @@ def test_sums_of_channels_are_shared_among_blocks(shape):
         backend = make_backend(order)
         backend._device.multiprocessors = 8
         check_channels(backend, shape, "float32", RELU)
-        kernel, grid, *_ = next(one for one in backend._device.launches if "gradient" in one[0].py_func.__name__)
+        _, grid, *_ = next(one for one in backend._device.launches if "gradient" in one[0].py_func.__name__)
         assert grid[1] > 1
         found.append([argument for one in backend._device.launches for argument in one[3]])
     for one, other in zip(found[0], found[1], strict=True):
@@ -281,3 +278,68 @@ def check_scales(backend, channels, dtype):
         pairs = zip(found, expected, strict=True) if name == "channel_scale" else [(found, expected)]
         for one, other in pairs:
             same(one, other, dtype, backend)
+
+
+# --- machine code ----------------------------------------------------------------------------------------------------
+
+needs_compiler = pytest.mark.skipif(
+    not COMPILED or machine_code.disassembler() is None,
+    reason="needs numba-cuda and nvdisasm: pip install 'nblora[cuda12]' nvidia-cuda-nvdisasm",
+)
+KERNELS = 16
+"""Kernels that the operations launch, patches of three kinds of windows and pools of two among them."""
+
+
+def recorded(dtype):
+    """(name, kernel, threads, types) of what the operations launch, with a device's blocks."""
+    backend = recording_backend()
+
+    def new(*shape):
+        return backend.from_host(np.zeros(shape, dtype))
+
+    x, rows, numbers = new(40, 8, 12, 12), new(600, 8), new(8)
+    backend._device.launches.clear()
+    for slide in (Slide((3, 3), (1, 1), (1, 1), (1, 1)), Slide((1, 1), (1, 1), (0, 0), (1, 1))):
+        window = slide.on(*x.shape[1:])
+        backend.fold(backend.unfold(x, window, 0, 40 * window.places), window, 0, x, True)
+    for maximum in (True, False):
+        window = Pooling(maximum, (3, 3), (2, 2), (1, 1))
+        y, places = backend.pool(x, window)
+        backend.pool_gradient(y, places, window, 12, 12)
+    backend.means_gradient(backend.means(x), 12, 12)
+    for given in (x, rows):
+        backend.channels_gradient(backend.channels(given, numbers, numbers, GELU), given, numbers, numbers, GELU)
+    backend.channel_scale(*[numbers] * 4, 1e-5)
+    backend.channel_scale_gradient(*[numbers] * 4, 1e-5)
+    return [one for one in launched(backend) if one[0] != "finish"]
+
+
+def assert_code(name, kernel, threads, types, architecture, output, dtype):
+    """It fits, and vectors are moved by the kernels that have them."""
+    code = compile_kernel(kernel, types, architecture, output)
+    assert_fits(code, kernel, threads)
+    if name in ("of_images", "of_images_gradient"):
+        assert code.count("LDG.E.128") > 0
+    if name in ("of_images", "of_images_gradient", "means_gradient"):
+        assert code.count("STG.E.128") > 0
+    if dtype == "float32" and name != "of_images_gradient":  # whose block adds up in float64
+        assert not [op for op in code.opcodes if op in ("DFMA", "DADD", "DMUL")], name
+    return code
+
+
+@needs_compiler
+def test_machine_code():
+    found = recorded("float32")
+    assert len(found) == KERNELS
+    for one in found:
+        assert_code(*one, (9, 0), "ltoir", "float32")
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_machine_code_of_every_architecture(dtype, architecture, output):
+    for one in recorded(dtype):
+        assert_code(*one, architecture, output, dtype)

@@ -184,16 +184,15 @@ class Images(Deferred):
             return gx, self.zeros((count,), x.dtype), self.zeros((count,), x.dtype)
         threads = self._threads(x)
         each = kernels.channels(NAMES[x.dtype], threads)
+        numbers: tuple[int, ...]
         if places == 1:
             bits, across = _columns(threads, count)
             members = threads >> bits
             down = self._shares(across, min(-(-images // (8 * members)), -(-MOST_SHARES // members)))
             chunk = -(-images // (down * members))
             sums = self._device.empty((2 * down * members, count), x.dtype)
-            arrays = (array.reshape(images, count) for array in (grad, x))
-            numbers = scale, shift, code, bits, chunk
-            out = gx.reshape(images, count)
-            self._device.launch(each.of_rows_gradient, (across, down), threads, *arrays, *numbers, out, sums)
+            flat = [array.reshape(images, count) for array in (grad, x, gx)]
+            kernel, grid, numbers = each.of_rows_gradient, (across, down), (bits, chunk)
         else:
             lanes = 16 // x.dtype.itemsize
             bits, _ = self._planes(threads, 1, -(-places // lanes))
@@ -201,10 +200,10 @@ class Images(Deferred):
             chunk = -(-images // splits)
             splits = -(-images // chunk)
             sums = self._device.empty((2 * splits, count), x.dtype)
-            arrays = (array.reshape(images, count, places) for array in (grad, x))
-            numbers = scale, shift, code, bits, int(places % lanes == 0 and base_aligned(grad, x, gx)), chunk
-            out = gx.reshape(images, count, places)
-            self._device.launch(each.of_images_gradient, (count, splits), threads, *arrays, *numbers, out, sums)
+            aligned = int(places % lanes == 0 and base_aligned(grad, x, gx))
+            flat = [array.reshape(images, count, places) for array in (grad, x, gx)]
+            kernel, grid, numbers = each.of_images_gradient, (count, splits), (bits, chunk, aligned)
+        self._device.launch(kernel, grid, threads, *flat[:2], scale, shift, code, *numbers, flat[2], sums)
         added = (sums if len(sums) == 2 else self._finish(sums, 2)).reshape(2 * count)
         return gx, added.part(0, count), added.part(count, 2 * count)
 

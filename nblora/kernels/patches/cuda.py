@@ -46,16 +46,18 @@ def edge(threads: int) -> int:
 def unfold(dtype: str, threads: int, steps: Steps):
     """Kernel: patches[r] = patch `start` + r of images (N, channels, height, width), zeros outside.
 
-    patches (rows, features), in the order (channel, i, j). Grid (⌈rows / edge⌉, any): blocks along y share the features.
+    patches (rows, features), in the order (channel, i, j). Grid (⌈rows / edge⌉, any): blocks along y share the
+    features.
     """
     TYPE, EDGE = getattr(types, dtype), edge(threads)
     PITCH, LINES, EACH = EDGE + 1, threads // EDGE, EDGE * EDGE // threads
+    SIZE = EDGE * PITCH
     KH, KW, SH, SW, DH, DW = steps
     ZERO = TYPE(0)
 
     @kernel(threads)
     def unfold(images, out_height, out_width, pad_height, pad_width, start, patches):
-        tile = cuda.shared.array(EDGE * PITCH, TYPE)
+        tile = cuda.shared.array(SIZE, TYPE)
         t = int32(cuda.threadIdx.x)
         line = t // EDGE
         lane = t - line * EDGE
@@ -100,12 +102,13 @@ def fold_apart(dtype: str, threads: int, steps: Steps):
     """
     TYPE, EDGE = getattr(types, dtype), edge(threads)
     PITCH, LINES, EACH = EDGE + 1, threads // EDGE, EDGE * EDGE // threads
+    SIZE = EDGE * PITCH
     KH, KW, SH, SW, DH, DW = steps
     ZERO = TYPE(0)
 
     @kernel(threads)
     def fold_apart(patches, out_height, out_width, pad_height, pad_width, start, add, images):
-        tile = cuda.shared.array(EDGE * PITCH, TYPE)
+        tile = cuda.shared.array(SIZE, TYPE)
         t = int32(cuda.threadIdx.x)
         line = t // EDGE
         lane = t - line * EDGE

@@ -119,8 +119,8 @@ def channels(dtype: str, threads: int):
 
     @kernel(threads)
     def means(x, count, bits, y):
-        """y[plane] = the mean of its places, `count` of them: a group of 2^bits threads adds them up in a tree, always in
-        the same order. x (planes, places); grid (⌈planes / (threads / 2^bits)⌉,)."""
+        """y[plane] = the mean of its places, `count` of them: a group of 2^bits threads adds them up in a tree, always
+        in the same order. x (planes, places); grid (⌈planes / (threads / 2^bits)⌉,)."""
         shared = cuda.shared.array(THREADS, TYPE)
         t, places = int32(cuda.threadIdx.x), int64(x.shape[1])
         group = t >> bits
@@ -171,7 +171,7 @@ def channels(dtype: str, threads: int):
             vector += int64(cuda.gridDim.y) << bits
 
     @kernel(threads)
-    def of_images_gradient(grad, x, factor, shift, code, bits, aligned, chunk, gx, sums):
+    def of_images_gradient(grad, x, factor, shift, code, bits, chunk, aligned, gx, sums):
         """gx = g factor with g = grad act'(x factor + shift), and of the images of each split Σ g x and Σ g.
 
         sums (splits·2, channels), the two of a split one after the other. Grid (channels, splits), `chunk` images each.

@@ -23,7 +23,6 @@ from ..config import Config
 from ..source import Source
 from .family import Family
 
-
 MOST_KNOWN = 4
 """Batch sizes whose rows are kept: training has two, that of a whole batch and that of the last."""
 
