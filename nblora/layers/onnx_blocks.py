@@ -3,7 +3,7 @@
 import copy
 from typing import Any
 
-from nblora.backends.blocks import Pooling
+from nblora.backends.blocks import Pooling, ReferenceBlocks
 from nblora.storage.onnx_graph import OnnxGraph
 
 from .activations import ACTIVATIONS
@@ -43,6 +43,10 @@ class BlockTracer:
         y = _named(x, self.graph.node("ReduceMean", x.name, axes=[2, 3], keepdims=0))
         y.shape = x.shape[:2]
         return y
+
+    def channel_scale(self, weight: Any, bias: Any, mean: Any, variance: Any, eps: float) -> tuple[Any, Any]:
+        """Compute what `channels` takes: constants of the graph."""
+        return ReferenceBlocks().channel_scale(*map(self.fetch, (weight, bias, mean, variance)), eps)
 
     def channels(self, x: Any, scale: Any, shift: Any, code: int) -> Any:
         """Write act(x scale + shift) down."""
