@@ -46,7 +46,8 @@ class BlockTracer:
 
     def channel_scale(self, weight: Any, bias: Any, mean: Any, variance: Any, eps: float) -> tuple[Any, Any]:
         """Compute what `channels` takes: constants of the graph."""
-        return ReferenceBlocks().channel_scale(*map(self.fetch, (weight, bias, mean, variance)), eps)
+        weight, bias, mean, variance = map(self.fetch, (weight, bias, mean, variance))
+        return ReferenceBlocks().channel_scale(weight, bias, mean, variance, eps)
 
     def channels(self, x: Any, scale: Any, shift: Any, code: int) -> Any:
         """Write act(x scale + shift) down."""
