@@ -3,7 +3,8 @@
     forward     y = u B + W[x] + c D[x],  u = s A[x]
     backward    dB = uᵀ gz      dA[i] = s Σ gz[n] Bᵀ      dD[i] = c Σ gz[n]      dW[i] = Σ gz[n],  n with x[n] = i
 
-The product with B and its gradients are the linear step on u with B as the weight.
+The product with B and its gradients are the linear step on u with B as the weight. The integers, and what sorts them,
+are on the host wherever the tables are.
 """
 
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from .protocol import Array, Backend, Base, Gradients, LowRank, Operands, Rows, 
 class Kept(NamedTuple):
     """What backward needs of a forward: the integers, and u (N, rank), None without factors."""
 
-    indices: Array
+    indices: np.ndarray
     low: Array | None
 
 
@@ -30,18 +31,18 @@ class Embedding:
         """Compute y, and keep what backward needs where `keep`."""
         backend, (base, low_rank, delta, _, _) = self._backend, operands
         assert base is not None  # an embedding has a table
-        indices, low = _as_places(x), None
+        indices, low = np.ascontiguousarray(backend.to_host(x), np.int64), None
         if low_rank is None:
-            y = np.empty((len(x), base.weight.shape[1]), base.weight.dtype)
+            y = backend.empty((len(indices), base.weight.shape[1]), base.weight.dtype)
         else:
-            low = np.empty((len(x), low_rank.A.shape[1]), base.weight.dtype)
+            low = backend.empty((len(indices), low_rank.A.shape[1]), base.weight.dtype)
             backend.take_rows([low_rank.A], [low_rank.scaling], indices, low, False)
             y, _ = backend.forward(low, _product_with(low_rank), None, False)
         tables, factors = [base.weight], [1.0]
         if delta is not None:
             tables, factors = [base.weight, delta.delta], [1.0, delta.scaling]
         backend.take_rows(tables, factors, indices, y, low_rank is not None)
-        return y, Kept(x, low) if keep else None
+        return y, Kept(indices, low) if keep else None
 
     def backward(self, grad_output: Array, saved: Kept, operands: Operands, input_gradient: bool = True) -> Gradients:
         """Every gradient but x's, which has none."""
@@ -65,18 +66,17 @@ class Embedding:
         dA = dB = dD = dW = None
         if low_rank is None and delta is None and not train:
             return Gradients(None, None, None, None, None, None)
-        indices = _as_places(saved.indices)
-        rows = _rows(indices, len(base.weight))
+        rows = _rows(saved.indices, len(base.weight))
         if low_rank is not None:
             found = backend.backward(gy, Saved(saved.low, None, None, None), _product_with(low_rank, True))
-            dB, dA = found.weight, np.empty(low_rank.A.shape, low_rank.A.dtype)
+            dB, dA = found.weight, backend.empty(low_rank.A.shape, low_rank.A.dtype)
             backend.sum_rows(found.x, rows, low_rank.scaling, dA)
         if rates is None:
             if delta is not None:
-                dD = np.empty(delta.delta.shape, gy.dtype)
+                dD = backend.empty(delta.delta.shape, gy.dtype)
                 backend.sum_rows(gy, rows, delta.scaling, dD)
             if train:
-                dW = np.empty(base.weight.shape, gy.dtype)
+                dW = backend.empty(base.weight.shape, gy.dtype)
                 backend.sum_rows(gy, rows, 1.0, dW)
             return Gradients(None, dA, dB, dD, dW, None)
         if delta is not None:
@@ -86,12 +86,7 @@ class Embedding:
         return Gradients(None, dA, dB, None, None, None)
 
 
-def _as_places(x: Array) -> Array:
-    """Integers as the kernels index with them."""
-    return np.ascontiguousarray(x, np.int64)
-
-
-def _rows(indices: Array, count: int) -> Rows:
+def _rows(indices: np.ndarray, count: int) -> Rows:
     starts = np.zeros(count + 1, np.int64)
     np.cumsum(np.bincount(indices, minlength=count), out=starts[1:])
     return Rows(np.argsort(indices, kind="stable"), starts)

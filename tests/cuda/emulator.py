@@ -6,6 +6,7 @@ all global loads and stores are counted. Kernels run as written: only the names 
 functions and intrinsics are bound to stand-ins.
 """
 
+import contextvars
 import random
 import weakref
 from collections import Counter
@@ -67,7 +68,7 @@ class Launch:
         key = caller.f_code, caller.f_lasti
         if key not in self.memory:
             kind = as_dtype(dtype) if isinstance(dtype, types.Type) else dtype
-            self.memory[key] = np.full(shape, np.nan, kind)
+            self.memory[key] = np.full(shape, np.nan if np.dtype(kind).kind == "f" else -0x5A5A5A5A, kind)
         return self.memory[key]
 
     # --- intrinsics that differ from their simulated form
@@ -162,9 +163,9 @@ class Launch:
         threads = []
         for lane in range(self.blockDim.x):
             index = SimpleNamespace(x=lane, y=0, z=0)
-            threads.append(
-                SimpleNamespace(lane=lane, index=index, waits=None, brings=None, run=greenlet(lambda: function(*args)))
-            )
+            run = greenlet(lambda: function(*args))
+            run.gr_context = contextvars.copy_context()  # NumPy's silence about infinities and NaN
+            threads.append(SimpleNamespace(lane=lane, index=index, waits=None, brings=None, run=run))
         ready = list(threads)
         while ready:
             self._arrange(ready)

@@ -50,7 +50,6 @@ GUARDS = [
     (r"if (?:t|member) < width:", "if True:"),  # the idle half of a tree
     (r"\(array\.size \+ LANES - 1\) // LANES", "array.size // LANES"),  # the tail of an array left out
     (r"(?<=while i < )(?:\w+\.)?size", r"\g<0> + 1"),  # the end of a loop over elements
-    (r"range\((?:t, )?outputs(?=[,)])", r"\g<0> + 1"),  # the end of a row
 ]
 
 

@@ -26,8 +26,7 @@ def test_updates_and_losses(order):
 def test_no_barrier_is_missed():
     assert sum("syncthreads" in name for name, *_ in MUTANTS) == 10
     assert sum("size" in name for name, *_ in MUTANTS) == 17  # tails of vectors, and ends of loops
-    assert sum("range(" in name for name, *_ in MUTANTS) == 3
-    assert len(MUTANTS) == 70
+    assert len(MUTANTS) == 66
 
 
 @pytest.mark.parametrize("mutant", [m for m in MUTANTS if m[0].startswith("linear.cuda.tiles")], ids=lambda m: m[0])

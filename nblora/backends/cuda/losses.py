@@ -6,7 +6,7 @@ from nblora.kernels.losses.cuda import losses
 
 from ..protocol import Array, Number
 from .launching import Launching
-from .shapes import NAMES
+from .shapes import NAMES, base_aligned
 
 
 class Losses(Launching):
@@ -22,7 +22,10 @@ class Losses(Launching):
 
     def softmax_cross_entropy(self, logits: Array, labels: Array) -> tuple[Number, Array]:
         """Softmax cross-entropy with integer labels and its gradient."""
-        return self._loss("softmax_cross_entropy", logits, labels, int(np.count_nonzero(self.to_host(labels) >= 0)))
+        on_device = self.adopt(labels)  # of the host they are counted there
+        known = labels if on_device is None else self.to_host(on_device)
+        learnt = int(np.count_nonzero(known >= 0))
+        return self._loss("softmax_cross_entropy", logits, labels if on_device is None else on_device, learnt)
 
     def _loss(self, name: str, output: Array, target: Array, count: int) -> tuple[Number, Array]:
         """The loss, and its gradient, where `output` is: on the device, or on the host."""
@@ -37,6 +40,10 @@ class Losses(Launching):
         gradient = self._device.empty(values.shape, values.dtype)
         buffer, begin, partial = self._reserve(blocks)
         kernel = getattr(losses(NAMES[values.dtype], threads), name)
-        self._device.launch(kernel, blocks, threads, values, targets, np.float64(1 / max(1, count)), gradient, partial)
+        arguments = [values, targets, np.float64(1 / max(1, count)), gradient, partial]
+        if name == "softmax_cross_entropy":
+            arguments.insert(3, int(base_aligned(values, gradient)))
+        if blocks:
+            self._device.launch(kernel, blocks, threads, *arguments)
         value = self._number(buffer, begin, begin + blocks)
         return (float(value), self.to_host(gradient)) if on_device is None else (value, gradient)

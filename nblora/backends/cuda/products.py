@@ -74,8 +74,8 @@ class Products(Launching):
         out = self._device.empty(x.shape, x.dtype)
         if out.size:
             threads = self._threads(x)
-            kernel = elementwise(NAMES[x.dtype], threads).masked
-            self._device.launch(kernel, self._blocks(out.size // 4 + 1, threads), threads, x, mask, out, 1)
+            kernel, aligned = elementwise(NAMES[x.dtype], threads).masked, int(base_aligned(x, mask, out))
+            self._device.launch(kernel, self._blocks(out.size // 4 + 1, threads), threads, x, mask, out, aligned)
         return out
 
     def _vector_sums(self, x: Array, matrix: Array, along: bool, delta: Any) -> Array:

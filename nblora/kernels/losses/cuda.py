@@ -9,19 +9,79 @@ import functools
 import math
 from types import SimpleNamespace
 
+import numpy as np
 from numba.core import types
 
-from nblora.kernels.common.cuda.intrinsics import load, store
+from nblora.kernels.common.cuda.intrinsics import load, store, zeros
 from nblora.kernels.common.cuda.sums import block_max, block_sum
-from nblora.kernels.common.cuda.target import cuda, float64, int32, int64, kernel
+from nblora.kernels.common.cuda.target import cuda, device_function, float64, int32, int64, kernel
+
+
+def _softmax_lanes(dtype):
+    """Device functions on the tuples of a vector: the largest of those before `valid`, NaN where there is one; the sum
+    of their exp(z - top), 0 where nothing but -inf was found; and the gradient, the label's place counted from the
+    vector's first."""
+    LANES, cast = 16 // np.dtype(dtype).itemsize, getattr(types, dtype)
+    ZERO, LOWEST = cast(0), cast(-math.inf)
+
+    @device_function
+    def greater(held, z):
+        return z if z > held or z != z else held
+
+    @device_function
+    def power(z, top):
+        return cast(math.exp(z - top))
+
+    @device_function
+    def most_2(z, valid):
+        return greater(z[0], z[1]) if valid > 1 else z[0]
+
+    @device_function
+    def most_4(z, valid):
+        high = most_2(z, valid)
+        high = greater(high, z[2]) if valid > 2 else high
+        return greater(high, z[3]) if valid > 3 else high
+
+    @device_function
+    def exponentials_2(z, valid, found):
+        top = found if found != LOWEST else ZERO
+        return power(z[0], top) + (power(z[1], top) if valid > 1 else ZERO)
+
+    @device_function
+    def exponentials_4(z, valid, found):
+        top = found if found != LOWEST else ZERO
+        rest = (power(z[2], top) if valid > 2 else ZERO) + (power(z[3], top) if valid > 3 else ZERO)
+        return exponentials_2(z, valid, found) + rest
+
+    @device_function
+    def slope(z, top, each, one, here):
+        share = each * power(z, top)
+        return share - one if here else share
+
+    @device_function
+    def slopes_2(z, top, each, one, place):
+        return slope(z[0], top, each, one, place == 0), slope(z[1], top, each, one, place == 1)
+
+    @device_function
+    def slopes_4(z, top, each, one, place):
+        return (
+            slope(z[0], top, each, one, place == 0),
+            slope(z[1], top, each, one, place == 1),
+            slope(z[2], top, each, one, place == 2),
+            slope(z[3], top, each, one, place == 3),
+        )
+
+    found = {2: (most_2, exponentials_2, slopes_2), 4: (most_4, exponentials_4, slopes_4)}
+    return found[LANES]
 
 
 @functools.cache
 def losses(dtype: str, threads: int):
     """The loss kernels of one dtype for blocks of `threads`, a power of two."""
-    SIZE, cast = threads, getattr(types, dtype)
-    ZERO, ONE = cast(0), cast(1)
+    SIZE, cast, LANES = threads, getattr(types, dtype), 16 // np.dtype(dtype).itemsize
+    ZERO, ONE, LOWEST = cast(0), cast(1), cast(-math.inf)
     total, highest = block_sum(threads), block_max(threads)
+    most, exponentials, slopes = _softmax_lanes(dtype)
 
     @kernel(threads)
     def mean_squared_error(output, target, scale, gradient, partial):
@@ -57,29 +117,44 @@ def losses(dtype: str, threads: int):
             partial[cuda.blockIdx.x] = value * scale
 
     @kernel(threads)
-    def softmax_cross_entropy(logits, labels, scale, gradient, partial):
+    def softmax_cross_entropy(logits, labels, scale, aligned, gradient, partial):
         """scale (log Σ exp z - z[label]); gradient = scale (softmax(z) - onehot(label)); zeros where the label is
-        negative. One block a row: grid (N,)."""
+        negative. One block a row, which reads it twice, the maximum and the sum together: grid (N,).
+
+        `aligned` says that logits and gradient begin at multiples of 16 bytes. A row may begin anywhere: its first
+        vector is what lies before the next multiple.
+        """
         shared = cuda.shared.array(SIZE, float64)
         maxima = cuda.shared.array(SIZE, float64)
-        n, t, outputs = int64(cuda.blockIdx.x), int32(cuda.threadIdx.x), int64(logits.shape[1])
+        n, t, outputs = int64(cuda.blockIdx.x), int32(cuda.threadIdx.x), int32(logits.shape[1])
         row, label = n * outputs, labels[n]
-        found = load(logits, row, 1, 0, 1)[0]
-        for o in range(t, outputs, SIZE):
-            other = load(logits, row + o, 1, 0, 1)[0]
-            if other > found or other != other:
-                found = other
+        learnt = label >= 0
+        first = t * LANES - int32(row & (LANES - 1))
+        found, sum_of_found = LOWEST, float64(0)
+        column, end = first, outputs if learnt else int32(0)
+        while column < end:
+            begin = max(column, int32(0))
+            valid = min(column + LANES, outputs) - begin
+            z = load(logits, row + begin, valid, aligned, LANES)
+            high = most(z, valid)
+            if high > found or high != high:
+                sum_of_found *= float64(math.exp(found - high))
+                found = high
+            sum_of_found += float64(exponentials(z, valid, found))
+            column += SIZE * LANES
         largest = highest(maxima, t, float64(found))
         top = cast(largest)
-        value = float64(0)
-        for o in range(t, outputs, SIZE):
-            value += float64(math.exp(load(logits, row + o, 1, 0, 1)[0] - top))
-        normaliser = total(shared, t, value)
-        learnt = label >= 0
-        each = cast(scale / normaliser)
-        for o in range(t, outputs, SIZE):
-            share = each * math.exp(load(logits, row + o, 1, 0, 1)[0] - top) if learnt else ZERO
-            store(gradient, row + o, 1, 0, (share - cast(scale) if o == label else share,))
+        normaliser = total(shared, t, sum_of_found * float64(math.exp(found - top)))
+        each, one = cast(scale / normaliser), cast(scale)
+        column = first
+        while column < outputs:
+            begin = max(column, int32(0))
+            valid = min(column + LANES, outputs) - begin
+            values = zeros(LANES, ZERO)
+            if learnt:
+                values = slopes(load(logits, row + begin, valid, aligned, LANES), top, each, one, label - begin)
+            store(gradient, row + begin, valid, aligned, values)
+            column += SIZE * LANES
         if t == 0:
             chosen = float64(load(logits, row + label, 1, 0, 1)[0]) if learnt else float64(0)
             partial[n] = (math.log(normaliser) + largest - chosen) * scale if learnt else float64(0)

@@ -1,0 +1,243 @@
+"""Checks of the operations on rows: each compares a CUDA backend with the reference on float64 arrays."""
+
+import itertools
+
+import numpy as np
+
+from nblora.backends.protocol import Delta, Rows
+from nblora.backends.reference import ReferenceBackend
+from nblora.kernels.common.cuda.simulated import from_bfloat16, to_bfloat16
+
+REFERENCE = ReferenceBackend()
+DTYPES = ("float32", "float64")
+TOLERANCE = {"float32": 1e-5, "float64": 1e-12}
+
+
+class Bench:
+    """A backend, arrays for it, and the reference's answers in float64."""
+
+    def __init__(self, backend, dtype, seed=0):
+        self.backend, self.dtype, self.rng = backend, np.dtype(dtype), np.random.default_rng(seed)
+
+    def new(self, *shape):
+        """Values that float32 holds exactly, as float64."""
+        return self.rng.normal(size=shape).astype(np.float32).astype(np.float64)
+
+    def bring(self, array):
+        return None if array is None else self.backend.from_host(array.astype(self.dtype))
+
+    def same(self, found, expected, size=1.0):
+        """`size`: how large the numbers are that were added up to these."""
+        found = self.backend.to_host(found)
+        assert found.dtype == self.dtype
+        assert found.shape == expected.shape
+        bound = TOLERANCE[self.dtype.name]
+        np.testing.assert_allclose(found, expected, rtol=bound, atol=bound * size)
+
+
+def ranges(rng, count, total):
+    """Begins of ranges, none empty."""
+    cuts = np.sort(rng.choice(np.arange(1, total), count - 1, replace=False)) if count > 1 else []
+    return np.array([0, *cuts, total], np.int64)
+
+
+def check_tables(backend, dtype, samples, count, width):
+    """Rows taken from one table and two, onto nothing and onto what is there; a table in bfloat16."""
+    bench = Bench(backend, dtype)
+    first, second, held = bench.new(count, width), bench.new(count, width), bench.new(samples, width)
+    indices = bench.rng.integers(max(1, count // 2), size=samples)  # some several times, some never
+    rounded = backend._device.upload(first.astype(np.float32), bfloat16=True)
+    for add, two in itertools.product((False, True), repeat=2):
+        tables, factors = ([first, second], [0.7, -1.3]) if two else ([first], [0.7])
+        target, expected = bench.bring(held), held.copy()
+        backend.take_rows([bench.bring(table) for table in tables], factors, indices, target, add)
+        REFERENCE.take_rows(tables, factors, indices, expected, add)
+        bench.same(target, expected, 4)
+        if dtype == "float32":
+            tables[0] = from_bfloat16(to_bfloat16(first)).astype(np.float64)
+            target, expected = bench.bring(held), held.copy()
+            backend.take_rows([rounded, *map(bench.bring, tables[1:])], factors, indices, target, add)
+            REFERENCE.take_rows(tables, factors, indices, expected, add)
+            bench.same(target, expected, 4)
+    bench.same(backend.gather(bench.bring(first), indices), first[indices])
+    places, rows = bench.rng.permutation(samples + 3)[:samples], bench.new(samples + 3, width)
+    for add in (False, True):
+        target, expected = bench.bring(rows), rows.copy()
+        backend.scatter(target, places, bench.bring(held), add)
+        REFERENCE.scatter(expected, places, held, add)
+        bench.same(target, expected)
+
+
+def check_sums(backend, dtype, samples, count, width):
+    """Gradients added up where their rows came from, and what is done with them."""
+    bench = Bench(backend, dtype)
+    gradient = bench.new(samples, width)
+    indices = bench.rng.integers(max(1, count - 1), size=samples)  # the last one never, where there is another
+    starts = np.zeros(count + 1, np.int64)
+    np.cumsum(np.bincount(indices, minlength=count), out=starts[1:])
+    rows, size = Rows(np.argsort(indices, kind="stable"), starts), 4 * np.sqrt(max(1, samples))
+    target, expected = backend.empty((count, width), bench.dtype), np.zeros((count, width))
+    backend.sum_rows(bench.bring(gradient), rows, 0.3, target)
+    REFERENCE.sum_rows(gradient, rows, 0.3, expected)
+    bench.same(target, expected, size)
+    table = bench.new(count, width)
+    target, expected = bench.bring(table), table.copy()
+    backend.descend_rows(bench.bring(gradient), rows, 0.3, target)
+    REFERENCE.descend_rows(gradient, rows, 0.3, expected)
+    bench.same(target, expected, size)
+    velocity = bench.new(count, width)
+    moved = Delta(bench.bring(table), bench.bring(velocity), 0.4, 0.9)
+    expected = Delta(table.copy(), velocity.copy(), 0.4, 0.9)
+    backend.follow_rows(bench.bring(gradient), rows, moved, 0.3)
+    REFERENCE.follow_rows(gradient, rows, expected, 0.3)
+    bench.same(moved.delta, expected.delta, size)
+    bench.same(moved.velocity, expected.velocity, size)
+
+
+def check_means(backend, dtype, count, total, width):
+    """Means of ranges of rows, and their gradient."""
+    bench = Bench(backend, dtype)
+    begins = ranges(bench.rng, count, total) if count else np.zeros(1, np.int64)
+    x, grad = bench.new(total, width), bench.new(count, width)
+    expected = REFERENCE.row_means(x, begins) if count else grad
+    bench.same(backend.row_means(bench.bring(x), begins), expected)
+    bench.same(backend.row_means_gradient(bench.bring(grad), begins), REFERENCE.row_means_gradient(grad, begins))
+
+
+def check_columns(backend, dtype, rows, parts, width):
+    """Columns cut and joined."""
+    bench = Bench(backend, dtype)
+    x = bench.new(rows, parts * width)
+    found = backend.split_columns(bench.bring(x), parts)
+    assert len(found) == parts
+    for part, expected in zip(found, REFERENCE.split_columns(x, parts), strict=True):
+        bench.same(part, expected)
+    bench.same(backend.join_columns(found), x)
+    bench.same(backend.multiplied(bench.bring(x), bench.bring(x + 1)), x * (x + 1), 4)
+
+
+def check_norm(backend, dtype, rows, width):
+    """LayerNorm and RMSNorm, with a bias and without, around a mean that is large beside the differences."""
+    bench = Bench(backend, dtype)
+    x, grad = bench.new(rows, width), bench.new(rows, width)
+    weight, bias = bench.new(width) + 1, bench.new(width)
+    for centred, shift, far in ((True, bias, 0), (True, None, 64), (False, None, 0), (False, bias, 0)):
+        moved = x + far
+        y, stats = backend.norm(bench.bring(moved), bench.bring(weight), bench.bring(shift), 1e-3, centred)
+        expected, expected_stats = REFERENCE.norm(moved, weight, shift, 1e-3, centred)
+        lost = 64 if far else 1  # digits that x itself has not got
+        bench.same(y, expected, 8 * lost)
+        bench.same(stats, expected_stats, 8 * lost)
+    for centred in (True, False):
+        stats = REFERENCE.norm(x, weight, None, 1e-3, centred)[1]
+        for wanted in ((True, True), (True, False), (False, True), (False, False)):
+            given = [bench.bring(array) for array in (grad, x, stats, weight)]
+            found = backend.norm_gradient(*given, centred, wanted)
+            reference = REFERENCE.norm_gradient(grad, x, stats, weight, centred, wanted)
+            assert [part is None for part in found] == [part is None for part in reference]
+            for part, expected in zip(found, reference, strict=True):
+                if expected is not None:
+                    bench.same(part, expected, 32 * np.sqrt(max(1, rows)))
+
+
+def check_pointwise(backend, dtype, *shape):
+    """Every activation, its gradient, its gate and that one's gradients; infinities and NaN pass."""
+    bench = Bench(backend, dtype)
+    x, u, grad = 3 * bench.new(*shape), bench.new(*shape), bench.new(*shape)
+    x.reshape(-1)[:1], x.reshape(-1)[3:4] = np.nan, np.inf
+    with np.errstate(all="ignore"):
+        for code in range(8):
+            given = [bench.bring(array) for array in (grad, x, u)]
+            bench.same(backend.pointwise(given[1], code), REFERENCE.pointwise(x, code), 4)
+            bench.same(backend.pointwise_gradient(*given[:2], code), REFERENCE.pointwise_gradient(grad, x, code), 4)
+            bench.same(backend.gated(*given[1:], code), REFERENCE.gated(x, u, code), 4)
+            found, expected = backend.gated_gradient(*given, code), REFERENCE.gated_gradient(grad, x, u, code)
+            for part, other in zip(found, expected, strict=True):
+                bench.same(part, other, 16)
+
+
+def check_largest(backend, dtype, rows, width):
+    """The largest of each row: the first of equals, the first NaN; and how many are where labels say."""
+    bench = Bench(backend, dtype)
+    plain = bench.new(rows, width)
+    equal = bench.rng.integers(3, size=(rows, width)).astype(np.float64)
+    broken = np.where(bench.rng.random((rows, width)) < 2 / width, np.nan, plain)
+    low = np.full((rows, width), -np.inf)
+    for x in (plain, equal, broken, low):
+        device = bench.bring(x)
+        places, numbers = backend.largest(device)
+        expected, values = REFERENCE.largest(x)
+        assert places.dtype == np.int64
+        assert isinstance(places, np.ndarray)
+        assert numbers.dtype == dtype
+        np.testing.assert_array_equal(places, expected)
+        np.testing.assert_array_equal(numbers, values)
+        labels = np.where(np.arange(rows) % 3 == 1, (expected + 1) % width, expected)
+        labels[::5] = -100
+        for given in (labels, backend.from_host(labels)):
+            numbers = [backend.right_answers(device, given), 0.5 * backend.right_answers(device, given)]
+            right = REFERENCE.right_answers(x, labels)
+            assert backend.read(numbers) == [right, 0.5 * right]
+
+
+def check_softmax(backend, dtype, rows, width):
+    """Cross-entropy of rows that each thread reads more than once, with labels that are ignored."""
+    bench = Bench(backend, dtype)
+    z, labels = 4 * bench.new(rows, width), bench.rng.integers(width, size=rows)
+    labels[1::3] = -100
+    if not rows:
+        value, gradient = backend.softmax_cross_entropy(bench.bring(z), labels)
+        assert (float(value), gradient.shape) == (0, (0, width))
+        return
+    rising = np.sort(z, axis=1) * 8
+    barred = z.copy()  # -inf everywhere but at the last, which is right
+    barred[:, :-1] = -np.inf
+    for logits, right in ((z, labels), (rising, labels), (barred, np.full(rows, width - 1))):
+        expected, slope = REFERENCE.softmax_cross_entropy(logits, right)
+        value, gradient = backend.softmax_cross_entropy(bench.bring(logits), right)
+        np.testing.assert_allclose(float(value), expected, rtol=1e-5 if dtype == "float32" else 1e-12, atol=1e-7)
+        bench.same(gradient, slope, abs(slope).max(initial=0))
+    for wrong in (np.nan, np.inf):
+        spoilt = z.copy()
+        spoilt[:, width // 2] = wrong
+        value, gradient = backend.softmax_cross_entropy(bench.bring(spoilt), labels)
+        learnt = labels >= 0
+        assert np.isnan(float(value)) == learnt.any()
+        found = backend.to_host(gradient)
+        assert np.isnan(found[learnt]).all()
+        assert not found[~learnt].any()
+
+
+def run_everything(backend, dtype, rows=40, width=24):
+    """Every operation once, in each of its forms."""
+    bench = Bench(backend, dtype)
+    x, y, weight = (
+        bench.bring(bench.new(rows, width)),
+        bench.bring(bench.new(rows, width)),
+        bench.bring(bench.new(width)),
+    )
+    indices, begins, labels = np.arange(rows), np.array([0, 3, rows]), backend.from_host(np.zeros(rows, np.int64))
+    sorted_rows = Rows(indices, np.arange(rows + 1))
+    rounded = backend._device.upload(np.zeros((rows, width), np.float32), bfloat16=True)
+    backend.take_rows([x, y], [1.0, 2.0], indices, x, True)
+    if dtype == "float32":
+        backend.take_rows([rounded], [1.0], indices, x, False)
+        backend.take_rows([rounded, y], [1.0, 2.0], indices, x, False)
+    backend.sum_rows(x, sorted_rows, 0.5, y)
+    backend.descend_rows(x, sorted_rows, 0.5, y)
+    backend.follow_rows(x, sorted_rows, Delta(x, y, 0.5, 0.9), 0.1)
+    backend.row_means_gradient(backend.row_means(x, begins), begins)
+    backend.scatter(x, indices, y, True)
+    backend.join_columns(backend.split_columns(x, 2))
+    for centred in (True, False):
+        _, stats = backend.norm(x, weight, weight, 1e-5, centred)
+        for wanted in ((True, True), (True, False), (False, True)):
+            backend.norm_gradient(y, x, stats, weight, centred, wanted)
+    backend.pointwise(x, 2)
+    backend.pointwise_gradient(y, x, 2)
+    backend.gated(x, y, 2)
+    backend.gated_gradient(x, x, y, 2)
+    with np.errstate(invalid="ignore"):  # a device that only records has no answers
+        backend.largest(x)
+    backend.right_answers(x, labels)
+    backend.softmax_cross_entropy(x, labels)
