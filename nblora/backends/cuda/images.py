@@ -56,13 +56,10 @@ class Images(Deferred):
             self._device.launch(kernel, grid, threads, rows, *_lie(window, start), int(add), images)
             return
         first, last = start // window.places, (start + len(rows) - 1) // window.places
-        shared = (last + 1 - first) * window.height * window.width
-        kernel = patches.fold(NAMES[images.dtype], threads, steps)
-        lines = threads // patches.edge(threads)
-        tall = -(-shared // patches.edge(threads))
-        grid = tall, self._shares(tall, -(-window.channels // lines))
-        where = first, np.int64(shared)
-        self._device.launch(kernel, grid, threads, rows, *_lie(window, start), int(add), *where, images)
+        kernel, edge = patches.fold(NAMES[images.dtype], threads, steps), patches.edge(threads)
+        tall = -(-(last + 1 - first) * window.height * window.width // edge)
+        grid = tall, self._shares(tall, -(-window.channels * edge // threads))
+        self._device.launch(kernel, grid, threads, rows, *_lie(window, start), int(add), first, images)
 
     def _tiles(self, threads: int, shape: tuple[int, ...]) -> tuple[int, int]:
         """The grid over tiles of patches: all of their rows, and so many shares of the features as fill the device."""

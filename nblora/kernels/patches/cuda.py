@@ -151,9 +151,8 @@ def fold_apart(dtype: str, threads: int, steps: Steps):
 def fold(dtype: str, threads: int, steps: Steps):
     """Kernel: the transpose of `unfold`: each number of an image gathers what falls on it, patch after patch.
 
-    Added where `add`, else written where a patch lies. `first` is the first image that a patch lies on, `shared` the
-    places of all of them. A thread owns a place, and goes through channels. Grid (⌈shared / edge⌉, any): blocks along y
-    share the channels.
+    Added where `add`, else written where a patch lies. `first` is the first image that a patch lies on. A thread owns a
+    place, and goes through channels. Grid (⌈places of these images / edge⌉, any): blocks along y share the channels.
     """
     TYPE, EDGE = getattr(types, dtype), edge(threads)
     LINES = threads // EDGE
@@ -162,7 +161,7 @@ def fold(dtype: str, threads: int, steps: Steps):
     ZERO = TYPE(0)
 
     @kernel(threads)
-    def fold(patches, out_height, out_width, pad_height, pad_width, start, add, first, shared, images):
+    def fold(patches, out_height, out_width, pad_height, pad_width, start, add, first, images):
         t = int32(cuda.threadIdx.x)
         line = t // EDGE
         channels, height, width = int64(images.shape[1]), int64(images.shape[2]), int64(images.shape[3])
@@ -178,7 +177,7 @@ def fold(dtype: str, threads: int, steps: Steps):
         w_begin = (left + SW - 1) // SW if left > 0 else int64(0)
         h_end, w_end = min(bottom // SH, int64(out_height) - 1), min(right // SW, int64(out_width) - 1)
         c = int64(cuda.blockIdx.y) * LINES + line
-        while place < shared and c < channels:
+        while c < channels:
             total, met = ZERO, int32(0)
             h = h_begin
             while h <= h_end:

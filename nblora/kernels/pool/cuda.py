@@ -26,7 +26,7 @@ def pool(dtype: str, threads: int, maximum: bool):
     elements. Grid (⌈planes / (threads / 2^bits)⌉, any).
     """
     THREADS, TYPE = threads, getattr(types, dtype)
-    ZERO = TYPE(0)
+    START = TYPE(-math.inf if maximum else 0)
 
     @kernel(threads)
     def pool(x, kh, kw, sh, sw, ph, pw, count, bits, y, places):
@@ -41,9 +41,7 @@ def pool(dtype: str, threads: int, maximum: bool):
             top, left = h * sh - ph, (place - h * out_width) * sw - pw
             i, bottom = max(top, 0), min(top + kh, height)
             begin, end = max(left, 0), min(left + kw, width)
-            source = plane * height * width
-            found = load(x, source + i * width + begin, 1, 0, 1)[0] if maximum else ZERO
-            where = i * width + begin
+            source, where, found = plane * height * width, i * width + begin, START
             while i < bottom:
                 j = begin
                 while j < end:
