@@ -320,18 +320,71 @@ def fit():
     return found
 
 
+def models():
+    """MiniLM's shape with random weights: steps of LoRA against the CPU's and PEFT's, tokens of a small Llama."""
+    import models as bench
+
+    import nblora
+
+    found = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        bench.write_base(folder / "MiniLM", bench.MINILM)
+        bench.write_base(folder / "Llama", bench.LLAMA | {"num_hidden_layers": 2, "vocab_size": 4096})
+        for case in ("MiniLM 32 x 64", "MiniLM 32 x 5 to 60"):
+            found[case] = _against_peers(bench, case, folder)
+        prompts, tokens = [[1, 2, 3], [7, 8]], {}
+        for device in ("cpu", "cuda"):
+            model = nblora.load_pretrained(folder / "Llama").to(device)
+            nblora.generate(model, prompts, max_new_tokens=2, eos=[])
+            begun = time.perf_counter()
+            tokens[device] = [t.tolist() for t in nblora.generate(model, prompts, max_new_tokens=32, eos=[])]
+            found[f"Llama of 2 layers, {device}: ms a token of 2 texts"] = 1e3 * (time.perf_counter() - begun) / 32
+    found["same tokens"] = tokens["cpu"] == tokens["cuda"]
+    worst = max(found[case]["deviation of losses"] for case in found if case.startswith("MiniLM"))
+    if not (worst <= 1e-3 and found["same tokens"]):
+        raise PartFailed(f"losses differ from the CPU's by {worst:.1e}, or tokens do", found)
+    return found
+
+
+def _against_peers(bench, case, folder):
+    """Losses of three steps beside the CPU's, and milliseconds of a step, nblora's and PEFT's."""
+    losses, found = {}, {}
+    for device, count in (("cpu", 3), ("cuda", 40)):
+        prepare, steps, *_ = bench.nblora_peer(folder, device)
+        held = prepare(case)
+        losses[device] = steps(held, 3)[1]
+        if device == "cuda":
+            found["nblora, ms a step"] = 1e3 * float(np.median(steps(held, count)[0]))
+    found["deviation of losses"] = deviation(losses["cuda"], np.array(losses["cpu"]))
+    try:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ImportError("this PyTorch finds no GPU")
+        for attention in ("sdpa", "eager"):
+            prepare, steps, *_ = bench.peft_peer(folder, attention, "cuda")
+            held = prepare(case)
+            steps(held, 5)
+            found[f"PEFT, {attention}, ms a step"] = 1e3 * float(np.median(steps(held, 40)[0]))
+    except ImportError as error:
+        found["PEFT"] = f"left out: {error}"
+    return found
+
+
 PARTS = {  # in the order of their worth, with their limits in seconds: 22 minutes in all, none above 8
     "info": (info, 40),
     "step": (step, 90),
     "memory": (memory, 60),
-    "tests": (tests, 240),
+    "tests": (tests, 200),
     "sanitizer": (sanitizer, 120),
     "kernels": (kernels, 120),
-    "sweep": (sweep, 150),
-    "bench": (bench, 240),
+    "models": (models, 140),
+    "sweep": (sweep, 120),
+    "bench": (bench, 200),
     "precision": (precision, 90),
     "torch": (torch_interop, 60),
-    "fit": (fit, 110),
+    "fit": (fit, 80),
 }
 
 

@@ -114,7 +114,7 @@ def work(name):
 # --- peers -------------------------------------------------------------------------------------------------------
 
 
-def nblora_peer(folder):
+def nblora_peer(folder, device="cpu"):
     """Answer requests: prepare a case, train some steps and tell seconds and losses, save the adapter."""
     import nblora
     from nblora.training import AdamW
@@ -124,7 +124,7 @@ def nblora_peer(folder):
         model = nblora.load_pretrained(folder / task)
         model.adapt(target or ALL[task], rank=8, alpha=16, seed=0)
         model.save_adapter(folder / "adapter", force=True)
-        return model, *data(name)
+        return model.to(device), *data(name)
 
     def steps(held, count):
         model, ids, labels = held
@@ -146,7 +146,7 @@ def nblora_peer(folder):
     return prepare, steps, lambda held, path: held[0].save_adapter(path, force=True), embed
 
 
-def peft_peer(folder, attention):
+def peft_peer(folder, attention, device="cpu"):
     """The same by PyTorch."""
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
     import peft
@@ -159,7 +159,7 @@ def peft_peer(folder, attention):
     def prepare(name):
         task, _, _ = CASES[name]
         base = kinds[task].from_pretrained(folder / task, attn_implementation=attention, dtype=torch.float32)
-        model = peft.PeftModel.from_pretrained(base, folder / "adapter", is_trainable=True).train()
+        model = peft.PeftModel.from_pretrained(base, folder / "adapter", is_trainable=True).train().to(device)
         ids, labels = data(name)
         width = max(map(len, ids))
         batch = {"input_ids": np.zeros((len(ids), width), int), "attention_mask": np.zeros((len(ids), width), int)}
@@ -167,7 +167,7 @@ def peft_peer(folder, attention):
             batch["input_ids"][row, : len(each)], batch["attention_mask"][row, : len(each)] = each, 1
         batch["labels"] = np.where(batch["attention_mask"] > 0, batch["input_ids"], -100) if labels is None else labels
         rule = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE, weight_decay=0.0)
-        return model, rule, {key: torch.tensor(value) for key, value in batch.items()}
+        return model, rule, {key: torch.tensor(value, device=device) for key, value in batch.items()}
 
     def steps(held, count):
         model, rule, batch = held

@@ -1,10 +1,11 @@
 """`DoRAAdapter`: z = m (W + s A B) / ‖W + s A B‖, the magnitude of each output trained by itself (Liu et al., 2024)."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self, cast
 
 import numpy as np
 
+from nblora.backends.blocks import ReferenceBlocks
 from nblora.backends.protocol import Array, Backend, Operands, Product
 from nblora.layers.base import Layer
 from nblora.layers.low_rank import LoRALayer
@@ -45,12 +46,9 @@ class _Scaled:
     what is left, as in PEFT: y = act(f∘p' + (x - x') W + b), p' of x'.
     """
 
-    def __init__(self, product: Product, backend: Any, magnitude: Array, norms: Array) -> None:
+    def __init__(self, product: Product, backend: Any, factor: Array, per_norm: Array, no_bias: Array) -> None:
         self._product, self._backend = product, backend
-        # An output without any weight has no direction; it gives its bias, as the base does, and not NaN.
-        has, zeros = norms != 0, np.zeros_like(norms)
-        self._factor = np.divide(magnitude, norms, out=zeros.copy(), where=has)
-        self._per_norm = np.divide(1, norms, out=zeros, where=has)
+        self._factor, self._per_norm, self._no_bias = factor, per_norm, no_bias
 
     def forward(self, x: Array, operands: Operands, mask: Array | None, keep: bool) -> tuple[Array, _Kept | None]:
         """Compute y, and keep what backward needs where `keep`."""
@@ -59,9 +57,10 @@ class _Scaled:
             p, saved = self._product.forward(x, inner, None, keep)
             y = backend.channels(p, self._factor, shift, operands.activation)
             return y, _Kept(p, saved, None, None, None) if keep else None
-        dropped = x * mask
+        dropped = backend.multiplied(x, mask)
         p, saved = self._product.forward(dropped, inner, None, keep)
-        rest, saved_rest = self._product.forward(x - dropped, inner._replace(low_rank=None), None, keep)
+        left = self._minus(x, dropped)
+        rest, saved_rest = self._product.forward(left, inner._replace(low_rank=None), None, keep)
         z = backend.channels(p, self._factor, shift, 0)
         backend.add(z, rest)
         y = backend.pointwise(z, operands.activation) if operands.activation else z
@@ -103,15 +102,23 @@ class _Scaled:
         if mask is not None:
             rest = back(grad, saved.saved_rest, inner._replace(low_rank=None), input_gradient)
             if gx is not None:
-                gx = mask * gx + (1 - mask) * rest.x
+                gx = backend.multiplied(self._minus(gx, rest.x), mask)
+                backend.add(gx, rest.x)
             if weight is not None:
-                weight = weight + rest.weight
+                backend.add(weight, rest.weight)
         bias = plain if operands.train_base and operands.base is not None and operands.base.bias is not None else None
-        return _Gradients(gx, found.A, found.B, None, weight, bias, along * self._per_norm)
+        return _Gradients(gx, found.A, found.B, None, weight, bias, backend.multiplied(along, self._per_norm))
+
+    def _minus(self, x: Array, y: Array) -> Array:
+        """x - y, a new array."""
+        found = y.copy()
+        self._backend.scale(found, -1.0)
+        self._backend.add(found, x)
+        return found
 
     def _shift(self, operands: Operands) -> Array:
         assert operands.base is not None  # whose outputs are scaled
-        return np.zeros_like(self._factor) if operands.base.bias is None else operands.base.bias
+        return self._no_bias if operands.base.bias is None else operands.base.bias
 
 
 def _inner(operands: Operands) -> Operands:
@@ -120,9 +127,8 @@ def _inner(operands: Operands) -> Operands:
     return operands._replace(base=operands.base._replace(bias=None), activation=0)
 
 
-def _norms(backend: Any, operands: Operands) -> Array:
-    """‖W + s A B‖ of each output, (out,), on a backend that has the operation."""
-    return backend.output_norms(operands)
+def _blocks(backend: Any) -> ReferenceBlocks:
+    return cast(ReferenceBlocks, backend)
 
 
 class DoRAAdapter(Adapter):
@@ -133,7 +139,7 @@ class DoRAAdapter(Adapter):
     adapter has m = ‖W‖, and computes what its base computes.
 
     The product x W + s (x A) B is the fused step of LoRA; scaling, bias and activation are one pass more over the
-    outputs, and every forward computes the norms anew, from W and Aᵀ W. Merge for inference. On the CPU alone.
+    outputs, and every forward computes the norms anew, on the CPU from W and Aᵀ W. Merge for inference.
 
     Parameters
     ----------
@@ -152,7 +158,6 @@ class DoRAAdapter(Adapter):
     peft_fields: ClassVar[dict[str, Any]] = {"peft_type": "LORA", "use_dora": True}
     reads_peft = True
     around_models = False
-    _needs = ("channels", "output_norms")
     _joins_norm = False
 
     def __init__(
@@ -168,11 +173,10 @@ class DoRAAdapter(Adapter):
         seed: int | np.random.Generator | None = None,
     ) -> None:
         check_base(base_layer)
-        self._check_backend(base_layer._backend)
         rng = np.random.default_rng(seed)
         low_rank = self._new_low_rank(base_layer, rank, alpha, use_rslora, init, rng)
         operands: Operands = base_layer._operands()  # type: ignore[attr-defined]  # a projection
-        self._magnitude = Parameter(_norms(base_layer._backend, operands))  # the change begins at zero
+        self._magnitude = Parameter(_blocks(base_layer._backend).output_norms(operands))  # the change begins at zero
         self._wrap(base_layer, low_rank, freeze_base_layer, lora_dropout, rng)
 
     @property
@@ -184,8 +188,15 @@ class DoRAAdapter(Adapter):
         product = super()._product(backend)
         if not self._enabled:
             return product
-        norms = _norms(self._backend, self._adapted())
-        return _Scaled(product, backend, self._magnitude.array, norms)  # type: ignore[return-value]  # more gradients
+        factor, per_norm = self._factors(self._adapted())
+        no_bias = self._backend.zeros_like(factor)
+        return _Scaled(product, backend, factor, per_norm, no_bias)  # type: ignore[return-value]  # more gradients
+
+    def _factors(self, operands: Operands) -> tuple[Array, Array]:
+        """m and 1 by the norm of each output. One without any weight has no direction; it gives its bias, as the base
+        does, and not NaN."""
+        blocks = _blocks(self._backend)
+        return blocks.per_norms(self._magnitude.array, blocks.output_norms(operands))
 
     def _targets(self) -> Targets:
         return (*super()._targets(), ("magnitude", self._magnitude)) if self._enabled else super()._targets()
@@ -203,9 +214,12 @@ class DoRAAdapter(Adapter):
         The base is untouched and shares no memory with the new layer.
         """
         operands, backend = self._adapted(), self._backend
-        factor = _Scaled(backend, backend, self._magnitude.array, _norms(backend, operands))._factor
+        factor, _ = self._factors(operands)
+        merged, zeros = backend.merge(operands), backend.zeros_like(factor)
         turned = operands.base is not None and operands.base.transposed
-        return self.base_layer.with_weight(backend.merge(operands) * (factor[:, None] if turned else factor))
+        outputs_second = merged.reshape(1, *merged.shape) if turned else merged
+        scaled = _blocks(backend).channels(outputs_second, factor, zeros, 0)
+        return self.base_layer.with_weight(scaled.reshape(merged.shape))
 
     def as_factors(self, fold: int | None = None) -> Factors:
         return super().as_factors()._replace(magnitude=self.get_parameter("magnitude").astype(np.float64))

@@ -144,6 +144,10 @@ class ReferenceBlocks:
         """Gradients of x and of u."""
         return grad * u * _each(activation_slope, x, code), grad * _each(activate, x, code)
 
+    def multiplied(self, x: Array, y: Array) -> Array:
+        """x∘y, of one shape."""
+        return x * y
+
     def dropout(self, x: Array, share: float, rng: np.random.Generator) -> tuple[Array, Array]:
         """x / (1 - share) where it is kept and 0 where it is dropped, with the probability `share`; and what says
         which. A GPU draws numbers of its own, as for `dropout_mask`."""
@@ -264,6 +268,11 @@ class ReferenceBlocks:
         weight = base.weight.T if base.transposed else base.weight
         changed = weight if low_rank is None else weight + low_rank.scaling * (low_rank.A @ low_rank.B)
         return np.sqrt((changed**2).sum(axis=0))
+
+    def per_norms(self, magnitude: Array, norms: Array) -> tuple[Array, Array]:
+        """Magnitudes by norms, and 1 by norms, of each output, (out,); 0 where the norm is."""
+        has, zeros = norms != 0, np.zeros_like(norms)
+        return np.divide(magnitude, norms, out=zeros.copy(), where=has), np.divide(1, norms, out=zeros, where=has)
 
 
 def _scores(q: Array, k: Array, v: Array, shape: Heads) -> Any:

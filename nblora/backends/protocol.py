@@ -121,6 +121,10 @@ class Backend(Product, Protocol):
 
     device: str
     precision: str
+    breadth: int
+    """How many times as much as suits a CPU's caches is made at once: of logits, of patches."""
+    simulated: bool
+    """Whether it only stands for a GPU."""
 
     def adopt(self, value: Any) -> Array | None:
         """The array itself, or a view of it, where `value` is on this backend's GPU; None for what is on the host."""

@@ -91,6 +91,7 @@ class ReferenceBackend(ReferenceBlocks):
 
     device = "cpu"
     precision = "float32"
+    breadth, simulated = 1, False
 
     def adopt(self, value: Any) -> Array | None:
         """The array itself where it is on a GPU: never."""

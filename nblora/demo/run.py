@@ -75,8 +75,8 @@ def run_demo(settings: Settings, progress: bool = True) -> DemoResult:
 
 
 def runs_convolutions(device: str | None) -> bool:
-    """Whether the device has kernels for the convolutional network."""
-    return (default_backend() if device is None else resolve(device)).device == "cpu"
+    """Whether the convolutional network is for the device: Numba's simulator would take hours."""
+    return not (default_backend() if device is None else resolve(device)).simulated
 
 
 def cache_is_empty() -> bool:

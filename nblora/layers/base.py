@@ -10,7 +10,7 @@ import numpy as np
 from nblora import checks
 from nblora.backends import resolve
 from nblora.backends.protocol import Array
-from nblora.errors import DeviceUnavailableError, FormatError
+from nblora.errors import FormatError
 from nblora.storage.checkpoint import read_checkpoint, write_checkpoint
 
 from . import tree
@@ -42,7 +42,6 @@ class Layer(NamedParameters):
     """Whether the layer is one product with a weight, which an adapter's change may join and be merged into."""
     _computes: ClassVar[bool] = False
     _droppable: ClassVar[bool] = True  # whether an adapter drops elements of its input
-    _needs: ClassVar[tuple[str, ...]] = ()  # operations that not every backend has
     _closed = False
     _run: Run | None = None
     _rng: np.random.Generator | None = None  # of what draws numbers in a forward
@@ -339,8 +338,6 @@ class Layer(NamedParameters):
     def _move(self, backend: Any) -> None:
         """Take all arrays to `backend`: every one of them, or where one fails, none."""
         nodes = [node for node in tree.walk(self) if node.layer._backend is not backend]
-        for node in nodes:
-            node.layer._check_backend(backend)
         moved, seen = [], set()
         for node in nodes:
             for parameter in node.layer._own_parameters().values():
@@ -356,14 +353,6 @@ class Layer(NamedParameters):
             parameter.array, parameter.gradient = array, gradient
         for node in nodes:
             node.layer._backend, node.layer._run = backend, None
-
-    def _check_backend(self, backend: Any) -> None:
-        """DeviceUnavailableError where the layer needs what `backend` does not offer."""
-        for operation in self._needs:
-            if not hasattr(backend, operation):
-                raise DeviceUnavailableError(
-                    f"{type(self).__name__} has no kernels for device {backend.device!r} yet; use device='cpu'"
-                )
 
     def _as_input(self, name: str, value: Any) -> Array:
         """`value` checked as what the layer takes, of the dtype that it takes."""

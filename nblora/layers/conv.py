@@ -15,7 +15,6 @@ class Convolution(Weighted, abstract=True):
     """What `Conv1d` and `Conv2d` share: a sequence is an image with one row."""
 
     _transposed = True
-    _needs = ("convolution",)
     _open_axes: ClassVar[tuple[str, ...]]
     """The names of the open axes."""
 

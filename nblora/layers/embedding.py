@@ -34,7 +34,6 @@ class Embedding(Weighted):
     """
 
     _transposed = False
-    _needs = ("embedding",)
     _droppable = False
 
     def __init__(self, weight: Any) -> None:

@@ -96,7 +96,6 @@ class _KeptPool(NamedTuple):
 class _Pool(_Images, abstract=True):
     """Windows of images brought to one number each."""
 
-    _needs = ("pool",)
     _maximum: ClassVar[bool]
 
     def __init__(
@@ -201,8 +200,6 @@ class GlobalAvgPool2d(_Images):
         Of its neighbours.
     """
 
-    _needs = ("pool",)
-
     def __init__(self, channels: int, *, dtype: Any = "float32") -> None:
         self._begin(channels, dtype)
         self._open(default_backend())
@@ -262,8 +259,6 @@ class BatchNorm2d(_Images):
     activation : str
         As for `Dense`.
     """
-
-    _needs = ("channels",)
 
     def __init__(
         self, weight: Any, bias: Any, mean: Any, variance: Any, *, eps: float = 1e-5, activation: str = "identity"

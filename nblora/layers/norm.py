@@ -29,7 +29,6 @@ class _Kept(NamedTuple):
 class Norm(Layer, abstract=True):
     """What `LayerNorm` and `RMSNorm` share."""
 
-    _needs = ("norm",)
     _centred: ClassVar[bool]
     _bias: Parameter | None = None
 

@@ -90,10 +90,12 @@ class Weighted(Projection, abstract=True):
         raise NotImplementedError
 
     def with_weight(self, weight: Any) -> Self:
-        """Return a layer like this one, on its device, with another weight, stored like its own."""
-        bias = None if self.bias is None else np.array(self._backend.to_host(self.bias))
-        twin = self._made(self._backend.to_host(weight), bias, self._config())
-        twin._move(self._backend)
+        """Return a layer like this one, on its device, with another weight, stored like its own, which it takes."""
+        bias = None if self._bias is None else np.zeros(self.out_features, self.dtype)
+        twin = self._made(np.empty(weight.shape, self.dtype), bias, self._config())
+        twin._weight.array, twin._backend = weight, self._backend
+        if self._bias is not None and twin._bias is not None:
+            twin._bias.array = self._bias.array.copy()
         return twin
 
     def _settings(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from .model import PretrainedModel
 from .rows import Ragged, Tokens, read_tokens
 
 PIECE = 1 << 22
-"""Logits that are held at once in training, 16 MB of float32."""
+"""Logits that are held at once in training, 16 MB of float32, times the backend's breadth."""
 IGNORED = -100
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -169,7 +169,7 @@ class TextModel(PretrainedModel):
         grad = run.backend.zeros_like(rows) if wanted else None
         value: Any = 0.0
         figures: dict[str, Any] = dict.fromkeys(loss.metrics, 0.0)
-        size = max(1, PIECE // self.out_features)
+        size = max(1, run.backend.breadth * PIECE // self.out_features)
         for start in range(0, len(learnt), size):
             places = slice(start, start + size)
             piece = run.inner()
@@ -182,7 +182,8 @@ class TextModel(PretrainedModel):
             for metric, figure in found.items():
                 figures[metric] = figures[metric] + share * figure
             if run.training and piece.live:
-                run.backend.scale(slopes, share)
+                if share < 1:
+                    run.backend.scale(slopes, share)
                 below = self.head._backward(slopes, piece.back(run.sink))
                 if grad is not None and below is not None:
                     grad[places] = below

@@ -11,7 +11,6 @@ from nblora.adapters import ADAPTERS
 from nblora.backends.reference import ReferenceBackend
 from nblora.cli import main
 from nblora.compare import compare
-from nblora.errors import DeviceUnavailableError
 from nblora.estimators import LoRAClassifier
 from nblora.results import read_result_file, values_by_seed
 from nblora.storage.safetensors_writer import write_safetensors
@@ -170,18 +169,6 @@ def test_sweeps_comparisons_and_estimators_take_it_by_name(method, tmp_path, rng
     found = LoRAClassifier(method=method.method, rank=2, max_iter=2, random_state=0).fit(x, y)
     assert type(found.model_[0]).method == method.method
     assert found.predict(x).shape == y.shape
-
-
-def test_where_a_device_lacks_an_operation_nothing_moves(method):
-    class Less:
-        device = "cuda:0"
-
-    adapter = method(nblora.Dense.random(4, 4, seed=1), 2, seed=1)
-    if not method._needs:
-        pytest.skip("a method of operands alone runs wherever layers do")
-    with pytest.raises(DeviceUnavailableError, match=f"{method.__name__} has no kernels for device 'cuda:0'"):
-        adapter._move(Less())
-    assert adapter.device == "cpu"
 
 
 def test_around_a_model_it_works_or_says_why_not(method, rng):

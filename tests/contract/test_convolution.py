@@ -9,7 +9,6 @@ import nblora
 from nblora.backends import convolution, convolution_cpu, host, resolve
 from nblora.backends.protocol import Base, Delta, LowRank, Operands
 from nblora.backends.reference import ReferenceBackend
-from nblora.errors import DeviceUnavailableError
 from nblora.kernels.patches.window import Slide
 from tests import oracle
 from tests.helpers import (
@@ -426,27 +425,6 @@ def test_bad_arrays(rng):
     assert snapshot(layer).keys() == before.keys()
     for name, value in before.items():
         np.testing.assert_array_equal(layer.get_parameter(name), value)
-
-
-class Elsewhere:
-    """A device without kernels for convolutions, on which nothing may arrive."""
-
-    device = "cuda:0"
-
-    def base_from_host(self, array):
-        raise AssertionError("moved")
-
-    from_host = base_from_host
-
-
-@pytest.mark.parametrize("kind", [None, *ADAPTERS])
-def test_a_device_without_kernels(rng, kind):
-    layer = make_layer(rng, kind, "odd", "float64")
-    model = nblora.Sequential(layer)
-    for moved in (layer, model):
-        with pytest.raises(DeviceUnavailableError, match=r"Conv2d has no kernels for device 'cuda:0'"):
-            moved._move(Elsewhere())
-    assert layer.device == model.device == "cpu"
 
 
 # --- neighbours, training, memory ----------------------------------------------------------------------------------

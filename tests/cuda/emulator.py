@@ -27,6 +27,17 @@ OWNERS: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
 """The array that owns the memory at an address, for kernels that are given addresses."""
 
 
+def _owner(address):
+    """The memory that an array at this address lies in: its beginning, or a part of it."""
+    found = OWNERS.get(address)
+    if found is None:
+        for memory in list(OWNERS.values()):
+            if memory.ctypes.data <= address < memory.ctypes.data + memory.nbytes:
+                return memory
+        raise IndexError(f"no array lies at {address}")
+    return found
+
+
 class Divergence(RuntimeError):
     """Threads of a block, or of a warp, wait for each other at different places."""
 
@@ -83,9 +94,7 @@ class Launch:
             simulated.store(array, offset, valid, aligned, values)
 
         def memory(address, count, zero):
-            if int(address) not in OWNERS:
-                raise IndexError(f"no array begins at {address}")
-            owner = OWNERS[int(address)]
+            owner = _owner(int(address))
             begin = (int(address) - owner.ctypes.data) // owner.itemsize
             return owner[begin : begin + int(count)]
 

@@ -116,7 +116,7 @@ def test_dlpack(move):
     contract.check_dlpack(move)
 
 
-def test_device_array_is_written_whole():
+def test_device_array_is_cut_and_written():
     array = make_backend().from_host(np.ones((2, 3), np.float32))
     assert isinstance(array, DeviceArray)
     assert (array.ndim, array.size, array.nbytes, len(array)) == (2, 6, 24, 2)
@@ -124,8 +124,13 @@ def test_device_array_is_written_whole():
     assert array.T.shape == (3, 2)
     array[...] = 2
     np.testing.assert_array_equal(array.copy(), np.full((2, 3), 2.0))
-    with pytest.raises(IndexError, match="whole"):
-        array[0] = 1
+    array[1:] = np.full((1, 3), 5)
+    np.testing.assert_array_equal(array[:1], np.full((1, 3), 2.0))
+    np.testing.assert_array_equal(array[-1:9], np.full((1, 3), 5.0))
+    assert array[2:1].shape == (0, 3)
+    for place in (0, slice(None, None, 2), (slice(None), 1)):
+        with pytest.raises(IndexError, match="cut by a slice of its first axis"):
+            array[place] = 1
     with pytest.raises(ValueError, match="without a copy"):
         np.asarray(array, copy=False)
     assert "cuda:0" in repr(array)

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 import nblora
-from nblora.errors import DeviceUnavailableError
 from tests import oracle
 from tests.helpers import DTYPES, assert_close, assert_unchanged, snapshot
 
@@ -102,18 +101,6 @@ def test_onnx(rng, kind, dtype, tmp_path):
     layer.to_onnx(tmp_path / "norm.onnx")
     session = onnxruntime.InferenceSession(str(tmp_path / "norm.onnx"), providers=["CPUExecutionProvider"])
     assert_close(session.run(None, {"x": x})[0], layer(x))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_device_without_its_kernels_is_refused_and_nothing_moves(rng, kind):
-    class Other:
-        device = "other"
-
-    model = nblora.Sequential(nblora.Dense.random(7, 7, dtype="float64", seed=0), make(rng, kind))
-    with pytest.raises(DeviceUnavailableError, match=f"{kind.__name__} has no kernels for device 'other' yet"):
-        model._move(Other())
-    assert model.device == "cpu"
-    assert model["0"].device == "cpu"
 
 
 def test_wrong_arguments():

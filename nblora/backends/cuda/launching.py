@@ -61,9 +61,11 @@ class Launching:
     read it.
     """
 
+    breadth = 16
+
     def __init__(self, device: Device, precision: str = "float32") -> None:
         self.device, self.precision = device.name, precision
-        self._device = device
+        self._device, self.simulated = device, device.simulated
         self._plain = SIMULATED if device.simulated else PLAIN
         self._shapes = TENSOR if precision == "tf32" else self._plain
         self._zero_biases: dict[Any, DeviceArray] = {}

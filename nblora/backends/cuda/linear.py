@@ -5,6 +5,8 @@ from typing import cast
 from nblora.kernels.linear.cuda import forward as forward_kernels
 from nblora.kernels.linear.cuda import gradients
 from nblora.kernels.linear.cuda.forward import FACTOR, HAS_BASE, HAS_LOW, KEEP, LOW, OUT, WEIGHT, X
+from nblora.kernels.linear.cuda.norms import GROUP
+from nblora.kernels.linear.cuda.norms import norms as norm_kernels
 from nblora.kernels.linear.cuda.tiles import Tile
 from nblora.kernels.update.cuda import DELTA, elementwise
 from nblora.kernels.update.cuda import WEIGHT as WEIGHT_ITSELF
@@ -252,3 +254,23 @@ class Linear(Deferred):
             out,
         )
         return out
+
+    def output_norms(self, operands: Operands) -> Array:
+        """‖W + s A B‖ of each output over its inputs, (out,), of the merged weight."""
+        weight, base = self.merge(operands), operands.base
+        assert base is not None  # whose outputs they are
+        threads, outputs = self._threads(weight), weight.shape[0 if base.transposed else 1]
+        norms = self._device.empty((outputs,), weight.dtype)
+        kernel = norm_kernels(NAMES[weight.dtype], threads, base.transposed).output_norms
+        each = threads // GROUP if base.transposed else GROUP
+        self._device.launch(kernel, -(-outputs // each), threads, weight, norms)
+        return norms
+
+    def per_norms(self, magnitude: Array, norms: Array) -> tuple[Array, Array]:
+        """Magnitudes by norms, and 1 by norms, of each output, (out,); 0 where the norm is."""
+        self._device.settle()
+        factor, inverse = (self._device.empty(norms.shape, norms.dtype) for _ in range(2))
+        threads = self._threads(norms)
+        kernel = norm_kernels(NAMES[norms.dtype], threads, False).per_norms
+        self._device.launch(kernel, self._blocks(norms.size, threads), threads, magnitude, norms, factor, inverse)
+        return factor, inverse
