@@ -5,11 +5,12 @@ import functools
 import inspect
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self, cast
 
 import numpy as np
 
 from nblora import checks
+from nblora.backends.blocks import ReferenceBlocks
 from nblora.backends.protocol import Array, Backend, Base, Delta, Gradients, LowRank, Operands, Product
 from nblora.layers.base import Layer, layer_from_state
 from nblora.layers.diagnostics import describe_projection
@@ -227,7 +228,8 @@ class Adapter(Projection, abstract=True):
             return LowRank(own.A, B, own.scaling)
         fixed = beside.B.copy()
         backend.scale(fixed, -beside.share)
-        return LowRank(_joined(backend, own.A, beside.A, 1), _joined(backend, B, fixed, 0), own.scaling)
+        A = cast(ReferenceBlocks, backend).join_columns([own.A, beside.A])
+        return LowRank(A, _stacked(backend, B, fixed), own.scaling)
 
     def _gradients_of(self, gradients: Gradients) -> list[tuple[Parameter, Array | None]]:
         found, beside = super()._gradients_of(gradients), self._beside()
@@ -236,7 +238,7 @@ class Adapter(Projection, abstract=True):
         backend, low_rank = self._backend, self.lora_layer
         A, B = gradients.A, gradients.B
         if beside.A is not None:
-            A, B = _begin(backend, A, self.rank, 1), _begin(backend, B, self.rank, 0)
+            A, B = cast(ReferenceBlocks, backend).split_columns(A, 2)[0], B[: self.rank]
         if beside.gain != 1:
             backend.scale(A, 1 / beside.gain)  # the product reads gain·B, and the rule B
         own = {low_rank._A: A, low_rank._B: B}
@@ -460,16 +462,12 @@ def around_model(cls: type[Adapter]) -> type[Adapter]:
     return type(cls.__name__, (AroundModel, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__}, abstract=True)
 
 
-def _joined(backend: Backend, first: Array, second: Array, axis: int) -> Array:
-    """Two matrices side by side; a GPU's by way of the host."""
-    fetch = backend.to_host
-    return backend.from_host(np.concatenate([fetch(first), fetch(second)], axis=axis))
-
-
-def _begin(backend: Backend, array: Array, count: int, axis: int) -> Array:
-    """The first rows or columns of a matrix as one of its own; a GPU's by way of the host."""
-    host = backend.to_host(array)
-    return backend.from_host(np.ascontiguousarray(host[:, :count] if axis else host[:count]))
+def _stacked(backend: Backend, first: Array, second: Array) -> Array:
+    """Two matrices of as many columns one below the other."""
+    whole = backend.empty((len(first) + len(second), first.shape[1]), first.dtype)
+    whole[: len(first)] = first
+    whole[len(first) :] = second
+    return whole
 
 
 def check_base(base_layer: Any) -> None:
