@@ -10,26 +10,41 @@ from .target import COMPILED
 
 if not COMPILED:
     from .simulated import (
+        above,
         add_scaled,
+        at_most,
+        exp2,
+        kept,
+        lane_maxima,
+        lane_sums,
         load,
         load_shared,
+        maximum,
         memory,
+        mixed,
         multiply,
         outer_accumulate,
         part,
+        repeated,
         scale,
+        shifted,
         store,
         store_shared,
+        stretched,
         tensor_accumulate,
         to_tf32,
+        turned,
         with_part,
+        within,
         zeros,
     )
 else:
     from llvmlite import ir
     from numba.core.errors import TypingError
-    from numba.cuda import types
+    from numba.cuda import cgutils, types
     from numba.cuda.extending import intrinsic
+
+    from nblora.kernels.common.mixing import FIRST_MIX, SECOND_MIX
 
     from .simulated import mma_wiring
 
@@ -265,6 +280,181 @@ else:
             return context.make_tuple(builder, values, out)
 
         return values(values, index, group), generate
+
+    def _rearranged(values, count, source):
+        """Signature and generator of a tuple of `count` elements of which `source` tells the old place of each."""
+        result = types.UniTuple(values.dtype, count)
+
+        def generate(context, builder, signature, args):
+            held = _unpack(builder, args[0], values.count)
+            return context.make_tuple(builder, result, [held[source(place)] for place in range(count)])
+
+        return result, generate
+
+    @intrinsic
+    def repeated(typingctx, values, count):
+        """The whole tuple, `count` times."""
+        if not isinstance(count, types.IntegerLiteral):
+            return None
+        size = values.count
+        result, generate = _rearranged(values, size * count.literal_value, lambda place: place % size)
+        return result(values, count), generate
+
+    @intrinsic
+    def stretched(typingctx, values, count):
+        """Each element `count` times."""
+        if not isinstance(count, types.IntegerLiteral):
+            return None
+        times = count.literal_value
+        result, generate = _rearranged(values, values.count * times, lambda place: place // times)
+        return result(values, count), generate
+
+    @intrinsic
+    def turned(typingctx, values, lanes):
+        """Each square of `lanes` x `lanes` elements transposed."""
+        if not isinstance(lanes, types.IntegerLiteral):
+            return None
+        side = lanes.literal_value
+
+        def source(place):
+            square, row, column = place // side**2, place // side % side, place % side
+            return square * side**2 + column * side + row
+
+        result, generate = _rearranged(values, values.count, source)
+        return result(values, lanes), generate
+
+    def _larger(builder, one, other):
+        name = "llvm.maxnum.f32" if one.type == F32 else "llvm.maxnum.f64"
+        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(one.type, [one.type, one.type]), name)
+        return builder.call(function, [one, other])
+
+    def _folded(rule, values, lanes):
+        """Signature and generator of a rule that joins the groups of `lanes` elements, lane by lane, one by one."""
+        if not isinstance(lanes, types.IntegerLiteral):
+            return None
+        result = types.UniTuple(values.dtype, lanes.literal_value)
+
+        def generate(context, builder, signature, args):
+            held = _unpack(builder, args[0], values.count)
+            joined = held[: result.count]
+            for first in range(result.count, values.count, result.count):
+                group = held[first : first + result.count]
+                joined = [rule(builder, *pair) for pair in zip(joined, group, strict=True)]
+            return context.make_tuple(builder, result, joined)
+
+        return result(values, lanes), generate
+
+    @intrinsic
+    def lane_sums(typingctx, values, lanes):
+        """Sums over the groups of `lanes` elements, lane by lane."""
+        return _folded(lambda builder, one, other: builder.fadd(one, other), values, lanes)
+
+    @intrinsic
+    def lane_maxima(typingctx, values, lanes):
+        """Largest elements of the groups of `lanes`, lane by lane; NaN only where there is nothing else."""
+        return _folded(_larger, values, lanes)
+
+    @intrinsic
+    def maximum(typingctx, values, others):
+        """The larger of two, lane by lane; NaN only where there is nothing else."""
+        return _lanewise(_larger, values, others)
+
+    @intrinsic
+    def above(typingctx, values, least):
+        """Values that are more than `least`, 0 for the others and for NaN."""
+
+        def rule(builder, value, bound):
+            more = builder.fcmp_ordered(">", value, bound)
+            return builder.select(more, value, ir.Constant(value.type, 0.0))
+
+        return _lanewise(rule, values, values.dtype)
+
+    @intrinsic
+    def exp2(typingctx, values):
+        """2 to the power of each; float32 with an error of two units in the last place, and 0 for what is not normal."""
+
+        def rule(builder, value):
+            if value.type == F32:
+                return _assembly(builder, F32, [value], "ex2.approx.ftz.f32 $0, $1;", "=f,f")
+            kind = ir.FunctionType(value.type, [value.type])
+            return builder.call(cgutils.get_or_insert_function(builder.module, kind, "__nv_exp2"), [value])
+
+        return _lanewise(rule, values)
+
+    def _integer(builder, value, kind):
+        if value.type.width < kind.width:
+            return builder.sext(value, kind)
+        return builder.trunc(value, kind) if value.type.width > kind.width else value
+
+    def _of_integers(rule, numbers, scalar):
+        """Signature and generator of a rule on integers and one of them, whose type the results have."""
+        result = types.UniTuple(scalar, numbers.count)
+
+        def generate(context, builder, signature, args):
+            held = [_integer(builder, value, args[1].type) for value in _unpack(builder, args[0], numbers.count)]
+            return context.make_tuple(builder, result, [rule(builder, value, args[1]) for value in held])
+
+        return result(numbers, scalar), generate
+
+    @intrinsic
+    def shifted(typingctx, numbers, by):
+        """Integers plus one, lane by lane, of its type."""
+        return _of_integers(lambda builder, number, by: builder.add(number, by), numbers, by)
+
+    @intrinsic
+    def at_most(typingctx, numbers, most):
+        """Integers, none more than `most`."""
+
+        def rule(builder, number, most):
+            return builder.select(builder.icmp_signed("<", number, most), number, most)
+
+        return _of_integers(rule, numbers, most)
+
+    @intrinsic
+    def within(typingctx, values, numbers, lows, ends, otherwise):
+        """Values whose number is in the range of their lane, lows <= number < ends; for the others `otherwise`.
+
+        A group of as many values as there are lanes has one number.
+        """
+
+        def generate(context, builder, signature, args):
+            held = _unpack(builder, args[0], values.count)
+            kind = context.get_value_type(signature.args[2].dtype)
+            places, least, most = (
+                [_integer(builder, value, kind) for value in _unpack(builder, arg, tuple_.count)]
+                for arg, tuple_ in zip(args[1:4], (numbers, lows, ends), strict=True)
+            )
+            out = []
+            for place, value in enumerate(held):
+                number, lane = places[place // lows.count], place % lows.count
+                after = builder.icmp_signed("<=", least[lane], number)
+                before = builder.icmp_signed("<", number, most[lane])
+                out.append(builder.select(builder.and_(after, before), value, args[4]))
+            return context.make_tuple(builder, values, out)
+
+        return values(values, numbers, lows, ends, values.dtype), generate
+
+    def _mix(builder, z):
+        for distance, factor in ((30, FIRST_MIX), (27, SECOND_MIX), (31, 1)):
+            z = builder.xor(z, builder.lshr(z, I64(distance)))
+            z = builder.mul(z, I64(factor)) if factor > 1 else z
+        return z
+
+    @intrinsic
+    def mixed(typingctx, numbers):
+        """`SplitMix64`'s mix of integers of 64 bits, lane by lane."""
+        return _lanewise(_mix, numbers)
+
+    @intrinsic
+    def kept(typingctx, values, states, steps, bar, gain):
+        """Gain values where the upper 53 bits of mixed(states + steps) are at least `bar`, else 0, lane by lane."""
+
+        def rule(builder, value, state, step, bar, gain):
+            number = builder.lshr(_mix(builder, builder.add(state, step)), I64(11))
+            chosen = builder.icmp_unsigned(">=", number, bar)
+            return builder.select(chosen, builder.fmul(gain, value), ir.Constant(value.type, 0.0))
+
+        return _lanewise(rule, values, states, steps, types.int64, values.dtype)
 
     def _assembly(builder, result, args, text, constraints, side_effect=False):
         kind = ir.FunctionType(result, [arg.type for arg in args])

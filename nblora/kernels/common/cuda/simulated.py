@@ -8,6 +8,8 @@ import ctypes
 
 import numpy as np
 
+from nblora.kernels.common.mixing import FIRST_MIX, SECOND_MIX
+
 
 def flat(array):
     """The memory of a C-contiguous array as one vector (a view), whatever a simulator wrapped it in."""
@@ -113,6 +115,88 @@ def with_part(values, index, group):
     changed = np.array(values)
     changed[index * len(group) : (index + 1) * len(group)] = group
     return changed
+
+
+def repeated(values, count):
+    """The whole tuple, `count` times."""
+    return np.tile(values, count)
+
+
+def stretched(values, count):
+    """Each element `count` times."""
+    return np.repeat(values, count)
+
+
+def turned(values, lanes):
+    """Each square of `lanes` x `lanes` elements transposed."""
+    return np.asarray(values).reshape(-1, lanes, lanes).swapaxes(1, 2).reshape(-1)
+
+
+def lane_sums(values, lanes):
+    """Sums over the groups of `lanes` elements, lane by lane."""
+    with np.errstate(all="ignore"):
+        return np.asarray(values).reshape(-1, lanes).sum(axis=0)
+
+
+def lane_maxima(values, lanes):
+    """Largest elements of the groups of `lanes`, lane by lane; NaN only where there is nothing else."""
+    return np.fmax.reduce(np.asarray(values).reshape(-1, lanes), axis=0)
+
+
+def maximum(values, others):
+    """The larger of two, lane by lane; NaN only where there is nothing else."""
+    return np.fmax(values, others)
+
+
+def above(values, least):
+    """Values that are more than `least`, 0 for the others and for NaN."""
+    values = np.asarray(values)
+    return np.where(values > least, values, values.dtype.type(0))
+
+
+def exp2(values):
+    """2 to the power of each; float32 with an error of two units in the last place, and 0 for what is not normal."""
+    with np.errstate(all="ignore"):
+        return np.exp2(np.asarray(values))
+
+
+def shifted(numbers, by):
+    """Integers plus one, lane by lane, of its type."""
+    return tuple(int(number) + int(by) for number in numbers)
+
+
+def at_most(numbers, most):
+    """Integers, none more than `most`."""
+    return tuple(min(int(number), int(most)) for number in numbers)
+
+
+def within(values, numbers, lows, ends, otherwise):
+    """Values whose number is in the range of their lane, lows <= number < ends; for the others `otherwise`.
+
+    A group of as many values as there are lanes has one number.
+    """
+    numbers = np.asarray(numbers)[:, None]
+    inside = (np.asarray(lows) <= numbers) & (numbers < np.asarray(ends))
+    return np.where(inside.reshape(-1), values, otherwise)
+
+
+def _words(numbers):
+    return np.array([int(number) & 0xFFFFFFFFFFFFFFFF for number in numbers], np.uint64)
+
+
+def mixed(numbers):
+    """`SplitMix64`'s mix of integers of 64 bits, lane by lane."""
+    z = _words(numbers)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(FIRST_MIX)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(SECOND_MIX)
+    return z ^ (z >> np.uint64(31))
+
+
+def kept(values, states, steps, bar, gain):
+    """gain values where the upper 53 bits of mixed(states + steps) are at least `bar`, else 0, lane by lane."""
+    numbers = mixed(_words(states) + _words(steps)) >> np.uint64(11)
+    values = np.asarray(values)
+    return np.where(numbers.astype(np.int64) >= bar, gain * values, values.dtype.type(0))
 
 
 def to_tf32(values):
