@@ -5,6 +5,7 @@ from collections import Counter
 import numpy as np
 
 from nblora.backends.cuda import CUDABackend
+from nblora.backends.cuda.attention import TINY_ATTENTION
 from nblora.backends.cuda.shapes import Shapes
 from nblora.backends.device import Device, DeviceArray
 from nblora.kernels.linear.cuda.tiles import Tile
@@ -79,6 +80,6 @@ class EmulatedDevice(Device):
 def make_backend(order="forward", aligned=True, precision="float32", shapes=None):
     """A CUDA backend that runs emulated, on small tiles."""
     backend = CUDABackend(EmulatedDevice(order, aligned), precision)
-    backend._plain = SMALL
+    backend._plain, backend._attention = SMALL, TINY_ATTENTION
     backend._shapes = shapes or (SMALL | TENSOR if precision == "tf32" else SMALL)
     return backend

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from nblora.backends.cuda.attention import ATTENTION
 from nblora.backends.cuda.shapes import PLAIN, TENSOR
 from nblora.backends.device import as_argument
 from nblora.backends.protocol import Base, Delta, LowRank, Operands
@@ -20,7 +21,7 @@ class RecordingDevice(EmulatedDevice):
 def recording_backend(precision="float32"):
     """The backend with the tiles of a real device."""
     backend = make_backend(precision=precision, shapes=TENSOR if precision == "tf32" else PLAIN)
-    backend._device, backend._plain = RecordingDevice(), PLAIN
+    backend._device, backend._plain, backend._attention = RecordingDevice(), PLAIN, ATTENTION
     return backend
 
 

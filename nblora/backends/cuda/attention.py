@@ -22,49 +22,45 @@ FEW = 4
 
 @dataclass(frozen=True)
 class AttentionShapes:
-    """Tiles of one dtype, by the sizes of heads that they take, in ascending order."""
+    """Tiles of one dtype, by the sizes of heads that they take, in ascending order; and threads of other blocks."""
 
     forward: tuple[Tile, ...]
     gradient: tuple[Tile, ...]
+    dropping: tuple[Tile, ...]  # what is dropped takes registers
     few: tuple[Few, ...]
     threads: int
 
 
+_128, _256 = Tile(64, 64, 128, 256, resident=1), Tile(32, 128, 256, 256, resident=1)
+_128_64 = Tile(32, 32, 128, 256, 16, "float64", resident=1)
+_256_64 = Tile(16, 64, 256, 256, dtype="float64", resident=1)
+_NARROW_64 = tuple(Tile(32, 32, size, 128, dtype="float64") for size in (32, 64))
 ATTENTION = {
     "float32": AttentionShapes(
         (*(Tile(64, 64, size, 128) for size in (32, 64, 128)), Tile(64, 64, 256, 256, resident=1)),
-        (
-            *(Tile(64, 64, size, 128) for size in (32, 64)),
-            Tile(64, 64, 128, 256, resident=1),
-            Tile(32, 128, 256, 256, resident=1),
-        ),
+        (*(Tile(64, 64, size, 128) for size in (32, 64)), _128, _256),
+        (*(Tile(64, 32, size, 128) for size in (32, 64)), _128, _256),
         tuple(Few(64, size, 128) for size in (32, 64, 128, 256)),
         256,
     ),
     "float64": AttentionShapes(
-        (
-            *(Tile(32, 32, size, 128, dtype="float64") for size in (32, 64, 128)),
-            Tile(32, 32, 256, 256, 16, "float64", resident=1),
-        ),
-        (
-            *(Tile(32, 32, size, 128, dtype="float64") for size in (32, 64)),
-            Tile(32, 32, 128, 256, 16, "float64", resident=1),
-            Tile(16, 64, 256, 256, dtype="float64", resident=1),
-        ),
+        (*_NARROW_64, Tile(32, 32, 128, 128, dtype="float64"), Tile(32, 32, 256, 256, 16, "float64", resident=1)),
+        (*_NARROW_64, _128_64, _256_64),
+        (*_NARROW_64, _128_64, _256_64),
         tuple(Few(64, size, 128, "float64") for size in (32, 64, 128, 256)),
         256,
     ),
 }
-# A few threads each, for the tests and for Numba's simulator, to which a thread is the dearest thing.
-_SIZES = 16, 32, 64, 128, 256
-_TINY = tuple(Tile(8, 16, size, 8, 4) for size in _SIZES)
-_TINY_64 = tuple(Tile(4, 8, size, 8, 4, "float64") for size in _SIZES)
-TINY_ATTENTION = {
-    "float32": AttentionShapes(_TINY, _TINY, tuple(Few(64, size, max(8, size // 4)) for size in _SIZES), 8),
-    "float64": AttentionShapes(
-        _TINY_64, _TINY_64, tuple(Few(64, size, max(8, size // 2), "float64") for size in _SIZES), 8
-    ),
-}
+
+
+def _tiny(rows: int, columns: int, dtype: str) -> AttentionShapes:
+    sizes, lanes = (16, 32, 64, 128, 256), 16 // np.dtype(dtype).itemsize
+    tiles = tuple(Tile(rows, columns, size, 8, 4, dtype) for size in sizes)
+    return AttentionShapes(tiles, tiles, tiles, tuple(Few(16, size, max(8, size // lanes), dtype) for size in sizes), 8)
+
+
+TINY_ATTENTION = {"float32": _tiny(8, 16, "float32"), "float64": _tiny(4, 8, "float64")}
+"""A few threads each, for Numba's simulator, to which a thread is the dearest thing, and for tests."""
 
 
 class Attention(Deferred):
@@ -91,14 +87,13 @@ class Attention(Deferred):
         if not shape.bar and self._tables_of(shape.begins)[1] <= FEW:
             block = replace(_fitting(shapes.few, size), several=group > 1)
             grid = q.shape[0], shape.key_heads * -(-group // block.rows), 1
-            tiles = self._tiles(shape.begins, 1)
+            tiles = self._row_tiles(shape.begins, 1)
             self._device.launch(
                 few.few(block), grid, block.threads, q, k, v, tiles, *sequences, *numbers, aligned, o, sums
             )
             return o, sums
-        # What is dropped takes as many registers as a gradient.
-        tile = _fitting(shapes.gradient if shape.bar else shapes.forward, size)
-        tiles = self._tiles(shape.begins, tile.rows)
+        tile = _fitting(shapes.dropping if shape.bar else shapes.forward, size)
+        tiles = self._row_tiles(shape.begins, tile.rows)
         kernel, grid = forward.forward(tile, bool(shape.bar)), (tiles.shape[0], shape.heads, 1)
         dropping = _dropping(shape, q.dtype)
         self._device.launch(
@@ -112,7 +107,7 @@ class Attention(Deferred):
         """Gradients of q, k and v."""
         gq, gk, gv = (self._device.empty(array.shape, array.dtype) for array in (q, k, v))
         shapes, size = self._attention[NAMES[q.dtype]], q.shape[1] // shape.heads
-        tile, dtype = _fitting(shapes.gradient, size), q.dtype
+        tile, dtype = _fitting(shapes.dropping if shape.bar else shapes.gradient, size), q.dtype
         products = self._device.empty(sums.shape, dtype)
         aligned = self._heads_aligned(size, grad, q, k, v, o, gq, gk, gv)
         sequences, numbers = self._sequences(shape), self._head_numbers(q, shape)
@@ -122,12 +117,12 @@ class Attention(Deferred):
             blocks = -(-sums.size * gradients.MEMBERS // shapes.threads)
             kernel = gradients.output_products(NAMES[dtype], shapes.threads)
             self._device.launch(kernel, blocks, shapes.threads, grad, o, size, aligned, products)
-            tiles = self._tiles(shape.begins, tile.rows)
+            tiles = self._row_tiles(shape.begins, tile.rows)
             grid = tiles.shape[0], shape.heads, 1
             kernel = gradients.query_gradient(tile, bool(shape.bar))
             self._device.launch(kernel, grid, tile.threads, *given, tiles, *sequences, *scalars, gq)
         if k.size:
-            tiles = self._tiles(shape.key_begins, tile.rows)
+            tiles = self._row_tiles(shape.key_begins, tile.rows)
             grid = tiles.shape[0], shape.key_heads, 1
             kernel = gradients.key_gradients(tile, bool(shape.bar))
             self._device.launch(kernel, grid, tile.threads, *given, tiles, *sequences, *scalars, gk, gv)
@@ -162,7 +157,7 @@ class Attention(Deferred):
             known = self._tables[key] = reference, int(np.diff(begins).max(initial=0)), {}
         return known
 
-    def _tiles(self, begins: np.ndarray, rows: int) -> DeviceArray:
+    def _row_tiles(self, begins: np.ndarray, rows: int) -> DeviceArray:
         """(sequence, first row) of each tile of so many rows, the last rows of sequences first: where attention is
         causal these have most to do."""
         tables = self._tables_of(begins)[2]

@@ -106,7 +106,7 @@ def few(shape: Few):
         before = (int32(cuda.blockIdx.y) - key_head * blocks) * ROWS  # heads of the group that other blocks have
         head, count = key_head * group + before, min(ROWS, group - before)
         begin, stride, key_column = int64(here.row) * q.shape[1] + head * size, int64(k.shape[1]), key_head * size
-        end = min(here.k1, here.row - here.q0 + here.k0 + here.ahead + 1) if causal else here.k1
+        end = here.row - here.q0 + here.k0 + here.ahead + 1 if causal else here.k1
         i = t
         while i < ROWS * VECTORS:
             row, column = i // VECTORS, i % VECTORS * LANES

@@ -97,7 +97,7 @@ def forward(tile: Tile, dropping: bool):
         own, first = t % DOWN * LANES, t // DOWN * LANES
         row = here.row + own
         after = here.k0 + here.ahead + 1 - here.q0  # the first key that causal row 0 would not see
-        end = min(here.k1, min(here.row + ROWS, here.q1) - 1 + after) if causal else here.k1
+        end = min(here.row + ROWS, here.q1) - 1 + after if causal else here.k1
         states = mixed(shifted(ROW_STEPS, int64(seed) + int64(row) * ROW + int64(head) * HEAD))
         largest, total, out = repeated((NONE,), LANES), zeros(LANES, ZERO), zeros(OUTPUTS, ZERO)
         start = here.k0

@@ -129,7 +129,7 @@ def query_gradient(tile: Tile, dropping: bool):
         grads = Rows(grad, here.row, here.q1, head * size, stride)
         first, row = t // DOWN * LANES, here.row + t % DOWN * LANES
         after = here.k0 + here.ahead + 1 - here.q0
-        end = min(here.k1, min(here.row + ROWS, here.q1) - 1 + after) if causal else here.k1
+        end = min(here.row + ROWS, here.q1) - 1 + after if causal else here.k1
         states = mixed(shifted(ROW_STEPS, int64(seed) + int64(row) * ROW + int64(head) * HEAD))
         shift = scale(figures(sums, row, here.q1, head, heads), -TO_BINARY)
         behind = figures(products, row, here.q1, head, heads)

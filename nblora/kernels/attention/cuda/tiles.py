@@ -16,7 +16,6 @@ import numpy as np
 from numba.core import types
 
 from nblora.kernels.common.cuda.intrinsics import (
-    at_most,
     load,
     load_shared,
     outer_accumulate,
@@ -334,13 +333,13 @@ def places(tile: Tile) -> tuple[Callable, Callable, Callable]:
 
 @functools.cache
 def visible(tile: Tile) -> Callable:
-    """A device function: scores of own queries with keys that there are, the first `most` columns from the thread's
-    first, and that the queries see, the first `last` for the thread's first and one more for each next; else -inf."""
+    """A device function: scores of own queries with the keys that they see, else -inf: of the columns from a thread's
+    first on, where causal, `last` for its first query and one more for each next, else `most`."""
     LANES, LANE, NUMBERS, NONE = tile.lanes, tuple(range(tile.lanes)), numbers(tile), tile.type(-np.inf)
 
     @device_function
     def visible(scores, causal, last, most):
-        ends = at_most(shifted(LANE, last), most) if causal else repeated((most,), LANES)
+        ends = shifted(LANE, last) if causal else repeated((most,), LANES)
         return within(scores, NUMBERS, repeated((int32(0),), LANES), ends, NONE)
 
     return visible

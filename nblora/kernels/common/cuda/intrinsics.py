@@ -12,7 +12,6 @@ if not COMPILED:
     from .simulated import (
         above,
         add_scaled,
-        at_most,
         exp2,
         kept,
         lane_maxima,
@@ -371,7 +370,7 @@ else:
 
     @intrinsic
     def exp2(typingctx, values):
-        """2 to the power of each; float32 with an error of two units in the last place, and 0 for what is not normal."""
+        """2 to the power of each; float32 with an error of two in the last place, and 0 for what is not normal."""
 
         def rule(builder, value):
             if value.type == F32:
@@ -386,29 +385,16 @@ else:
             return builder.sext(value, kind)
         return builder.trunc(value, kind) if value.type.width > kind.width else value
 
-    def _of_integers(rule, numbers, scalar):
-        """Signature and generator of a rule on integers and one of them, whose type the results have."""
-        result = types.UniTuple(scalar, numbers.count)
-
-        def generate(context, builder, signature, args):
-            held = [_integer(builder, value, args[1].type) for value in _unpack(builder, args[0], numbers.count)]
-            return context.make_tuple(builder, result, [rule(builder, value, args[1]) for value in held])
-
-        return result(numbers, scalar), generate
-
     @intrinsic
     def shifted(typingctx, numbers, by):
         """Integers plus one, lane by lane, of its type."""
-        return _of_integers(lambda builder, number, by: builder.add(number, by), numbers, by)
+        result = types.UniTuple(by, numbers.count)
 
-    @intrinsic
-    def at_most(typingctx, numbers, most):
-        """Integers, none more than `most`."""
+        def generate(context, builder, signature, args):
+            held = [_integer(builder, value, args[1].type) for value in _unpack(builder, args[0], numbers.count)]
+            return context.make_tuple(builder, result, [builder.add(value, args[1]) for value in held])
 
-        def rule(builder, number, most):
-            return builder.select(builder.icmp_signed("<", number, most), number, most)
-
-        return _of_integers(rule, numbers, most)
+        return result(numbers, by), generate
 
     @intrinsic
     def within(typingctx, values, numbers, lows, ends, otherwise):

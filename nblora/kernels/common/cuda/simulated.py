@@ -155,7 +155,7 @@ def above(values, least):
 
 
 def exp2(values):
-    """2 to the power of each; float32 with an error of two units in the last place, and 0 for what is not normal."""
+    """2 to the power of each; float32 with an error of two in the last place, and 0 for what is not normal."""
     with np.errstate(all="ignore"):
         return np.exp2(np.asarray(values))
 
@@ -163,11 +163,6 @@ def exp2(values):
 def shifted(numbers, by):
     """Integers plus one, lane by lane, of its type."""
     return tuple(int(number) + int(by) for number in numbers)
-
-
-def at_most(numbers, most):
-    """Integers, none more than `most`."""
-    return tuple(min(int(number), int(most)) for number in numbers)
 
 
 def within(values, numbers, lows, ends, otherwise):
