@@ -506,10 +506,12 @@ def test_traffic_of_channels(shape):
 
 GUARDS = [
     # patches beyond those there are, features beyond those of a patch, places outside of the image
-    (r"above \+ (?:lane|k) < rows and ", ""),
-    (r" and (?:f|before \+ lane) < features(?=:)", ""),
-    (r"(?<= )(?:down|across) >= 0 and ", ""),
-    (r" and (?:down < height|across < width)", ""),
+    (r"if lane >= tall:", "if False:"),
+    (r"if k < tall:", "if True:"),
+    (r" if before \+ t < features else int32\(FAR\)", ""),
+    (r"if before \+ lane < features:", "if True:"),
+    (r"(?:row|column) >= 0 and ", ""),
+    (r" and (?:row < height|column < width)(?= and|:)", ""),
     # of a gathering: channels, and which patches lie on a place
     (r"while c < channels:", "while c < channels + 1:"),
     (r" and r (?:>= 0|< rows)", ""),

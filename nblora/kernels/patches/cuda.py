@@ -2,18 +2,23 @@
 
 Rows have the numbers of a patch side by side, images those of a line: a tile of both is turned round in shared memory,
 so that what is read and what is written lie side by side for the threads of a warp. A thread looks up its patch once
-and then goes through features; the kernel's sizes are constants, so that no feature takes a division.
+and then goes through features, of which one thread tells the block where each lies; the kernel's sizes are constants,
+so that this takes no division by what is not known.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 from numba.core import types
 
 from nblora.kernels.common.cuda.intrinsics import load, store
-from nblora.kernels.common.cuda.target import cuda, int32, int64, kernel
+from nblora.kernels.common.cuda.target import cuda, device_function, int32, int64, kernel
 
 from .window import Window
+
+FAR = 1 << 29
+"""A row where no image has one, nor any patch that begins there: what must not be moved is said to lie there."""
 
 
 class Steps(NamedTuple):
@@ -42,6 +47,30 @@ def edge(threads: int) -> int:
     return 1 << (threads.bit_length() + 1) // 2
 
 
+def lying(steps: Steps) -> tuple[Callable, Callable]:
+    """Two device functions that tell where a patch, and a number of it, lie.
+
+    `corner(place, out_height, out_width, pad_height, pad_width)` is the image, row and column of the first number of a
+    patch, counted through all images; `shift(f)` the channel, rows and columns from there to feature f.
+    """
+    KH, KW, SH, SW, DH, DW = steps
+
+    @device_function
+    def corner(place, out_height, out_width, pad_height, pad_width):
+        n = place // (int64(out_height) * out_width)
+        within = int32(place - n * out_height * out_width)
+        h = int32(within // out_width)
+        return n, int32(h * SH - pad_height), int32((within - h * out_width) * SW - pad_width)
+
+    @device_function
+    def shift(f):
+        c = f // (KH * KW)
+        i = (f - c * (KH * KW)) // KW
+        return c, i * DH, (f - (c * KH + i) * KW) * DW
+
+    return corner, shift
+
+
 @functools.cache
 def unfold(dtype: str, threads: int, steps: Steps):
     """Kernel: patches[r] = patch `start` + r of images (N, channels, height, width), zeros outside.
@@ -51,44 +80,47 @@ def unfold(dtype: str, threads: int, steps: Steps):
     """
     TYPE, EDGE = getattr(types, dtype), edge(threads)
     PITCH, LINES, EACH = EDGE + 1, threads // EDGE, EDGE * EDGE // threads
-    SIZE = EDGE * PITCH
-    KH, KW, SH, SW, DH, DW = steps
-    ZERO = TYPE(0)
+    SIZE, ZERO = EDGE * PITCH, TYPE(0)
+    corner, shift = lying(steps)
 
     @kernel(threads)
     def unfold(images, out_height, out_width, pad_height, pad_width, start, patches):
         tile = cuda.shared.array(SIZE, TYPE)
+        offsets = cuda.shared.array(EDGE, int64)
+        downs = cuda.shared.array(EDGE, int32)
+        acrosses = cuda.shared.array(EDGE, int32)
         t = int32(cuda.threadIdx.x)
-        line = t // EDGE
-        lane = t - line * EDGE
-        channels, height, width = int64(images.shape[1]), int64(images.shape[2]), int64(images.shape[3])
+        line = int32(t // EDGE)
+        lane = int32(t - line * EDGE)
+        height, width = int32(images.shape[2]), int32(images.shape[3])
         rows, features = int64(patches.shape[0]), int64(patches.shape[1])
-        above = int64(cuda.blockIdx.x) * EDGE
-        place = start + above + lane
-        places = int64(out_height) * out_width
-        n = place // places
-        place -= n * places
-        h = place // out_width
-        y, x = h * SH - pad_height, (place - h * out_width) * SW - pad_width
-        image = n * channels * height * width
-        before = int64(cuda.blockIdx.y) * EDGE
+        above, before = int64(cuda.blockIdx.x) * EDGE, int64(cuda.blockIdx.y) * EDGE
+        tall = int32(min(rows - above, int64(EDGE)))  # patches of the tile
+        n, y, x = corner(start + above + lane, out_height, out_width, pad_height, pad_width)
+        first = ((n * images.shape[1]) * height + y) * width + x
+        if lane >= tall:
+            y = int32(FAR)
         while before < features:
+            if t < EDGE:
+                c, down, across = shift(before + t)
+                offsets[t] = (c * height + down) * width + across
+                downs[t] = int32(down) if before + t < features else int32(FAR)
+                acrosses[t] = int32(across)
+            cuda.syncthreads()  # it is known where the tile's features lie
             for step in range(EACH):  # a thread's patch is that of its lane
-                k = line + step * LINES
-                value, f = ZERO, before + k
-                if above + lane < rows and f < features:
-                    c = f // (KH * KW)
-                    i = (f - c * (KH * KW)) // KW
-                    down, across = y + i * DH, x + (f - (c * KH + i) * KW) * DW
-                    if down >= 0 and down < height and across >= 0 and across < width:
-                        value = load(images, image + (c * height + down) * width + across, 1, 0, 1)[0]
+                k = int32(line + step * LINES)
+                value, row, column = ZERO, int32(y + downs[k]), int32(x + acrosses[k])
+                if row >= 0 and row < height and column >= 0 and column < width:
+                    value = load(images, first + offsets[k], 1, 0, 1)[0]
                 tile[k * PITCH + lane] = value
             cuda.syncthreads()  # the tile is there
-            for step in range(EACH):  # its lane's feature
-                k = line + step * LINES
-                if above + k < rows and before + lane < features:
-                    store(patches, (above + k) * features + before + lane, 1, 0, (tile[lane * PITCH + k],))
-            cuda.syncthreads()  # it has been written
+            if before + lane < features:  # and now its feature
+                target = (above + line) * features + before + lane
+                for step in range(EACH):
+                    k = int32(line + step * LINES)
+                    if k < tall:
+                        store(patches, target, 1, 0, (tile[lane * PITCH + k],))
+                    target += LINES * features
             before += int64(cuda.gridDim.y) * EDGE
 
     return unfold
@@ -102,45 +134,47 @@ def fold_apart(dtype: str, threads: int, steps: Steps):
     """
     TYPE, EDGE = getattr(types, dtype), edge(threads)
     PITCH, LINES, EACH = EDGE + 1, threads // EDGE, EDGE * EDGE // threads
-    SIZE = EDGE * PITCH
-    KH, KW, SH, SW, DH, DW = steps
-    ZERO = TYPE(0)
+    SIZE, ZERO = EDGE * PITCH, TYPE(0)
+    corner, shift = lying(steps)
 
     @kernel(threads)
     def fold_apart(patches, out_height, out_width, pad_height, pad_width, start, add, images):
         tile = cuda.shared.array(SIZE, TYPE)
+        offsets = cuda.shared.array(EDGE, int64)
+        downs = cuda.shared.array(EDGE, int32)
+        acrosses = cuda.shared.array(EDGE, int32)
         t = int32(cuda.threadIdx.x)
-        line = t // EDGE
-        lane = t - line * EDGE
-        channels, height, width = int64(images.shape[1]), int64(images.shape[2]), int64(images.shape[3])
+        line = int32(t // EDGE)
+        lane = int32(t - line * EDGE)
+        height, width = int32(images.shape[2]), int32(images.shape[3])
         rows, features = int64(patches.shape[0]), int64(patches.shape[1])
-        above = int64(cuda.blockIdx.x) * EDGE
-        place = start + above + lane
-        places = int64(out_height) * out_width
-        n = place // places
-        place -= n * places
-        h = place // out_width
-        y, x = h * SH - pad_height, (place - h * out_width) * SW - pad_width
-        image = n * channels * height * width
-        before = int64(cuda.blockIdx.y) * EDGE
+        above, before = int64(cuda.blockIdx.x) * EDGE, int64(cuda.blockIdx.y) * EDGE
+        tall = int32(min(rows - above, int64(EDGE)))  # patches of the tile
+        n, y, x = corner(start + above + lane, out_height, out_width, pad_height, pad_width)
+        first = ((n * images.shape[1]) * height + y) * width + x
+        if lane >= tall:
+            y = int32(FAR)
         while before < features:
-            for step in range(EACH):  # a thread's feature is that of its lane
-                k = line + step * LINES
-                if above + k < rows and before + lane < features:
-                    value = load(patches, (above + k) * features + before + lane, 1, 0, 1)[0]
-                    tile[lane * PITCH + k] = value
-            cuda.syncthreads()  # the tile is there
-            for step in range(EACH):  # its lane's patch
-                k = line + step * LINES
-                f = before + k
-                if above + lane < rows and f < features:
-                    c = f // (KH * KW)
-                    i = (f - c * (KH * KW)) // KW
-                    down, across = y + i * DH, x + (f - (c * KH + i) * KW) * DW
-                    if down >= 0 and down < height and across >= 0 and across < width:
-                        target = image + (c * height + down) * width + across
-                        held = load(images, target, 1, 0, 1)[0] if add else ZERO
-                        store(images, target, 1, 0, (held + tile[k * PITCH + lane],))
+            if t < EDGE:
+                c, down, across = shift(before + t)
+                offsets[t] = (c * height + down) * width + across
+                downs[t] = int32(down) if before + t < features else int32(FAR)
+                acrosses[t] = int32(across)
+            if before + lane < features:  # a thread's feature is that of its lane
+                source = (above + line) * features + before + lane
+                for step in range(EACH):
+                    k = int32(line + step * LINES)
+                    if k < tall:
+                        tile[lane * PITCH + k] = load(patches, source, 1, 0, 1)[0]
+                    source += LINES * features
+            cuda.syncthreads()  # the tile is there, and where its features lie
+            for step in range(EACH):  # and now its patch
+                k = int32(line + step * LINES)
+                row, column = int32(y + downs[k]), int32(x + acrosses[k])
+                if row >= 0 and row < height and column >= 0 and column < width:
+                    target = first + offsets[k]
+                    held = load(images, target, 1, 0, 1)[0] if add else ZERO
+                    store(images, target, 1, 0, (held + tile[k * PITCH + lane],))
             cuda.syncthreads()  # it has been read
             before += int64(cuda.gridDim.y) * EDGE
 
