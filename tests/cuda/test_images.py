@@ -1,5 +1,10 @@
 """Operations on images: values on the emulator against the reference, machine code, traffic, and mutants."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -22,6 +27,7 @@ from tests.cuda.emulator import ORDERS
 from tests.cuda.machine_code import ARCHITECTURES, OUTPUTS, assert_fits, compile_kernel
 from tests.cuda.recorded import launched, recording_backend
 
+ROOT = Path(__file__).parents[2]
 REFERENCE = reference.ReferenceBackend()
 TOLERANCE = {"float32": 1e-5, "float64": 1e-12}
 DTYPES = list(TOLERANCE)
@@ -430,6 +436,30 @@ def test_a_class_token_uploads_its_places_once():
     for count in range(1, 9):
         token._places(count)
     assert len(token._known) == 4
+
+
+@pytest.mark.slow
+def test_on_the_simulator():
+    script = """
+from nblora.backends.cuda import open_backend
+from tests.cuda import test_images as images
+backend = open_backend(0, "float32")
+for dtype in images.DTYPES:
+    for case in images.PATCHES[2:9:3]:
+        images.check_patches(backend, case, dtype)
+    for case in images.POOLS[2:4]:
+        images.check_pool(backend, case, dtype)
+        images.check_means(backend, case[0], dtype)
+    for shape in ((2, 3, 4, 5), (7, 5)):
+        images.check_channels(backend, shape, dtype, images.GELU)
+    images.check_scales(backend, 5, dtype)
+    images.check_largest(backend, dtype)
+print("all images")
+"""
+    environment = os.environ | {"NUMBA_ENABLE_CUDASIM": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("all images\n")
 
 
 # --- traffic ---------------------------------------------------------------------------------------------------------
