@@ -530,6 +530,7 @@ def test_traffic_of_channels(shape):
         assert moved(backend, means) == (0, means.size)
         gx = backend.means_gradient(means, *shape[2:])
         assert moved(backend, gx) == (0, gx.size)
+        assert moved(backend, means) == (means.size * -(-shape[2] * shape[3] // 4), means.size)
 
 
 # --- mutants ---------------------------------------------------------------------------------------------------------

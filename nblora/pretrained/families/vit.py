@@ -58,8 +58,6 @@ class ClassToken(Layer):
     positions : array, shape (1, places + 1, features)
     """
 
-    _needs = ("unfold", "take_rows", "gather", "scatter", "sum_rows")
-
     def __init__(self, token: Any, positions: Any) -> None:
         stored = checks.as_parameter("positions", positions, (1, None, None))
         self.dtype, self.in_features, self.out_features = stored.dtype, stored.shape[2], stored.shape[2]
