@@ -43,7 +43,7 @@ GUARDS = [
     (r"mask\.size - offset(?=, aligned, first)", "4"),  # the tail of a mask
     (r"mask\.size - offset - 2", "2"),
     (r"split < sums\.size", "split < 0"),  # the splits after the first
-    (r" if learnt else (?:ZERO|float64\(0\))", ""),  # a label of which nothing is learnt
+    (r"if label < 0:", "if False:"),  # a label of which nothing is learnt
     (r"if member == 0 and row < rows:", "if member == 0:"),
     (r" if flags & HAS_LOW and split == 0 else int32\(0\)", ""),  # the low-rank part once, not in every split
     (r"job \+ 1 < table\.shape\[0\] and ", ""),  # the end of a table of products

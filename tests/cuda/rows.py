@@ -1,5 +1,6 @@
 """Checks of the operations on rows: each compares a CUDA backend with the reference on float64 arrays."""
 
+import contextlib
 import itertools
 
 import numpy as np
@@ -7,6 +8,7 @@ import numpy as np
 from nblora.backends.protocol import Delta, Rows
 from nblora.backends.reference import ReferenceBackend
 from nblora.kernels.common.cuda.simulated import from_bfloat16, to_bfloat16
+from tests.cuda.philox import dropout_mask
 
 REFERENCE = ReferenceBackend()
 DTYPES = ("float32", "float64")
@@ -25,6 +27,20 @@ class Bench:
 
     def bring(self, array):
         return None if array is None else self.backend.from_host(array.astype(self.dtype))
+
+    @contextlib.contextmanager
+    def moves(self, **expected):
+        """What is launched reads, and writes, so many elements of arrays: {name: (array, read, written)}."""
+        traffic = getattr(self.backend._device, "traffic", None)
+        if traffic is None:  # only the emulator counts
+            yield expected
+            return
+        traffic.clear()
+        yield expected
+        for name, (array, *wanted) in expected.items():
+            if array.size:
+                base = id(array.memory.base)
+                assert [traffic[base, "read"], traffic[base, "written"]] == wanted, name
 
     def same(self, found, expected, size=1.0):
         """`size`: how large the numbers are that were added up to these."""
@@ -49,8 +65,9 @@ def check_tables(backend, dtype, samples, count, width):
     rounded = backend._device.upload(first.astype(np.float32), bfloat16=True)
     for add, two in itertools.product((False, True), repeat=2):
         tables, factors = ([first, second], [0.7, -1.3]) if two else ([first], [0.7])
-        target, expected = bench.bring(held), held.copy()
-        backend.take_rows([bench.bring(table) for table in tables], factors, indices, target, add)
+        target, expected, brought = bench.bring(held), held.copy(), [bench.bring(table) for table in tables]
+        with bench.moves(target=(target, add * held.size, held.size), table=(brought[-1], held.size, 0)):
+            backend.take_rows(brought, factors, indices, target, add)
         REFERENCE.take_rows(tables, factors, indices, expected, add)
         bench.same(target, expected, 4)
         if dtype == "float32":
@@ -62,8 +79,9 @@ def check_tables(backend, dtype, samples, count, width):
     bench.same(backend.gather(bench.bring(first), indices), first[indices])
     places, rows = bench.rng.permutation(samples + 3)[:samples], bench.new(samples + 3, width)
     for add in (False, True):
-        target, expected = bench.bring(rows), rows.copy()
-        backend.scatter(target, places, bench.bring(held), add)
+        target, expected, source = bench.bring(rows), rows.copy(), bench.bring(held)
+        with bench.moves(target=(target, add * held.size, held.size), source=(source, held.size, 0)):
+            backend.scatter(target, places, source, add)
         REFERENCE.scatter(expected, places, held, add)
         bench.same(target, expected)
 
@@ -77,18 +95,24 @@ def check_sums(backend, dtype, samples, count, width):
     np.cumsum(np.bincount(indices, minlength=count), out=starts[1:])
     rows, size = Rows(np.argsort(indices, kind="stable"), starts), 4 * np.sqrt(max(1, samples))
     target, expected = backend.empty((count, width), bench.dtype), np.zeros((count, width))
-    backend.sum_rows(bench.bring(gradient), rows, 0.3, target)
+    brought = bench.bring(gradient)
+    with bench.moves(gradient=(brought, gradient.size, 0), target=(target, 0, target.size)):
+        backend.sum_rows(brought, rows, 0.3, target)
     REFERENCE.sum_rows(gradient, rows, 0.3, expected)
     bench.same(target, expected, size)
     table = bench.new(count, width)
     target, expected = bench.bring(table), table.copy()
-    backend.descend_rows(bench.bring(gradient), rows, 0.3, target)
+    touched = width * np.count_nonzero(np.diff(starts))
+    with bench.moves(gradient=(brought, gradient.size, 0), target=(target, touched, touched)):
+        backend.descend_rows(brought, rows, 0.3, target)
     REFERENCE.descend_rows(gradient, rows, 0.3, expected)
     bench.same(target, expected, size)
     velocity = bench.new(count, width)
     moved = Delta(bench.bring(table), bench.bring(velocity), 0.4, 0.9)
     expected = Delta(table.copy(), velocity.copy(), 0.4, 0.9)
-    backend.follow_rows(bench.bring(gradient), rows, moved, 0.3)
+    each = table.size, table.size
+    with bench.moves(gradient=(brought, gradient.size, 0), D=(moved.delta, *each), V=(moved.velocity, *each)):
+        backend.follow_rows(brought, rows, moved, 0.3)
     REFERENCE.follow_rows(gradient, rows, expected, 0.3)
     bench.same(moved.delta, expected.delta, size)
     bench.same(moved.velocity, expected.velocity, size)
@@ -100,20 +124,26 @@ def check_means(backend, dtype, count, total, width):
     begins = ranges(bench.rng, count, total) if count else np.zeros(1, np.int64)
     x, grad = bench.new(total, width), bench.new(count, width)
     expected = REFERENCE.row_means(x, begins) if count else grad
-    bench.same(backend.row_means(bench.bring(x), begins), expected)
-    bench.same(backend.row_means_gradient(bench.bring(grad), begins), REFERENCE.row_means_gradient(grad, begins))
+    brought = bench.bring(x)
+    with bench.moves(x=(brought, x.size, 0)):
+        bench.same(backend.row_means(brought, begins), expected)
+    spread = backend.row_means_gradient(bench.bring(grad), begins)
+    bench.same(spread, REFERENCE.row_means_gradient(grad, begins))
 
 
 def check_columns(backend, dtype, rows, parts, width):
     """Columns cut and joined."""
     bench = Bench(backend, dtype)
     x = bench.new(rows, parts * width)
-    found = backend.split_columns(bench.bring(x), parts)
+    brought = bench.bring(x)
+    with bench.moves(x=(brought, x.size, 0)):
+        found = backend.split_columns(brought, parts)
     assert len(found) == parts
     for part, expected in zip(found, REFERENCE.split_columns(x, parts), strict=True):
         bench.same(part, expected)
     bench.same(backend.join_columns(found), x)
-    bench.same(backend.multiplied(bench.bring(x), bench.bring(x + 1)), x * (x + 1), 4)
+    whole = bench.bring(np.tile(x, (2, 1)))
+    bench.same(backend.join_columns([whole[:rows], whole[rows:]]), np.hstack([x, x]))  # of views
 
 
 def check_norm(backend, dtype, rows, width):
@@ -123,16 +153,29 @@ def check_norm(backend, dtype, rows, width):
     weight, bias = bench.new(width) + 1, bench.new(width)
     for centred, shift, far in ((True, bias, 0), (True, None, 64), (False, None, 0), (False, bias, 0)):
         moved = x + far
-        y, stats = backend.norm(bench.bring(moved), bench.bring(weight), bench.bring(shift), 1e-3, centred)
+        brought, reads = bench.bring(moved), 3 if centred else 2  # all but the first from a cache
+        with bench.moves(x=(brought, reads * x.size, 0)) as moved_too:
+            y, stats = backend.norm(brought, bench.bring(weight), bench.bring(shift), 1e-3, centred)
+            moved_too |= {"y": (y, 0, x.size), "stats": (stats, 0, 2 * rows)}
         expected, expected_stats = REFERENCE.norm(moved, weight, shift, 1e-3, centred)
         lost = 64 if far else 1  # digits that x itself has not got
         bench.same(y, expected, 8 * lost)
         bench.same(stats, expected_stats, 8 * lost)
     for centred in (True, False):
         stats = REFERENCE.norm(x, weight, None, 1e-3, centred)[1]
-        for wanted in ((True, True), (True, False), (False, True), (False, False)):
+        several, few = (True, True), 2  # parts, each of several rows a thread
+        for wanted, parts in (
+            (several, 128),
+            (several, few),
+            ((True, False), 128),
+            ((False, True), few),
+            ((False, False), few),
+        ):
+            backend._norm_shares = parts
             given = [bench.bring(array) for array in (grad, x, stats, weight)]
-            found = backend.norm_gradient(*given, centred, wanted)
+            reads = (2 * wanted[0] + wanted[1]) * x.size
+            with bench.moves(grad=(given[0], reads, 0), x=(given[1], reads, 0)):
+                found = backend.norm_gradient(*given, centred, wanted)
             reference = REFERENCE.norm_gradient(grad, x, stats, weight, centred, wanted)
             assert [part is None for part in found] == [part is None for part in reference]
             for part, expected in zip(found, reference, strict=True):
@@ -151,9 +194,21 @@ def check_pointwise(backend, dtype, *shape):
             bench.same(backend.pointwise(given[1], code), REFERENCE.pointwise(x, code), 4)
             bench.same(backend.pointwise_gradient(*given[:2], code), REFERENCE.pointwise_gradient(grad, x, code), 4)
             bench.same(backend.gated(*given[1:], code), REFERENCE.gated(x, u, code), 4)
-            found, expected = backend.gated_gradient(*given, code), REFERENCE.gated_gradient(grad, x, u, code)
+            with bench.moves(grad=(given[0], x.size, 0), x=(given[1], x.size, 0), u=(given[2], x.size, 0)):
+                found = backend.gated_gradient(*given, code)
+            expected = REFERENCE.gated_gradient(grad, x, u, code)
             for part, other in zip(found, expected, strict=True):
                 bench.same(part, other, 16)
+
+
+def check_dropout(backend, dtype, *shape):
+    """What `dropout_mask` would keep of a key, forward and back."""
+    bench = Bench(backend, dtype)
+    x, grad = bench.new(*shape), bench.new(*shape)
+    y, kept = backend.dropout(bench.bring(x), 0.3, np.random.default_rng(5))
+    mask = dropout_mask(REFERENCE, np.random.default_rng(5), shape, 0.3, np.float64)
+    bench.same(y, x * mask)
+    bench.same(backend.dropout_gradient(bench.bring(grad), 0.3, kept), grad * mask)
 
 
 def check_largest(backend, dtype, rows, width):
@@ -165,7 +220,8 @@ def check_largest(backend, dtype, rows, width):
     low = np.full((rows, width), -np.inf)
     for x in (plain, equal, broken, low):
         device = bench.bring(x)
-        places, numbers = backend.largest(device)
+        with bench.moves(x=(device, x.size, 0)):
+            places, numbers = backend.largest(device)
         expected, values = REFERENCE.largest(x)
         assert places.dtype == np.int64
         assert isinstance(places, np.ndarray)
@@ -189,12 +245,14 @@ def check_softmax(backend, dtype, rows, width):
         value, gradient = backend.softmax_cross_entropy(bench.bring(z), labels)
         assert (float(value), gradient.shape) == (0, (0, width))
         return
-    rising = np.sort(z, axis=1) * 8
+    rising, low = np.sort(z, axis=1) * 8, np.round(16 * z) / 16 - 800  # which float32 holds
     barred = z.copy()  # -inf everywhere but at the last, which is right
     barred[:, :-1] = -np.inf
-    for logits, right in ((z, labels), (rising, labels), (barred, np.full(rows, width - 1))):
+    for logits, right in ((z, labels), (rising, labels), (low, labels), (barred, np.full(rows, width - 1))):
         expected, slope = REFERENCE.softmax_cross_entropy(logits, right)
-        value, gradient = backend.softmax_cross_entropy(bench.bring(logits), right)
+        brought, learnt = bench.bring(logits), np.count_nonzero(right >= 0)
+        with bench.moves(logits=(brought, learnt * (2 * width + 1), 0)):
+            value, gradient = backend.softmax_cross_entropy(brought, right)
         np.testing.assert_allclose(float(value), expected, rtol=1e-5 if dtype == "float32" else 1e-12, atol=1e-7)
         bench.same(gradient, slope, abs(slope).max(initial=0))
     for wrong in (np.nan, np.inf):
@@ -237,6 +295,7 @@ def run_everything(backend, dtype, rows=40, width=24):
     backend.pointwise_gradient(y, x, 2)
     backend.gated(x, y, 2)
     backend.gated_gradient(x, x, y, 2)
+    backend.dropout(x, 0.5, np.random.default_rng(0))
     with np.errstate(invalid="ignore"):  # a device that only records has no answers
         backend.largest(x)
     backend.right_answers(x, labels)

@@ -47,6 +47,26 @@ def test_kernels(shape, transposed, dtype):
             run(shape, dtype, transposed, case, backends.resolve("cuda"))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_rows(dtype):
+    """Rows as models have them: of 768 features, and logits for a vocabulary."""
+    from tests.cuda import rows
+
+    backend = backends.resolve("cuda")
+    rows.check_tables(backend, dtype, 1000, 3000, 768)
+    for samples, count in ((1000, 3000), (5000, 2)):
+        rows.check_sums(backend, dtype, samples, count, 768)
+    rows.check_means(backend, dtype, 32, 4000, 384)
+    rows.check_columns(backend, dtype, 1000, 3, 768)
+    for width in (1, 127, 768, 4096, 5120):
+        rows.check_norm(backend, dtype, 300, width)
+        rows.check_pointwise(backend, dtype, 5, width)
+        rows.check_dropout(backend, dtype, 5, width)
+    for width in (2, 127, 1024, 50257):
+        rows.check_largest(backend, dtype, 40, width)
+        rows.check_softmax(backend, dtype, 40, width)
+
+
 def test_tensor_cores():
     from tests.test_kernels import Case, run
 

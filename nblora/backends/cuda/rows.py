@@ -25,6 +25,9 @@ WORTH_SHARING = 8
 class RowOperations(Deferred):
     """The operations of `protocol.Backend` and `ReferenceBlocks` whose arrays are rows."""
 
+    _norm_shares = 128
+    """Parts at most in which gradients of a norm's weight and bias are summed up, on a GPU of any size."""
+
     # --- how rows lie on threads -------------------------------------------------------------------------------
 
     def _lie(self, rows: int, *arrays: Array) -> tuple[tuple[int, int], int, int, int]:
@@ -212,7 +215,7 @@ class RowOperations(Deferred):
             blocks, threads, bits = self._group(x)
             shift = weight if bias is None else bias
             self._device.launch(
-                norms.norm(NAMES[x.dtype], threads, centred),
+                norms.norm(NAMES[x.dtype], threads, bits, centred),
                 blocks,
                 threads,
                 x,
@@ -220,7 +223,6 @@ class RowOperations(Deferred):
                 shift,
                 x.dtype.type(eps),
                 int(bias is not None),
-                bits,
                 self._vector_rows(x, y, weight, shift),
                 y,
                 stats,
@@ -237,14 +239,14 @@ class RowOperations(Deferred):
         blocks, threads, bits = self._group(x)
         chunk = threads >> bits
         if wanted[1]:
-            chunk *= -(-blocks // norms.SHARES)
+            chunk *= -(-blocks // self._norm_shares)
             blocks = -(-len(x) // max(1, chunk))
         parts = self._device.empty((2 * blocks, width), kind) if wanted[1] else x
         if x.size and any(wanted):
             out = x if gx is None else gx
-            kernel = norms.norm_gradient(number, threads, centred, *wanted)
+            kernel = norms.norm_gradient(number, threads, bits, centred, *wanted)
             aligned = self._vector_rows(grad, x, weight, out, parts)
-            self._device.launch(kernel, blocks, threads, grad, x, stats, weight, bits, chunk, aligned, out, parts)
+            self._device.launch(kernel, blocks, threads, grad, x, stats, weight, chunk, aligned, out, parts)
         if wanted[1]:
             grid = -(-width // 32), 2
             self._device.launch(norms.add_parts(number, threads), grid, threads, parts, *own)
@@ -271,10 +273,20 @@ class RowOperations(Deferred):
         gx, gu = self._each("gated_gradients", (grad, x, u), code, 2)
         return gx, gu
 
-    def multiplied(self, x: Array, y: Array) -> Array:
-        """x∘y, of one shape."""
+    def dropout(self, x: Array, share: float, rng: np.random.Generator) -> tuple[Array, int]:
+        """x / (1 - share) where it is kept and 0 where it is dropped, by the numbers of `dropout_mask`; and the key
+        that draws them again."""
         self._device.settle()
-        return self._masked(x, y)
+        key = int(rng.integers(2**64, dtype=np.uint64))
+        return self.dropout_gradient(x, share, key), key
+
+    def dropout_gradient(self, grad: Array, share: float, kept: int) -> Array:
+        """The gradient of x."""
+        gx = self._device.empty(grad.shape, grad.dtype)
+        kernel = pointwise_kernels(NAMES[grad.dtype], self._threads(grad)).dropped
+        key, least = (np.int64(kept % 2**32), np.int64(kept // 2**32)), np.int64(share * 2**32)
+        self._stride(kernel, grad, *key, least, grad.dtype.type(1 / (1 - share)), int(base_aligned(grad, gx)), gx)
+        return gx
 
     def _each(self, name: str, given: Sequence[Array], code: int, results: int = 1) -> list[Array]:
         """New arrays by an element-wise kernel."""
@@ -301,8 +313,9 @@ class RowOperations(Deferred):
         if not logits.size:
             return 0.0
         given = self.adopt(labels)
+        known = self.from_host(np.asarray(labels, np.int64)) if given is None else given
         buffer, begin, found = self._reserve(len(logits))
-        self._find_largest(logits, self.from_host(labels) if given is None else given, found)
+        self._find_largest(logits, known, found)
         return self._number(buffer, begin, begin + len(logits))
 
     def _find_largest(self, x: Array, labels: Array | None, found: Array) -> None:

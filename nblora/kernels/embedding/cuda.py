@@ -5,7 +5,7 @@ of them, in a fixed number of shares, so results repeat bit for bit. `order` hol
 those of row i are order[starts[i]] to order[starts[i + 1] - 1].
 
 A block has 2^bits columns of vectors, and as many rows as there are threads for: no division tells them apart.
-`aligned` says that rows begin at multiples of 16 bytes.
+Of a vector beyond the last column nothing is read or written. `aligned` says that rows begin at multiples of 16 bytes.
 """
 
 import functools
@@ -45,7 +45,7 @@ def take(dtype: str, threads: int):
         t = int32(cuda.threadIdx.x)
         n = int64(cuda.blockIdx.x) * (THREADS >> bits) + (t >> bits)
         column = ((int32(cuda.blockIdx.y) << bits) + (t & ((1 << bits) - 1))) * LANES
-        if n < N and column < F:
+        if n < N:
             valid = F - column
             source, place = indices[n] * F + column, n * F + column
             values = scale(load(first, source, valid, aligned, LANES), factor)
@@ -100,7 +100,7 @@ def add_up(dtype: str, threads: int, what: int):
                     store_shared(shared, t * LANES, total)
                 cuda.syncthreads()  # this level of the tree is there
                 width >>= 1
-        if share > 0 or valid <= 0 or (what == DESCEND and begin == end):
+        if share > 0 or (what == DESCEND and begin == end):
             return
         place = i * F + column
         if what == FOLLOW:
@@ -110,7 +110,7 @@ def add_up(dtype: str, threads: int, what: int):
         if what == SUM:
             total = scale(total, factor)
         elif what == MEAN:
-            total = scale(total, ONE / TYPE(end - begin))
+            total = scale(total, ONE / TYPE(max(end - begin, int64(1))))
         else:
             total = descend(load(target, place, valid, aligned, LANES), total, lr)
         store(target, place, valid, aligned, total)

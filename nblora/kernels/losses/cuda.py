@@ -18,15 +18,11 @@ from nblora.kernels.common.cuda.target import cuda, device_function, float64, in
 
 
 def _softmax_lanes(dtype):
-    """Device functions on the tuples of a vector: the largest of those before `valid`, NaN where there is one; the sum
+    """Device functions on the tuples of a vector: the largest of those before `valid`; the sum
     of their exp(z - top), 0 where nothing but -inf was found; and the gradient, the label's place counted from the
     vector's first."""
     LANES, cast = 16 // np.dtype(dtype).itemsize, getattr(types, dtype)
     ZERO, LOWEST = cast(0), cast(-math.inf)
-
-    @device_function
-    def greater(held, z):
-        return z if z > held or z != z else held
 
     @device_function
     def power(z, top):
@@ -34,13 +30,13 @@ def _softmax_lanes(dtype):
 
     @device_function
     def most_2(z, valid):
-        return greater(z[0], z[1]) if valid > 1 else z[0]
+        return z[1] if valid > 1 and z[1] > z[0] else z[0]
 
     @device_function
     def most_4(z, valid):
         high = most_2(z, valid)
-        high = greater(high, z[2]) if valid > 2 else high
-        return greater(high, z[3]) if valid > 3 else high
+        high = z[2] if valid > 2 and z[2] > high else high
+        return z[3] if valid > 3 and z[3] > high else high
 
     @device_function
     def exponentials_2(z, valid, found):
@@ -59,17 +55,15 @@ def _softmax_lanes(dtype):
         return share - one if here else share
 
     @device_function
-    def slopes_2(z, top, each, one, place):
-        return slope(z[0], top, each, one, place == 0), slope(z[1], top, each, one, place == 1)
+    def slopes_2(z, valid, top, each, one, place):
+        second = slope(z[1], top, each, one, place == 1) if valid > 1 else ZERO
+        return slope(z[0], top, each, one, place == 0), second
 
     @device_function
-    def slopes_4(z, top, each, one, place):
-        return (
-            slope(z[0], top, each, one, place == 0),
-            slope(z[1], top, each, one, place == 1),
-            slope(z[2], top, each, one, place == 2),
-            slope(z[3], top, each, one, place == 3),
-        )
+    def slopes_4(z, valid, top, each, one, place):
+        third = slope(z[2], top, each, one, place == 2) if valid > 2 else ZERO
+        fourth = slope(z[3], top, each, one, place == 3) if valid > 3 else ZERO
+        return (*slopes_2(z, valid, top, each, one, place), third, fourth)
 
     found = {2: (most_2, exponentials_2, slopes_2), 4: (most_4, exponentials_4, slopes_4)}
     return found[LANES]
@@ -128,16 +122,24 @@ def losses(dtype: str, threads: int):
         maxima = cuda.shared.array(SIZE, float64)
         n, t, outputs = int64(cuda.blockIdx.x), int32(cuda.threadIdx.x), int32(logits.shape[1])
         row, label = n * outputs, labels[n]
-        learnt = label >= 0
         first = t * LANES - int32(row & (LANES - 1))
+        column = first
+        if label < 0:
+            while column < outputs:
+                begin = max(column, int32(0))
+                valid = min(column + LANES, outputs) - begin
+                store(gradient, row + begin, valid, aligned, zeros(LANES, ZERO))
+                column += SIZE * LANES
+            if t == 0:
+                partial[n] = float64(0)
+            return
         found, sum_of_found = LOWEST, float64(0)
-        column, end = first, outputs if learnt else int32(0)
-        while column < end:
+        while column < outputs:
             begin = max(column, int32(0))
             valid = min(column + LANES, outputs) - begin
             z = load(logits, row + begin, valid, aligned, LANES)
             high = most(z, valid)
-            if high > found or high != high:
+            if high > found:
                 sum_of_found *= float64(math.exp(found - high))
                 found = high
             sum_of_found += float64(exponentials(z, valid, found))
@@ -150,14 +152,12 @@ def losses(dtype: str, threads: int):
         while column < outputs:
             begin = max(column, int32(0))
             valid = min(column + LANES, outputs) - begin
-            values = zeros(LANES, ZERO)
-            if learnt:
-                values = slopes(load(logits, row + begin, valid, aligned, LANES), top, each, one, label - begin)
-            store(gradient, row + begin, valid, aligned, values)
+            z = load(logits, row + begin, valid, aligned, LANES)
+            store(gradient, row + begin, valid, aligned, slopes(z, valid, top, each, one, label - begin))
             column += SIZE * LANES
         if t == 0:
-            chosen = float64(load(logits, row + label, 1, 0, 1)[0]) if learnt else float64(0)
-            partial[n] = (math.log(normaliser) + largest - chosen) * scale if learnt else float64(0)
+            chosen = float64(load(logits, row + label, 1, 0, 1)[0])
+            partial[n] = (math.log(normaliser) + largest - chosen) * scale
 
     return SimpleNamespace(
         mean_squared_error=mean_squared_error,

@@ -18,6 +18,22 @@ STEP_0, STEP_1 = 0x9E3779B9, 0xBB67AE85
 ROUNDS = 10
 
 
+@device_function
+def draw(counter, key_0, key_1):
+    """The four numbers of 32 bits at a place of the sequence that a key of two names."""
+    a, b, c, d = counter & WORD, counter >> 32 & WORD, int64(0), int64(0)
+    for _ in range(ROUNDS):
+        first, second = a * FACTOR_0, c * FACTOR_1
+        a, b, c, d = (
+            (second >> 32 & WORD) ^ b ^ key_0,
+            second & WORD,
+            (first >> 32 & WORD) ^ d ^ key_1,
+            first & WORD,
+        )
+        key_0, key_1 = key_0 + STEP_0 & WORD, key_1 + STEP_1 & WORD
+    return a, b, c, d
+
+
 @functools.cache
 def dropout_mask(dtype: str, threads: int):
     """Kernel: mask[i] = kept where the i-th number of Philox is at least `least`, else 0.
@@ -26,20 +42,6 @@ def dropout_mask(dtype: str, threads: int):
     """
     LANES, TYPE = 16 // np.dtype(dtype).itemsize, getattr(types, dtype)
     ZERO = TYPE(0)
-
-    @device_function
-    def draw(counter, key_0, key_1):
-        a, b, c, d = counter & WORD, counter >> 32 & WORD, int64(0), int64(0)
-        for _ in range(ROUNDS):
-            first, second = a * FACTOR_0, c * FACTOR_1
-            a, b, c, d = (
-                (second >> 32 & WORD) ^ b ^ key_0,
-                second & WORD,
-                (first >> 32 & WORD) ^ d ^ key_1,
-                first & WORD,
-            )
-            key_0, key_1 = key_0 + STEP_0 & WORD, key_1 + STEP_1 & WORD
-        return a, b, c, d
 
     @kernel(threads)
     def dropout_mask(key_0, key_1, least, kept, aligned, mask):

@@ -11,45 +11,41 @@ import math
 import numpy as np
 from numba.core import types
 
-from nblora.kernels.common.cuda.groups import group_sum, lanes
+from nblora.kernels.common.cuda.groups import group_sum, group_sums, lanes
 from nblora.kernels.common.cuda.intrinsics import add_scaled, load, multiply, scale, store, zeros
 from nblora.kernels.common.cuda.target import cuda, int32, int64, kernel
 
-SHARES = 128
-"""Parts at most in which the gradients of weight and bias are summed up: none of a GPU's, so that results depend on no
-GPU's size."""
-
 
 @functools.cache
-def norm(dtype: str, threads: int, centred: bool):
+def norm(dtype: str, threads: int, bits: int, centred: bool):
     """Kernel: y and stats, (N, 2), m and r of each row; bias, where `has_bias`. Grid (⌈N / (threads >> bits)⌉,)."""
-    LANES, TYPE, THREADS = 16 // np.dtype(dtype).itemsize, getattr(types, dtype), threads
-    ZERO, ONE = TYPE(0), TYPE(1)
+    LANES, TYPE, THREADS, BITS = 16 // np.dtype(dtype).itemsize, getattr(types, dtype), threads, bits
+    ZERO, ONE, ROWS, SIZE = TYPE(0), TYPE(1), threads >> bits, 1 << bits
+    STEP = SIZE * LANES
     total, squares, less = lanes(dtype).total, lanes(dtype).squares, lanes(dtype).less
 
     @kernel(threads)
-    def norm(x, weight, bias, eps, has_bias, bits, aligned, y, stats):
+    def norm(x, weight, bias, eps, has_bias, aligned, y, stats):
         shared = cuda.shared.array(THREADS, TYPE)
-        N, F = int64(x.shape[0]), int32(x.shape[1])
-        t, size = int32(cuda.threadIdx.x), int32(1) << bits
-        member = t & (size - 1)
-        n = int64(cuda.blockIdx.x) * (THREADS >> bits) + (t >> bits)
+        N, F, t = int64(x.shape[0]), int32(x.shape[1]), int32(cuda.threadIdx.x)
+        member = t & (SIZE - 1)
+        n = int64(cuda.blockIdx.x) * ROWS + (t >> BITS)
         start, end = n * F, F if n < N else int32(0)
-        first, step = member * LANES, size * LANES
+        first = member * LANES
         mean, value = ZERO, ZERO
         if centred:
             column = first
             while column < end:
                 value += total(load(x, start + column, end - column, aligned, LANES))
-                column += step
-            mean = group_sum(shared, t, member, size, value) / TYPE(F)
+                column += STEP
+            mean = group_sum(shared, t, member, SIZE, value) / TYPE(F)
             value = ZERO
         column = first
         while column < end:
             valid = end - column
             value += squares(less(load(x, start + column, valid, aligned, LANES), mean), valid)
-            column += step
-        gain = ONE / TYPE(math.sqrt(group_sum(shared, t, member, size, value) / TYPE(F) + eps))
+            column += STEP
+        gain = ONE / TYPE(math.sqrt(group_sum(shared, t, member, SIZE, value) / TYPE(F) + eps))
         column = first
         while column < end:
             place, valid = int64(column), end - column
@@ -58,7 +54,7 @@ def norm(dtype: str, threads: int, centred: bool):
             if has_bias:
                 values = add_scaled(values, load(bias, place, valid, aligned, LANES), ONE)
             store(y, start + place, valid, aligned, values)
-            column += step
+            column += STEP
         if member == 0 and n < N:
             store(stats, n * 2, int32(2), int32(0), (mean, gain))
 
@@ -66,28 +62,28 @@ def norm(dtype: str, threads: int, centred: bool):
 
 
 @functools.cache
-def norm_gradient(dtype: str, threads: int, centred: bool, wants_input: bool, wants_own: bool):
+def norm_gradient(dtype: str, threads: int, bits: int, centred: bool, wants_input: bool, wants_own: bool):
     """Kernel: with v = w grad and x̂ = (x - m) r, gx = r (v - mean v - x̂ mean(v x̂)), the first mean where `centred`;
     parts[b] = Σ grad x̂ and parts[B + b] = Σ grad over the `chunk` of rows of each of the B blocks.
 
     stats (N, 2); gx (N, F); parts (2·B, F). Grid (⌈N / chunk⌉,).
     """
-    LANES, TYPE, THREADS = 16 // np.dtype(dtype).itemsize, getattr(types, dtype), threads
-    ZERO, ONE = TYPE(0), TYPE(1)
+    LANES, TYPE, THREADS, BITS = 16 // np.dtype(dtype).itemsize, getattr(types, dtype), threads, bits
+    ZERO, ONE, ROWS, SIZE = TYPE(0), TYPE(1), threads >> bits, 1 << bits
+    STEP, TWICE = SIZE * LANES, 2 * threads
     total, less = lanes(dtype).total, lanes(dtype).less
 
     @kernel(threads)
-    def norm_gradient(grad, x, stats, weight, bits, chunk, aligned, gx, parts):
-        shared = cuda.shared.array(THREADS, TYPE)
-        N, F = int64(x.shape[0]), int32(x.shape[1])
-        t, size = int32(cuda.threadIdx.x), int32(1) << bits
-        member = t & (size - 1)
+    def norm_gradient(grad, x, stats, weight, chunk, aligned, gx, parts):
+        shared = cuda.shared.array(TWICE, TYPE)
+        N, F, t = int64(x.shape[0]), int32(x.shape[1]), int32(cuda.threadIdx.x)
+        member = t & (SIZE - 1)
         begin = int64(cuda.blockIdx.x) * chunk
         stop = min(begin + chunk, N)
         if wants_input:
             row = begin
             while row < stop:
-                n = row + (t >> bits)
+                n = row + (t >> BITS)
                 start, end = n * F, F if n < stop else int32(0)
                 mean, gain = load(stats, n * 2, int32(2) if n < stop else int32(0), int32(0), 2)
                 plain, along = ZERO, ZERO
@@ -97,13 +93,11 @@ def norm_gradient(dtype: str, threads: int, centred: bool, wants_input: bool, wa
                     v = load(grad, start + place, valid, aligned, LANES)
                     v = multiply(v, load(weight, place, valid, aligned, LANES))
                     hat = scale(less(load(x, start + place, valid, aligned, LANES), mean), gain)
-                    if centred:
-                        plain += total(v)
+                    plain += total(v)
                     along += total(multiply(v, hat))
-                    column += size * LANES
-                if centred:
-                    plain = group_sum(shared, t, member, size, plain) / TYPE(F)
-                along = group_sum(shared, t, member, size, along) / TYPE(F)
+                    column += STEP
+                plain, along = group_sums(shared, t, THREADS, member, SIZE, plain, along)
+                plain, along = plain / TYPE(F) if centred else ZERO, along / TYPE(F)
                 column = member * LANES
                 while column < end:
                     place, valid = int64(column), end - column
@@ -111,8 +105,8 @@ def norm_gradient(dtype: str, threads: int, centred: bool, wants_input: bool, wa
                     v = multiply(v, load(weight, place, valid, aligned, LANES))
                     hat = scale(less(load(x, start + place, valid, aligned, LANES), mean), gain)
                     store(gx, start + place, valid, aligned, scale(add_scaled(less(v, plain), hat, -along), gain))
-                    column += size * LANES
-                row += THREADS >> bits
+                    column += STEP
+                row += ROWS
         if wants_own:
             column = t * LANES
             while column < F:

@@ -7,16 +7,18 @@ import functools
 from types import SimpleNamespace
 
 import numpy as np
+from numba.core import types
 
 from nblora.kernels.common.cuda.intrinsics import load, multiply, store
 from nblora.kernels.common.cuda.rules import rules
 from nblora.kernels.common.cuda.target import cuda, device_function, int64, kernel
+from nblora.kernels.masks.cuda import draw
 
 
 @functools.cache
 def pointwise(dtype: str, threads: int):
     """The kernels of one dtype."""
-    LANES = 16 // np.dtype(dtype).itemsize
+    LANES, ZERO = 16 // np.dtype(dtype).itemsize, getattr(types, dtype)(0)
     activate, through = rules(dtype).activate_lanes[LANES], rules(dtype).through_lanes[LANES]
 
     @device_function
@@ -68,6 +70,28 @@ def pointwise(dtype: str, threads: int):
             store(gu, offset, valid, aligned, multiply(g, activate(z, code)))
             vector += cuda.gridsize(1)
 
+    @kernel(threads)
+    def dropped(x, key_0, key_1, least, kept, aligned, y):
+        """y = kept x where the element's number is at least `least`, else 0; a thread draws four."""
+        counter = int64(cuda.grid(1))
+        while 4 * counter < y.size:
+            a, b, c, d = draw(counter, key_0, key_1)
+            offset, factors = 4 * counter, (kept if a >= least else ZERO, kept if b >= least else ZERO)
+            others = kept if c >= least else ZERO, kept if d >= least else ZERO
+            valid = y.size - offset
+            if LANES == 4:
+                values = multiply(load(x, offset, valid, aligned, LANES), factors + others)
+                store(y, offset, valid, aligned, values)
+            else:
+                store(y, offset, valid, aligned, multiply(load(x, offset, valid, aligned, LANES), factors))
+                offset, valid = offset + LANES, valid - LANES
+                store(y, offset, valid, aligned, multiply(load(x, offset, valid, aligned, LANES), others))
+            counter += cuda.gridsize(1)
+
     return SimpleNamespace(
-        activated=activated, activation_gradients=activation_gradients, gated=gated, gated_gradients=gated_gradients
+        activated=activated,
+        activation_gradients=activation_gradients,
+        gated=gated,
+        gated_gradients=gated_gradients,
+        dropped=dropped,
     )

@@ -1,7 +1,7 @@
 """Rows on a GPU: put where integers say, cut into columns and joined again, spread over ranges, and searched.
 
 A block has 2^bits columns of vectors, and as many rows as there are threads for: no division tells them apart.
-`aligned` says that rows begin at multiples of 16 bytes.
+Of a vector beyond the last column nothing is read or written. `aligned` says that rows begin at multiples of 16 bytes.
 """
 
 import functools
@@ -28,7 +28,7 @@ def scatter(dtype: str, threads: int):
         t = int32(cuda.threadIdx.x)
         n = int64(cuda.blockIdx.x) * (THREADS >> bits) + (t >> bits)
         column = ((int32(cuda.blockIdx.y) << bits) + (t & ((1 << bits) - 1))) * LANES
-        if n < N and column < F:
+        if n < N:
             valid, place = F - column, rows[n] * F + column
             values = load(source, n * F + column, valid, aligned, LANES)
             if add:
@@ -54,7 +54,7 @@ def columns(dtype: str, threads: int, join: bool):
         one = memory(table[part, 0], N * width, ZERO)
         n = int64(cuda.blockIdx.x) * (THREADS >> bits) + (t >> bits)
         column = ((int32(cuda.blockIdx.y) << bits) + (t & ((1 << bits) - 1))) * LANES
-        if n < N and column < width:
+        if n < N:
             valid, place, within = width - column, n * F + part * width + column, n * width + column
             if join:
                 store(whole, place, valid, aligned, load(one, within, valid, aligned, LANES))
@@ -78,13 +78,12 @@ def spread(dtype: str, threads: int):
         F, s = int32(grad.shape[1]), int64(cuda.blockIdx.x)
         t = int32(cuda.threadIdx.x)
         column = ((int32(cuda.blockIdx.y) << bits) + (t & ((1 << bits) - 1))) * LANES
-        if column < F:
-            valid, begin, end = F - column, begins[s], begins[s + 1]
-            values = scale(load(grad, s * F + column, valid, aligned, LANES), ONE / TYPE(end - begin))
-            n = begin + int64(cuda.blockIdx.z) * (THREADS >> bits) + (t >> bits)
-            while n < end:
-                store(rows, n * F + column, valid, aligned, values)
-                n += cuda.gridDim.z * (THREADS >> bits)
+        valid, begin = F - column, begins[s]
+        row, count = int32(cuda.blockIdx.z) * (THREADS >> bits) + (t >> bits), int32(begins[s + 1] - begin)
+        values = scale(load(grad, s * F + column, valid, aligned, LANES), ONE / TYPE(count))
+        while row < count:
+            store(rows, (begin + row) * F + column, valid, aligned, values)
+            row += int32(cuda.gridDim.z) * (THREADS >> bits)
 
     return spread
 
@@ -103,9 +102,9 @@ def largest(dtype: str, threads: int, judged: bool):
 
     @device_function
     def before(other, where, value, place):
-        """Whether one number at its place goes before another; those at -1 are none."""
-        if where < 0 or place < 0:
-            return where >= 0
+        """Whether one number at its place goes before another; there is none at -1."""
+        if place < 0:
+            return True
         if other != other:
             return value == value or where < place
         return other > value or (other == value and where < place)

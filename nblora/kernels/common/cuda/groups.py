@@ -32,6 +32,24 @@ def group_sum(shared, t, member, size, value):
     return total
 
 
+@device_function
+def group_sums(shared, t, threads, member, size, first, second):
+    """Two sums at once; `shared` has two elements a thread."""
+    shared[t] = first
+    shared[threads + t] = second
+    cuda.syncthreads()  # all values are there
+    width = size >> 1
+    while width > 0:
+        if member < width:
+            shared[t] += shared[t + width]
+            shared[threads + t] += shared[threads + t + width]
+        cuda.syncthreads()  # this level of both trees is there
+        width >>= 1
+    first, second = shared[t - member], shared[threads + t - member]
+    cuda.syncthreads()  # every thread has both sums
+    return first, second
+
+
 @functools.cache
 def lanes(dtype: str):
     """Device functions on the tuples of a vector: its sum, that of the squares before `valid`, and what a mean leaves
