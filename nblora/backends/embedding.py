@@ -31,7 +31,7 @@ class Embedding:
         """Compute y, and keep what backward needs where `keep`."""
         backend, (base, low_rank, delta, _, _) = self._backend, operands
         assert base is not None  # an embedding has a table
-        indices, low = np.ascontiguousarray(backend.to_host(x), np.int64), None
+        indices, low = np.array(backend.to_host(x), np.int64), None  # ours: a GPU looks at it once
         if low_rank is None:
             y = backend.empty((len(indices), base.weight.shape[1]), base.weight.dtype)
         else:

@@ -142,6 +142,7 @@ def check_columns(backend, dtype, rows, parts, width):
     for part, expected in zip(found, REFERENCE.split_columns(x, parts), strict=True):
         bench.same(part, expected)
     bench.same(backend.join_columns(found), x)
+    bench.same(backend.multiplied(bench.bring(x), bench.bring(x + 1)), x * (x + 1), 4)
     whole = bench.bring(np.tile(x, (2, 1)))
     bench.same(backend.join_columns([whole[:rows], whole[rows:]]), np.hstack([x, x]))  # of views
 
@@ -295,6 +296,7 @@ def run_everything(backend, dtype, rows=40, width=24):
     backend.pointwise_gradient(y, x, 2)
     backend.gated(x, y, 2)
     backend.gated_gradient(x, x, y, 2)
+    backend.multiplied(x, y)
     backend.dropout(x, 0.5, np.random.default_rng(0))
     with np.errstate(invalid="ignore"):  # a device that only records has no answers
         backend.largest(x)

@@ -150,9 +150,9 @@ needs_compiler = pytest.mark.skipif(
 def check_machine_code(dtype, architecture, output):
     backend = recording_backend()
     backend._device.launches.clear()
-    rows.run_everything(backend, dtype)
+    rows.run_everything(backend, dtype, 40, 768)
     found = launched(backend)
-    assert len({kernel.py_func.__name__ for _, kernel, *_ in found}) == 15
+    assert len({kernel.py_func.__name__ for _, kernel, *_ in found}) == 16
     for kernel_name, kernel, threads, types in found:
         code = compile_kernel(kernel, types, architecture, output)
         assert_fits(code, kernel, threads)

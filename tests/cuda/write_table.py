@@ -1,10 +1,11 @@
-"""Write the table of machine code into docs/gpu-proofs.md: `python -m tests.cuda.write_table`."""
+"""Write the tables of machine code into docs/gpu-proofs.md: `python -m tests.cuda.write_table`."""
 
 import re
 from pathlib import Path
 
 from tests.cuda.machine_code import ARCHITECTURES, compile_kernel
-from tests.cuda.recorded import record, recording_backend
+from tests.cuda import rows as operations
+from tests.cuda.recorded import launched, record, recording_backend
 from tests.cuda.test_machine_code import MAIN
 
 PAGE = Path(__file__).parents[2] / "docs" / "gpu-proofs.md"
@@ -34,11 +35,39 @@ def rows():
                 )
 
 
+ROW_HEAD = (
+    "| kernel | arithmetic | threads | registers, sm 75, 80, 90, 100, 120 | shared, bytes | stack | LDL/STL | LDG.128 | "
+    "STG.128 |\n" + "|---" * 2 + "|---:" * 7 + "|\n"
+)
+
+
+def rows_of_rows():
+    """Of operations on rows, what all architectures have in common but the registers."""
+    for dtype in ("float32", "float64"):
+        backend = recording_backend()
+        backend._device.launches.clear()
+        operations.run_everything(backend, dtype, 40, 768)
+        seen = set()
+        for name, kernel, threads, types in launched(backend):
+            if name in seen:
+                continue
+            seen.add(name)
+            found = [compile_kernel(kernel, types, architecture, "ltoir") for architecture in ARCHITECTURES]
+            registers = ", ".join(str(code.registers) for code in found)
+            shared, stack, spilled = (
+                max(figures)
+                for figures in zip(*((c.shared, c.stack, c.count("LDL") + c.count("STL")) for c in found), strict=True)
+            )
+            loads, stores = (min(code.count(f"{what}.E.128") for code in found) for what in ("LDG", "STG"))
+            yield f"| {name} | {dtype} | {threads} | {registers} | {shared} | {stack} | {spilled} | {loads} | {stores} |\n"
+
+
 def main():
-    table = HEAD + "".join(rows())
     text = PAGE.read_text()
-    begin, end = "<!-- machine code: begin -->\n", "<!-- machine code: end -->"
-    PAGE.write_text(re.sub(f"{begin}.*?{end}", lambda _: begin + table + end, text, flags=re.S))
+    for title, table in (("machine code", HEAD + "".join(rows())), ("rows", ROW_HEAD + "".join(rows_of_rows()))):
+        begin, end = f"<!-- {title}: begin -->\n", f"<!-- {title}: end -->"
+        text = re.sub(f"{begin}.*?{end}", lambda _, whole=begin + table + end: whole, text, flags=re.S)
+    PAGE.write_text(text)
 
 
 if __name__ == "__main__":

@@ -273,6 +273,11 @@ class RowOperations(Deferred):
         gx, gu = self._each("gated_gradients", (grad, x, u), code, 2)
         return gx, gu
 
+    def multiplied(self, x: Array, y: Array) -> Array:
+        """x∘y, of one shape."""
+        self._device.settle()
+        return self._masked(x, y)
+
     def dropout(self, x: Array, share: float, rng: np.random.Generator) -> tuple[Array, int]:
         """x / (1 - share) where it is kept and 0 where it is dropped, by the numbers of `dropout_mask`; and the key
         that draws them again."""
