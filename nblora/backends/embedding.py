@@ -17,7 +17,7 @@ from .protocol import Array, Backend, Base, Gradients, LowRank, Operands, Rows, 
 class Kept(NamedTuple):
     """What backward needs of a forward: the integers, and u (N, rank), None without factors."""
 
-    indices: np.ndarray
+    indices: Array
     low: Array | None
 
 
@@ -31,7 +31,7 @@ class Embedding:
         """Compute y, and keep what backward needs where `keep`."""
         backend, (base, low_rank, delta, _, _) = self._backend, operands
         assert base is not None  # an embedding has a table
-        indices, low = np.array(backend.to_host(x), np.int64), None  # ours: a GPU looks at it once
+        indices, low = np.array(backend.to_host(x), np.int64), None  # ours alone: a GPU remembers it
         if low_rank is None:
             y = backend.empty((len(indices), base.weight.shape[1]), base.weight.dtype)
         else:
@@ -42,7 +42,7 @@ class Embedding:
         if delta is not None:
             tables, factors = [base.weight, delta.delta], [1.0, delta.scaling]
         backend.take_rows(tables, factors, indices, y, low_rank is not None)
-        return y, Kept(indices, low) if keep else None
+        return y, Kept(x, low) if keep else None
 
     def backward(self, grad_output: Array, saved: Kept, operands: Operands, input_gradient: bool = True) -> Gradients:
         """Every gradient but x's, which has none."""
@@ -66,7 +66,7 @@ class Embedding:
         dA = dB = dD = dW = None
         if low_rank is None and delta is None and not train:
             return Gradients(None, None, None, None, None, None)
-        rows = _rows(saved.indices, len(base.weight))
+        rows = _rows(np.ascontiguousarray(backend.to_host(saved.indices), np.int64), len(base.weight))
         if low_rank is not None:
             found = backend.backward(gy, Saved(saved.low, None, None, None), _product_with(low_rank, True))
             dB, dA = found.weight, backend.empty(low_rank.A.shape, low_rank.A.dtype)

@@ -376,10 +376,12 @@ class Layer(NamedParameters):
         return np.zeros((samples, self.in_features), self.dtype)
 
     def _enter(self, name: str, value: Any, check: Callable[[str, Any], Array]) -> tuple[Array, bool]:
-        """`value` checked and brought to the device, and whether it was there."""
+        """`value` checked and brought to the device, and whether it was there; integers, which name rows, and tokens
+        stay on the host."""
         adopted = self._backend.adopt(value)
         samples = check(name, value if adopted is None else adopted)
-        return self._backend.from_host(samples), adopted is not None
+        named = not hasattr(samples, "dtype") or samples.dtype.kind in "iu"
+        return samples if named else self._backend.from_host(samples), adopted is not None
 
     def _leave(self, array: Any, on_device: bool) -> Any:
         """An array of the backend as the caller wants it: on the device, or as NumPy."""

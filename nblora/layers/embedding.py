@@ -82,7 +82,7 @@ class Embedding(Weighted):
         return x.reshape(math.prod(x.shape))
 
     def _as_input(self, name: str, value: Any) -> Array:
-        return checks.as_indices(name, value)
+        return checks.as_indices(name, self._backend.to_host(value))
 
     def _output_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         return *shape, self.out_features

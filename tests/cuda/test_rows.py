@@ -5,6 +5,8 @@ import pytest
 
 pytest.importorskip("greenlet", reason="the emulator needs greenlet (extra test)")
 
+import nblora
+from nblora.backends.device import DeviceArray
 from nblora.kernels.common.cuda import simulated
 from nblora.kernels.common.cuda.target import COMPILED
 from tests.cuda import machine_code, mutants, rows
@@ -13,6 +15,7 @@ from tests.cuda.emulator import ORDERS
 from tests.cuda.machine_code import ARCHITECTURES, OUTPUTS, assert_fits, compile_kernel
 from tests.cuda.recorded import launched, recording_backend
 from tests.cuda.rows import DTYPES
+from tests.helpers import ADAPTERS, assert_close, make_adapter
 from tests.processes import run
 
 # Nothing, single elements, whole vectors and groups, and one more or less than those.
@@ -113,6 +116,36 @@ def test_nothing_is_read_back_and_a_step_launches_what_the_last_one_did():
         backend._numbers = None
     assert counts[0] == counts[1] == counts[2]
     assert counts[0][1] == 2  # `largest`, and labels that were on the device and are counted on the host
+
+
+@pytest.mark.parametrize("kind", [None, *ADAPTERS])
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
+def test_a_layer_of_rows(rng, kind, frozen):
+    """Embeddings and adapters on them, forward, back and in a sweep; of integers that their owner changes, too."""
+    base = nblora.Embedding(rng.normal(size=(11, 6)).astype(np.float32))
+    base.trainable = not frozen
+    host = base if kind is None else make_adapter(rng, kind, base, frozen=frozen)
+    device = host.clone()
+    device._move(make_backend("random"))
+    x = rng.integers(0, 7, 20)
+    for _ in range(2):
+        assert_close(device.forward(x), host.forward(x))
+        grad = rng.normal(size=(20, 6)).astype(np.float32)
+        for layer in (device, host):
+            assert layer.backward(grad) is None
+        if host.parameter_count:
+            assert_close(device.get_parameter_gradients(), host.get_parameter_gradients())
+        for layer in (device, host):
+            assert layer.backward_update(grad, 0.1) is None
+        for parameter in host.parameter_names():
+            assert_close(device.get_parameter(parameter), host.get_parameter(parameter))
+        x[...] = rng.integers(4, 11, 20)
+    there = device._backend.from_host(x)
+    y = device.forward(there)
+    assert isinstance(y, DeviceArray)
+    assert_close(np.asarray(y), host.forward(x))
+    with pytest.raises(IndexError, match="from 0 to 10"):
+        device.forward(there.copy_to_host() + 7)
 
 
 SIMULATED = """

@@ -3,8 +3,8 @@
 import re
 from pathlib import Path
 
-from tests.cuda.machine_code import ARCHITECTURES, compile_kernel
 from tests.cuda import rows as operations
+from tests.cuda.machine_code import ARCHITECTURES, compile_kernel
 from tests.cuda.recorded import launched, record, recording_backend
 from tests.cuda.test_machine_code import MAIN
 
@@ -36,8 +36,8 @@ def rows():
 
 
 ROW_HEAD = (
-    "| kernel | arithmetic | threads | registers, sm 75, 80, 90, 100, 120 | shared, bytes | stack | LDL/STL | LDG.128 | "
-    "STG.128 |\n" + "|---" * 2 + "|---:" * 7 + "|\n"
+    "| kernel | arithmetic | threads | registers, sm 75, 80, 90, 100, 120 | shared, bytes | stack | LDL/STL | "
+    "LDG.128 | STG.128 |\n" + "|---" * 2 + "|---:" * 7 + "|\n"
 )
 
 
@@ -59,7 +59,8 @@ def rows_of_rows():
                 for figures in zip(*((c.shared, c.stack, c.count("LDL") + c.count("STL")) for c in found), strict=True)
             )
             loads, stores = (min(code.count(f"{what}.E.128") for code in found) for what in ("LDG", "STG"))
-            yield f"| {name} | {dtype} | {threads} | {registers} | {shared} | {stack} | {spilled} | {loads} | {stores} |\n"
+            figures = name, dtype, threads, registers, shared, stack, spilled, loads, stores
+            yield f"| {' | '.join(map(str, figures))} |\n"
 
 
 def main():
