@@ -562,7 +562,7 @@ GUARDS = [
     (r" if (?:bottom >= kh|right >= kw) else int32\(0\)", ""),
     (r"\((?:bottom - kh|right - kw)\) // S[HW] \+ 1(?= if)", "int32(0)"),
     (r"min\((bottom // SH|right // SW), out_(?:height|width) - 1\)", r"\1"),
-    (r"if not maximum or places\[window\] == place:", "if True:"),
+    (r"if not MAXIMUM or places\[window\] == place:", "if True:"),
     # channels: tails of vectors, trees, shares, columns
     (r"\(places \+ LANES - 1\) // LANES", "places // LANES"),
     (r"(?<=valid = plane \* places \+ begin, )places - begin", "int64(LANES)"),

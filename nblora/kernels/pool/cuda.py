@@ -26,7 +26,7 @@ def pool(dtype: str, threads: int, maximum: bool):
     elements. Grid (⌈planes / (threads / 2^bits)⌉, any).
     """
     THREADS, TYPE = threads, getattr(types, dtype)
-    START = TYPE(-math.inf if maximum else 0)
+    MAXIMUM, START = maximum, TYPE(-math.inf if maximum else 0)
 
     @kernel(threads)
     def pool(x, kh, kw, sh, sw, ph, pw, count, bits, y, places):
@@ -46,7 +46,7 @@ def pool(dtype: str, threads: int, maximum: bool):
                 j = begin
                 while j < end:
                     value = load(x, source + i * width + j, 1, 0, 1)[0]
-                    if maximum:
+                    if MAXIMUM:
                         if value > found or (value != value and found == found):
                             found, where = value, i * width + j
                     else:
@@ -54,9 +54,9 @@ def pool(dtype: str, threads: int, maximum: bool):
                     j += 1
                 i += 1
             target = plane * last + place
-            if maximum:
+            if MAXIMUM:
                 places[target] = where
-            store(y, target, 1, 0, (found if maximum else found / count,))
+            store(y, target, 1, 0, (found if MAXIMUM else found / count,))
             place += int32(cuda.gridDim.y) << bits
 
     return pool
@@ -69,7 +69,7 @@ def pool_gradient(dtype: str, threads: int, maximum: bool, stride: tuple[int, in
     grad (planes, H', W'), places as `pool` gives them, gx (planes, H, W). Grid as that of `pool`, for gx.
     """
     THREADS, TYPE = threads, getattr(types, dtype)
-    SH, SW = stride
+    MAXIMUM, (SH, SW) = maximum, stride
     ZERO = TYPE(0)
 
     @kernel(threads)
@@ -91,11 +91,11 @@ def pool_gradient(dtype: str, threads: int, maximum: bool, stride: tuple[int, in
                 w = begin
                 while w <= end:
                     window = (plane * out_height + h) * out_width + w
-                    if not maximum or places[window] == place:
+                    if not MAXIMUM or places[window] == place:
                         total += load(grad, window, 1, 0, 1)[0]
                     w += 1
                 h += 1
-            store(gx, plane * last + place, 1, 0, (total if maximum else total / count,))
+            store(gx, plane * last + place, 1, 0, (total if MAXIMUM else total / count,))
             place += int32(cuda.gridDim.y) << bits
 
     return pool_gradient
