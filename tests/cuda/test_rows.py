@@ -101,6 +101,23 @@ def test_same_bits_in_every_order(dtype):
             np.testing.assert_array_equal(one, other)
 
 
+def test_the_way_back_lets_gradients_wait():
+    """What copies rows does not launch what is put off; what changes an array that this reads does."""
+    backend = make_backend()
+    new = [backend.from_host(np.ones((4, 8), np.float32)) for _ in range(2)]
+    waiting = backend._factor_gradient(*new)
+    rows_, begins = np.arange(4), np.array([0, 1, 4])
+    backend.join_columns(backend.split_columns(new[0], 2))
+    backend.row_means_gradient(backend.gather(new[0], np.arange(2)), begins)
+    backend.multiplied(*new)
+    backend.dropout_gradient(new[0], 0.5, 3)
+    backend.scatter(backend.zeros((4, 8), new[0].dtype), rows_, new[0])
+    assert backend._products
+    backend.scatter(new[0], rows_, new[1], add=True)
+    assert not backend._products
+    np.testing.assert_array_equal(waiting.copy_to_host(), np.full((8, 8), 4))
+
+
 def test_nothing_is_read_back_and_a_step_launches_what_the_last_one_did():
     """But `largest`, which brings places and numbers over in one copy."""
     backend = make_backend()

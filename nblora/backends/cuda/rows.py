@@ -23,7 +23,11 @@ WORTH_SHARING = 8
 
 
 class RowOperations(Deferred):
-    """The operations of `protocol.Backend` and `ReferenceBlocks` whose arrays are rows."""
+    """The operations of `protocol.Backend` and `ReferenceBlocks` whose arrays are rows.
+
+    What copies rows or multiplies them is asked for on the way back too, and lets gradients wait that are put off: it
+    reads none of these, and no parameter.
+    """
 
     _norm_shares = 128
     """Parts at most in which gradients of a norm's weight and bias are summed up, on a GPU of any size."""
@@ -63,6 +67,11 @@ class RowOperations(Deferred):
     ) -> None:
         """target[n] (+)= Σ factor·table[indices[n]] over one or two tables, in place; indices (N,) int64."""
         self._device.settle()
+        self._take(tables, factors, indices, target, add)
+
+    def _take(
+        self, tables: Sequence[Array], factors: Sequence[float], indices: Array, target: Array, add: bool
+    ) -> None:
         if not target.size:
             return
         number = target.dtype.type
@@ -165,12 +174,12 @@ class RowOperations(Deferred):
     def gather(self, x: Array, rows: np.ndarray) -> Array:
         """x[rows]: rows of (N, F), of int64."""
         found = self._device.empty((len(rows), x.shape[1]), x.dtype)
-        self.take_rows([x], [1.0], rows, found, False)
+        self._take([x], [1.0], rows, found, False)
         return found
 
     def scatter(self, target: Array, rows: np.ndarray, source: Array, add: bool = False) -> None:
         """target[rows[n]] (+)= source[n], in place; no row twice."""
-        self._device.settle()
+        self._before_writing(target)
         if source.size:
             grid, threads, bits, aligned = self._lie(len(source), source, target)
             kernel = kernels.scatter(NAMES[source.dtype], threads)
@@ -178,14 +187,12 @@ class RowOperations(Deferred):
 
     def split_columns(self, x: Array, parts: int) -> list[Array]:
         """Parts of equal width of each row of (N, F)."""
-        self._device.settle()
         found = [self._device.empty((x.shape[0], x.shape[1] // parts), x.dtype) for _ in range(parts)]
         self._columns(found, x, False)
         return found
 
     def join_columns(self, parts: Sequence[Array]) -> Array:
         """The inverse of `split_columns`."""
-        self._device.settle()
         rows, width = parts[0].shape
         whole = self._device.empty((rows, width * len(parts)), parts[0].dtype)
         self._columns(parts, whole, True)
@@ -275,7 +282,6 @@ class RowOperations(Deferred):
 
     def multiplied(self, x: Array, y: Array) -> Array:
         """x∘y, of one shape."""
-        self._device.settle()
         return self._masked(x, y)
 
     def dropout(self, x: Array, share: float, rng: np.random.Generator) -> tuple[Array, int]:

@@ -56,15 +56,6 @@ class Updates(Deferred):
         kernel = elementwise(NAMES[target.dtype], self._threads(target)).times
         self._stride(kernel, target, target.dtype.type(factor), int(base_aligned(target)))
 
-    def dropout(self, x: Array, share: float, rng: np.random.Generator) -> tuple[Array, Array]:
-        """x scaled where it is kept and 0 where it is dropped, and the mask, which is drawn as by `dropout_mask`."""
-        kept = self.dropout_mask(rng, x.shape, share, x.dtype)
-        return self._masked(x, kept), kept
-
-    def dropout_gradient(self, grad: Array, share: float, kept: Array) -> Array:
-        """The gradient of x."""
-        return self._masked(grad, kept)
-
     def sum_of_squares(self, array: Array) -> float:
         """Σ a², accumulated in float64."""
         return float(self.sums_of_squares([array])[0])
