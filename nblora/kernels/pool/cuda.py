@@ -168,7 +168,7 @@ def channels(dtype: str, threads: int):
             store(y, offset, valid, aligned, activate(z, code))
             vector += int64(cuda.gridDim.y) << bits
 
-    @kernel(threads)
+    @kernel(threads, 2 if dtype == "float32" else 1)  # held to 128 registers it would keep float64 in local memory
     def of_images_gradient(grad, x, factor, shift, code, bits, chunk, aligned, gx, sums):
         """gx = g factor with g = grad act'(x factor + shift), and of the images of each split Σ g x and Σ g.
 
