@@ -56,7 +56,9 @@ ATTENTION = {
 def _tiny(rows: int, columns: int, dtype: str) -> AttentionShapes:
     sizes, lanes = (16, 32, 64, 128, 256), 16 // np.dtype(dtype).itemsize
     tiles = tuple(Tile(rows, columns, size, 8, 4, dtype) for size in sizes)
-    return AttentionShapes(tiles, tiles, tiles, tuple(Few(16, size, max(8, size // lanes), dtype) for size in sizes), 8)
+    return AttentionShapes(
+        tiles, tiles, tiles, tuple(Few(16, size, max(8, size // lanes), dtype) for size in sizes), 16
+    )
 
 
 TINY_ATTENTION = {"float32": _tiny(8, 16, "float32"), "float64": _tiny(4, 8, "float64")}

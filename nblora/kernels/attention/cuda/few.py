@@ -13,7 +13,6 @@ import numpy as np
 from numba.core import types
 
 from nblora.kernels.common.cuda.intrinsics import (
-    above,
     add_scaled,
     exp2,
     lane_sums,
@@ -147,12 +146,11 @@ def few(shape: Few):
             new = largest
             for i in range(KEYS):
                 new = maximum(new, load_shared(shared, SCORES + i * ROWS, ROWS))
-            shift = above(new, NONE)
-            fade = exp2(add_scaled(largest, shift, -ONE))
+            fade = exp2(add_scaled(largest, new, -ONE))
             i = t
             while i < KEYS:
                 score = load_shared(shared, SCORES + i * ROWS, ROWS)
-                store_shared(shared, WEIGHTS + i * ROWS, exp2(add_scaled(score, shift, -ONE)))
+                store_shared(shared, WEIGHTS + i * ROWS, exp2(add_scaled(score, new, -ONE)))
                 i = int32(i + THREADS)
             cuda.syncthreads()  # every key's weights are there
             total, out = multiply(total, fade), multiply(out, repeated(fade, LANES))

@@ -157,7 +157,7 @@ def query_gradient(tile: Tile, dropping: bool):
 @functools.cache
 def key_gradients(tile: Tile, dropping: bool):
     """Kernel: the gradients of k and of v. Grid (tiles, key heads); a tile is of keys, up to where the next sequence's
-    begin: those from key_ends on have zeros."""
+    begin: those from key_ends on have zeros. Columns behind the last query weigh zeros: its gradients."""
     SHARED, FIGURES, THREADS, TYPE = tile.shared_elements, tile.figures, tile.threads, tile.type
     COLUMNS, LANES, DOWN = tile.columns, tile.lanes, tile.rows // tile.lanes
     SCORES, OUTPUTS = tile.scores, tile.outputs
@@ -223,10 +223,10 @@ def key_gradients(tile: Tile, dropping: bool):
                 s = scores(zeros(SCORES, ZERO), shared, keys, queries, size, aligned)
                 grads = Rows(grad, start, stop, head * size, stride)
                 d = scores(zeros(SCORES, ZERO), shared, values, grads, size, aligned)
-                least = int32(row + before - start - first) if causal else int32(-COLUMNS)
-                lows = shifted(LANE, least) if causal else repeated((least,), LANES)
-                seen = repeated((int32(stop - start - first),), LANES)
-                s = within(scale(s, factor), NUMBERS, lows, seen, NONE)
+                s = scale(s, factor)
+                if causal:
+                    lows = shifted(LANE, int32(row + before - start - first))
+                    s = within(s, NUMBERS, lows, repeated((int32(COLUMNS),), LANES), NONE)
                 p = exp2(add_scaled(s, stretched(figures(shared, FIGURES + first), LANES), ONE))
                 behind = stretched(figures(shared, FIGURES + COLUMNS + first), LANES)
                 weights = p
