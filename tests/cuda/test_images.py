@@ -21,7 +21,7 @@ from nblora.layers import AvgPool2d, BatchNorm2d, GlobalAvgPool2d, MaxPool2d
 from nblora.layers.run import Run
 from nblora.layers.sinks import Held
 from nblora.pretrained.families.vit import ClassToken
-from tests.cuda import machine_code, mutants
+from tests.cuda import machine_code, mutants, stub
 from tests.cuda.emulated import make_backend
 from tests.cuda.emulator import ORDERS
 from tests.cuda.machine_code import ARCHITECTURES, OUTPUTS, assert_fits, compile_kernel
@@ -687,3 +687,45 @@ def test_machine_code():
 def test_machine_code_of_every_architecture(dtype, architecture, output):
     for one in recorded(dtype):
         assert_code(*one, architecture, output, dtype)
+
+
+# --- the host's part -------------------------------------------------------------------------------------------------
+
+STEPS = """
+ones = np.ones(4, np.float32)
+model = nblora.Sequential(
+    nblora.Conv2d.random(3, 4, 3, padding=1, seed=0),
+    nblora.layers.BatchNorm2d(ones, ones, ones, ones, activation="relu"),
+    nblora.layers.MaxPool2d(4, 2),
+    nblora.Conv2d.random(4, 4, 1, seed=1),
+    nblora.layers.AvgPool2d(4, 2),
+    nblora.layers.GlobalAvgPool2d(4),
+    nblora.Dense.random(4, 2, seed=2),
+)
+model.adapt(["0", "3"], "lora", rank=2, seed=0, modules_to_save="6")
+model.to("cuda")
+bring = model[0]._backend.from_host
+x, grad = bring(normal(6, 3, 8, 8)), bring(normal(6, 2))
+
+
+def step():
+    model(x)
+    model.backward_update(grad, 0.1)
+
+
+for _ in range(4):
+    step()
+say(steps=[counted(step) for _ in range(20)])
+"""
+
+
+@pytest.mark.slow
+@stub.needs_driver[0]
+@stub.needs_driver[1]
+@stub.needs_driver[2]
+def test_steps_of_a_convolutional_network_allocate_nothing(folder):
+    """Nor do they wait, copy to the host, or launch more as they go on."""
+    steps = stub.script(folder, STEPS)["steps"]
+    assert all(step == steps[0] for step in steps)
+    assert steps[0]["launch"] <= 35
+    assert {steps[0][name] for name in ("alloc", "free", "d2h", "sync")} == {0}
