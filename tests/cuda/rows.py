@@ -127,7 +127,9 @@ def check_means(backend, dtype, count, total, width):
     brought = bench.bring(x)
     with bench.moves(x=(brought, x.size, 0)):
         bench.same(backend.row_means(brought, begins), expected)
-    spread = backend.row_means_gradient(bench.bring(grad), begins)
+    with bench.moves() as moved:
+        spread = backend.row_means_gradient(bench.bring(grad), begins)
+        moved["rows"] = spread, 0, x.size
     bench.same(spread, REFERENCE.row_means_gradient(grad, begins))
 
 
@@ -136,13 +138,22 @@ def check_columns(backend, dtype, rows, parts, width):
     bench = Bench(backend, dtype)
     x = bench.new(rows, parts * width)
     brought = bench.bring(x)
-    with bench.moves(x=(brought, x.size, 0)):
+    with bench.moves(x=(brought, x.size, 0)) as moved:
         found = backend.split_columns(brought, parts)
+        moved |= {f"part {i}": (part, 0, rows * width) for i, part in enumerate(found)}
     assert len(found) == parts
     for part, expected in zip(found, REFERENCE.split_columns(x, parts), strict=True):
         bench.same(part, expected)
-    bench.same(backend.join_columns(found), x)
-    bench.same(backend.multiplied(bench.bring(x), bench.bring(x + 1)), x * (x + 1), 4)
+    with bench.moves() as moved:
+        joined = backend.join_columns(found)
+        moved |= {f"part {i}": (part, rows * width, 0) for i, part in enumerate(found)}
+        moved["whole"] = joined, 0, x.size
+    bench.same(joined, x)
+    two = bench.bring(x), bench.bring(x + 1)
+    with bench.moves(x=(two[0], x.size, 0), y=(two[1], x.size, 0)) as moved:
+        product = backend.multiplied(*two)
+        moved["product"] = product, 0, x.size
+    bench.same(product, x * (x + 1), 4)
     whole = bench.bring(np.tile(x, (2, 1)))
     bench.same(backend.join_columns([whole[:rows], whole[rows:]]), np.hstack([x, x]))  # of views
 
@@ -175,8 +186,9 @@ def check_norm(backend, dtype, rows, width):
             backend._norm_shares = parts
             given = [bench.bring(array) for array in (grad, x, stats, weight)]
             reads = (2 * wanted[0] + wanted[1]) * x.size
-            with bench.moves(grad=(given[0], reads, 0), x=(given[1], reads, 0)):
+            with bench.moves(grad=(given[0], reads, 0), x=(given[1], reads, 0)) as moved:
                 found = backend.norm_gradient(*given, centred, wanted)
+                moved |= {str(i): (part, 0, part.size) for i, part in enumerate(found) if part is not None}
             reference = REFERENCE.norm_gradient(grad, x, stats, weight, centred, wanted)
             assert [part is None for part in found] == [part is None for part in reference]
             for part, expected in zip(found, reference, strict=True):
@@ -192,21 +204,30 @@ def check_pointwise(backend, dtype, *shape):
     with np.errstate(all="ignore"):
         for code in range(8):
             given = [bench.bring(array) for array in (grad, x, u)]
-            bench.same(backend.pointwise(given[1], code), REFERENCE.pointwise(x, code), 4)
-            bench.same(backend.pointwise_gradient(*given[:2], code), REFERENCE.pointwise_gradient(grad, x, code), 4)
-            bench.same(backend.gated(*given[1:], code), REFERENCE.gated(x, u, code), 4)
-            with bench.moves(grad=(given[0], x.size, 0), x=(given[1], x.size, 0), u=(given[2], x.size, 0)):
-                found = backend.gated_gradient(*given, code)
-            expected = REFERENCE.gated_gradient(grad, x, u, code)
-            for part, other in zip(found, expected, strict=True):
-                bench.same(part, other, 16)
+            for name, own, host in (
+                ("pointwise", given[1:2], (x,)),
+                ("pointwise_gradient", given[:2], (grad, x)),
+                ("gated", given[1:], (x, u)),
+                ("gated_gradient", given, (grad, x, u)),
+            ):
+                with bench.moves(**{f"operand {i}": (array, x.size, 0) for i, array in enumerate(own)}) as moved:
+                    found = getattr(backend, name)(*own, code)
+                    results = found if isinstance(found, tuple) else (found,)
+                    moved |= {f"result {i}": (array, 0, x.size) for i, array in enumerate(results)}
+                expected = getattr(REFERENCE, name)(*host, code)
+                expected = expected if isinstance(expected, tuple) else (expected,)
+                for part, other in zip(results, expected, strict=True):
+                    bench.same(part, other, 16 if len(host) == 3 else 4)
 
 
 def check_dropout(backend, dtype, *shape):
     """What `dropout_mask` would keep of a key, forward and back."""
     bench = Bench(backend, dtype)
     x, grad = bench.new(*shape), bench.new(*shape)
-    y, kept = backend.dropout(bench.bring(x), 0.3, np.random.default_rng(5))
+    brought = bench.bring(x)
+    with bench.moves(x=(brought, x.size, 0)) as moved:
+        y, kept = backend.dropout(brought, 0.3, np.random.default_rng(5))
+        moved["y"] = y, 0, x.size
     mask = dropout_mask(REFERENCE, np.random.default_rng(5), shape, 0.3, np.float64)
     bench.same(y, x * mask)
     bench.same(backend.dropout_gradient(bench.bring(grad), 0.3, kept), grad * mask)
@@ -302,3 +323,8 @@ def run_everything(backend, dtype, rows=40, width=24):
         backend.largest(x)
     backend.right_answers(x, labels)
     backend.softmax_cross_entropy(x, labels)
+
+
+def vectors(code, what):
+    """128-bit loads ("LD") or stores ("ST") of a kernel's machine code, those by addresses it was given among them."""
+    return code.count(f"{what}G.E.128") + code.count(f"{what}.E.128")

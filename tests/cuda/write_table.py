@@ -37,7 +37,7 @@ def rows():
 
 ROW_HEAD = (
     "| kernel | arithmetic | threads | registers, sm 75, 80, 90, 100, 120 | shared, bytes | stack | LDL/STL | "
-    "LDG.128 | STG.128 |\n" + "|---" * 2 + "|---:" * 7 + "|\n"
+    "loads of 128 bits | stores |\n" + "|---" * 2 + "|---:" * 7 + "|\n"
 )
 
 
@@ -58,7 +58,7 @@ def rows_of_rows():
                 max(figures)
                 for figures in zip(*((c.shared, c.stack, c.count("LDL") + c.count("STL")) for c in found), strict=True)
             )
-            loads, stores = (min(code.count(f"{what}.E.128") for code in found) for what in ("LDG", "STG"))
+            loads, stores = (min(operations.vectors(code, what) for code in found) for what in ("LD", "ST"))
             figures = name, dtype, threads, registers, shared, stack, spilled, loads, stores
             yield f"| {' | '.join(map(str, figures))} |\n"
 
