@@ -28,8 +28,10 @@ def faulty_gradient(model: Layer, name: str, step: int) -> NonFiniteError:
 
 def check_parameters(model: Layer, step: int) -> None:
     """NonFiniteError where any trained parameter or velocity is not finite."""
-    for name, parameter, _ in tree.changing(model):
-        if not _is_finite(model, parameter.array):
+    changing, backend = list(tree.changing(model)), model._backend
+    squares = backend.read(backend.sums_of_squares([parameter.array for _, parameter, _ in changing]))
+    for (name, parameter, _), square in zip(changing, squares, strict=True):
+        if not _is_finite(model, parameter.array, square):
             owner, layer = _owner(model, name)
             raise NonFiniteError(f"{_local(name, owner)} of {_describe(owner, layer)} is not finite after step {step}")
 
@@ -70,6 +72,8 @@ def _describe(name: str, layer: Layer) -> str:
     return f"layer {name!r} ({kind})" if name else f"the {kind}"
 
 
-def _is_finite(model: Layer, array: Any) -> bool:
+def _is_finite(model: Layer, array: Any, square: float | None = None) -> bool:
+    """Whether all of an array is, of which the sum of squares may be known."""
+    square = model._backend.sum_of_squares(array) if square is None else square
     # NaN and infinity survive a sum of squares; a sum of large float64 values may overflow without any.
-    return math.isfinite(model._backend.sum_of_squares(array)) or bool(np.isfinite(model._backend.to_host(array)).all())
+    return math.isfinite(square) or bool(np.isfinite(model._backend.to_host(array)).all())

@@ -94,7 +94,8 @@ class Training(Sweep):
     @property
     def sweeps(self) -> bool:
         """Whether a backward changes parameters on its way, so that a fault must be known before it."""
-        return not self._holds and any(p.dense or p.velocity is not None for p in self._names)
+        plain = self.optimizer.plain
+        return not self._holds and any(p.velocity is not None or (plain and p.dense) for p in self._names)
 
     def squares(self) -> list[Number]:
         """After a backward: Σ g² of the gradients that are looked at, for `apply`, to be read with the loss.

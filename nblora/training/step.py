@@ -129,11 +129,14 @@ class Step:
         run.sink, run.recompute = self._sink, self.recompute
         # On a GPU the batch is brought there once: output and gradients stay, the host sees the loss.
         value, grad, figures = model._learn(x, y, self.loss if share == 1 else Part(self.loss, share), run)
-        if self._sink.sweeps or isinstance(value, float):
-            (value,) = backend.read([value])
+        figures = {"loss": value, **figures}
+        if isinstance(value, float):
             self._require_finite(value, x)
+        elif self._sink.sweeps:
+            figures = dict(zip(figures, backend.read([*figures.values()]), strict=True))
+            self._require_finite(figures["loss"], x)
         model._backward(grad, run.back(self._sink))
-        return {"loss": value, **figures}
+        return figures
 
     def _require_finite(self, loss: float, x: Any) -> None:
         if not math.isfinite(loss):
