@@ -11,6 +11,7 @@ import nblora
 from nblora.backends import protocol
 from nblora.backends.blocks import ReferenceBlocks
 from nblora.backends.cpu import CPUBackend
+from nblora.backends.cuda import CUDABackend
 from nblora.backends.reference import ReferenceBackend
 from tests.processes import ROOT, run
 
@@ -202,14 +203,23 @@ def operations(cls):
     return {name: value for name, value in inspect.getmembers(cls, inspect.isfunction) if name[0] != "_"}
 
 
-@pytest.mark.parametrize("backend", [CPUBackend, ReferenceBackend])
+@pytest.mark.parametrize("backend", [CPUBackend, ReferenceBackend, CUDABackend])
 def test_the_backend_offers_the_protocol(backend):
     """The same operations, with the same arguments in the same order."""
     wanted = operations(protocol.Backend) | operations(ReferenceBlocks)
     expected = {name: list(inspect.signature(f).parameters) for name, f in wanted.items()}
     offered = {name: list(inspect.signature(f).parameters) for name, f in operations(backend).items()}
     assert offered == expected
-    assert backend.device == "cpu"
+
+
+def test_no_two_parts_of_the_backend_of_a_gpu_have_a_name_in_common():
+    """One would stand in for the other, which its own callers mean."""
+    owners = {}
+    for part in CUDABackend.__mro__[1:-1]:
+        for name in vars(part):
+            owners.setdefault(name, []).append(part.__name__)
+    twice = {name: parts for name, parts in owners.items() if len(parts) > 1 and not name.startswith("__")}
+    assert twice == {"_before_writing": ["Deferred", "Launching"]}  # which the one says better
 
 
 def test_no_pickle_but_the_kernel_caches():
