@@ -43,6 +43,17 @@ def test_step_of_a_trained_base(rng, move):
     contract.check_step(rng, move, frozen=False, activation="sigmoid")
 
 
+def test_a_put_off_gradient_is_there_for_who_reads_it(rng, move):
+    """PiSSA's factors are halves of those that the product has gradients of, which are put off."""
+    host = nblora.LoRAAdapter(contract.make_layer(rng, (9, 6), dtype="float32"), 2, init="pissa", seed=0)
+    device = move(host.clone())
+    x, grad = rng.normal(size=(4, 9)), rng.normal(size=(4, 6))
+    for adapter in (host, device):
+        adapter.forward(x)
+        adapter.backward(grad)
+    contract.assert_close(device.get_parameter_gradients(), host.get_parameter_gradients())
+
+
 def test_life(rng, move, tmp_path):
     contract.check_life(rng, move, tmp_path / "adapter.safetensors")
 

@@ -84,6 +84,12 @@ class Deferred(Products):
             kernel = gradients.grouped_products(tile, masked)
             self._device.launch(kernel, (blocks, 1, 1), tile.threads, self._upload(rows, np.int64))
 
+    def _before_reading(self, *arrays: Array) -> None:
+        written = [product[3] for product in self._products]
+        written += [array for _, (parameter, _, *slots), _ in self._updates for array in (parameter, *slots)]
+        if any(_overlap(array, other) for array in arrays for other in written):
+            self._device.settle()
+
     def _before_writing(self, *arrays: Array) -> None:
         waiting = [array for product in self._products for array in product if array is not None]
         waiting += [array for _, held, _ in self._updates for array in held]

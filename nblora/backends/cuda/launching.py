@@ -199,6 +199,10 @@ class Launching:
         self._known[key] = weakref.ref(values, lambda _: self._known.pop(key, None)), array
         return array
 
+    def _before_reading(self, *arrays: Array) -> None:
+        """Launch what was put off where it writes one of these arrays: a gradient, or a parameter."""
+        self._device.settle()
+
     def _before_writing(self, *arrays: Array) -> None:
         """Launch what was put off where it reads, or writes, one of these arrays, which are to be changed in place."""
         self._device.settle()

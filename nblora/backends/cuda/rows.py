@@ -173,12 +173,14 @@ class RowOperations(Deferred):
 
     def gather(self, x: Array, rows: np.ndarray) -> Array:
         """x[rows]: rows of (N, F), of int64."""
+        self._before_reading(x)
         found = self._device.empty((len(rows), x.shape[1]), x.dtype)
         self._take([x], [1.0], rows, found, False)
         return found
 
     def scatter(self, target: Array, rows: np.ndarray, source: Array, add: bool = False) -> None:
         """target[rows[n]] (+)= source[n], in place; no row twice."""
+        self._before_reading(source)
         self._before_writing(target)
         if source.size:
             grid, threads, bits, aligned = self._lie(len(source), source, target)
@@ -199,6 +201,7 @@ class RowOperations(Deferred):
         return whole
 
     def _columns(self, parts: Sequence[Array], whole: Array, join: bool) -> None:
+        self._before_reading(*(parts if join else (whole,)))
         if whole.size:
             grid, threads, bits, aligned = self._lie(len(whole), *parts)
             self._device.launch(
