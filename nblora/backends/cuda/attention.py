@@ -31,7 +31,7 @@ class AttentionShapes:
     threads: int
 
 
-_128, _256 = Tile(64, 64, 128, 256, resident=1), Tile(32, 128, 256, 256, resident=1)
+_128, _256 = Tile(64, 64, 128, 256, 16, resident=1), Tile(32, 128, 256, 256, resident=1)
 _128_64 = Tile(32, 32, 128, 256, 16, "float64", resident=1)
 _256_64 = Tile(16, 64, 256, 256, dtype="float64", resident=1)
 _NARROW_64 = tuple(Tile(32, 32, size, 128, dtype="float64") for size in (32, 64))
