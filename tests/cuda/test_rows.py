@@ -9,7 +9,7 @@ import nblora
 from nblora.backends.device import DeviceArray
 from nblora.kernels.common.cuda import simulated
 from nblora.kernels.common.cuda.target import COMPILED
-from tests.cuda import machine_code, mutants, rows
+from tests.cuda import machine_code, mutants, rows, stub
 from tests.cuda.emulated import make_backend
 from tests.cuda.emulator import ORDERS
 from tests.cuda.machine_code import ARCHITECTURES, OUTPUTS, assert_fits, compile_kernel
@@ -187,6 +187,34 @@ print("whole rows")
 def test_on_the_simulator():
     done = run(SIMULATED, options=(), NUMBA_ENABLE_CUDASIM="1")  # of infinities NumPy warns
     assert done.stdout == "whole rows\n"
+
+
+STEPS = """
+from tests.cuda import rows
+backend = nblora.backends.resolve("cuda")
+
+
+def step():
+    rows.run_everything(backend, "float32")
+    backend.read([])  # as a step does with its losses
+
+
+for _ in range(3):
+    step()
+say(steps=[counted(step) for _ in range(10)])
+"""
+
+
+@pytest.mark.slow
+@stub.needs_driver[0]
+@stub.needs_driver[1]
+@stub.needs_driver[2]
+def test_no_step_allocates_or_launches_more_than_the_last(folder):
+    """On a driver that computes nothing. To the host come labels that were on the device, to be counted, and what
+    `largest` found."""
+    steps = stub.script(folder, STEPS)["steps"]
+    assert all(step == steps[0] for step in steps)
+    assert {name: steps[0][name] for name in ("alloc", "free", "d2h")} == {"alloc": 0, "free": 0, "d2h": 2}
 
 
 # --- machine code ------------------------------------------------------------------------------------------------
