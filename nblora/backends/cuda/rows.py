@@ -25,8 +25,8 @@ WORTH_SHARING = 8
 class RowOperations(Deferred):
     """The operations of `protocol.Backend` and `ReferenceBlocks` whose arrays are rows.
 
-    What copies rows or multiplies them is asked for on the way back too, and lets gradients wait that are put off: it
-    reads none of these, and no parameter.
+    What copies rows or multiplies them is asked for on the way back too, and lets gradients wait that are put off, but
+    for those that it reads.
     """
 
     _norm_shares = 128
@@ -285,6 +285,7 @@ class RowOperations(Deferred):
 
     def multiplied(self, x: Array, y: Array) -> Array:
         """x∘y, of one shape."""
+        self._before_reading(x, y)
         return self._masked(x, y)
 
     def dropout(self, x: Array, share: float, rng: np.random.Generator) -> tuple[Array, int]:
