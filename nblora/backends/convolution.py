@@ -26,6 +26,11 @@ class Kept(NamedTuple):
     window: Window
     pieces: list[Saved]
 
+    @property
+    def x(self) -> Array | None:
+        """The input."""
+        return self.images
+
 
 class Convolution:
     """The linear step on patches: x (N, channels, height, width), y (N, out, H', W').

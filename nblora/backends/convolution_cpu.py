@@ -38,6 +38,11 @@ class Kept(NamedTuple):
     mask: Array | None
     window: Window
 
+    @property
+    def x(self) -> Array | None:
+        """The input."""
+        return self.images
+
 
 class CPUConvolution:
     """x (N, channels, height, width), y (N, out, H', W')."""

@@ -20,6 +20,11 @@ class Kept(NamedTuple):
     indices: Array
     low: Array | None
 
+    @property
+    def x(self) -> np.ndarray:
+        """The input."""
+        return self.indices
+
 
 class Embedding:
     """The product of rows that integers name: x (N,), y (N, features). There is no activation and no bias."""

@@ -94,7 +94,7 @@ class Product(Protocol):
 
     def forward(self, x: Array, operands: Operands, mask: Array | None, keep: bool) -> tuple[Array, Any]:
         """y = act(x (W + c D) + s (mask∘x) A B + b), (N, out), and what backward needs where `keep`: a `Saved` of a
-        backend, of other products what they like."""
+        backend, of other products what they like, with the input as `x`."""
         ...
 
     def backward(self, grad_output: Array, saved: Any, operands: Operands, input_gradient: bool = True) -> Gradients:

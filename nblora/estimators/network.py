@@ -17,7 +17,7 @@ from nblora.layers import Layer, tree
 from nblora.linalg import softmax
 from nblora.models.targets import match_names
 from nblora.training import SGD, AdamW, Constant, EarlyStopping, Loss, Optimizer, fit
-from nblora.training.calibration import AUTO, check_delta_lr
+from nblora.training.calibration import AUTO, Bound, check_delta_lr
 from nblora.training.data import check_samples
 from nblora.training.fit import Run, check_model
 from nblora.training.losses import as_loss
@@ -118,6 +118,7 @@ class _LoRAEstimator(BaseEstimator):
             self._build(X, random)
         self._slots: dict[str, list[np.ndarray]] = {}
         self._delta_rates: dict[str, float] = {}
+        self._delta_bound: Bound | None = None
         self.t_ = 0
         X, targets, validation = self._split(X, targets, random)
         monitor = "loss" if validation is None else "val_loss"
@@ -159,6 +160,7 @@ class _LoRAEstimator(BaseEstimator):
             self._shuffles = check_random_state(self.random_state)
             self._build(X, self._shuffles)
             self._slots, self._delta_rates, self.t_, self.n_iter_, self.loss_curve_ = {}, {}, 0, 0, []
+            self._delta_bound = None
         elif not hasattr(self, "_shuffles"):
             self._shuffles = check_random_state(self.random_state)
         step = self._step(loss)
@@ -169,7 +171,7 @@ class _LoRAEstimator(BaseEstimator):
         history = run.start(None, bool(self.verbose))
         to_host = self.model_._backend.to_host
         self._slots = {trained.name: [np.array(to_host(slot)) for slot in trained.slots] for trained in step.trained}
-        self._delta_rates = step.delta_rates
+        self._delta_rates, self._delta_bound = step.delta_rates, step.delta_bound
         self.t_ = step.count
         self.n_iter_ += 1
         self.loss_curve_ = [*self.loss_curve_, *history["loss"]]
@@ -180,7 +182,7 @@ class _LoRAEstimator(BaseEstimator):
         optimizer = self._optimizer()
         rate = check_delta_lr("delta_learning_rate", self.delta_learning_rate)
         step = Step(self.model_, loss, optimizer, rate, None)
-        step.take_delta_rates(self._delta_rates)
+        step.take_delta_rates(self._delta_rates, getattr(self, "_delta_bound", None))  # files of before have none
         for trained in step.trained:
             for slot, kept in zip(trained.slots, self._slots.get(trained.name, ()), strict=False):
                 slot[...] = self.model_._backend.from_host(kept)

@@ -12,6 +12,7 @@ from nblora.layers import Layer, tree
 from nblora.layers.saving import FROZEN, check_same_base
 from nblora.storage.checkpoint import read_checkpoint, take_tensor, write_checkpoint
 
+from .calibration import Bound
 from .callbacks import Callback
 from .history import Row
 from .sinks import Trained
@@ -63,6 +64,7 @@ def write_run(
         "callbacks": kept,
         "first_loss": state.first_loss if math.isfinite(state.first_loss) else None,
         "delta_lr": step.delta_rates if step.calibrates else {},
+        "delta_bound": None if step.delta_bound is None else step.delta_bound._asdict(),
         "rows": state.rows,
         "within": state.within,
         "sums": state.sums,
@@ -101,10 +103,16 @@ def read_run(path: str | os.PathLike[str], model: Layer, step: Step, callbacks: 
             name: checks.check_not_negative(f"delta_lr[{name!r}]", rate)
             for name, rate in run.get("delta_lr", {}).items()  # files of before have none
         }
+        held = run.get("delta_bound")  # files of before have none
+        bound = (
+            None
+            if held is None
+            else Bound(*(checks.check_number(f"delta_bound[{name!r}]", held[name]) for name in Bound._fields))
+        )
         _load_callbacks(callbacks, run["callbacks"], tensors)
 
         def apply() -> None:
-            step.take_delta_rates(rates)
+            step.take_delta_rates(rates, bound)
             for action in actions:
                 action()
 

@@ -90,8 +90,9 @@ def fit(
     delta_lr : "auto", float or None
         Learning rate of deltas, which keep their own momentum rule whatever the optimiser: V = m V + (1 - m) dD,
         D -= delta_lr V. "auto" finds one for each layer on the first batches, without training on them: such that the
-        steps move the layer's weight by a hundredth of its norm, whatever m, c, the width and the loss's scale are.
-        `History.delta_lr` has what was found, a number near it is where to begin by hand, and None takes the
+        steps of all deltas together move their layers' outputs by a tenth, whatever m, c, the width and the loss's
+        scale are. Where steps come to promise a larger part of the loss than at first, it lowers them.
+        `History.delta_lr` has what they are at the end, a number near it is where to begin by hand, and None takes the
         optimiser's, which rarely suits. Where a run does not stay finite, "auto" halves these rates and trains the
         epoch again; a warning tells of it.
     accumulate : int

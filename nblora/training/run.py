@@ -151,6 +151,7 @@ class Run:
                 if self.step.calibrates:
                     batches = self.samples.batches(self.batch_size, self._order)
                     self.step.calibrate(itertools.islice(batches, BATCHES))
+                    again.update(self._rates())
             row = self._whole_stretch(safe, bar, again)
             if self.within == self.per_epoch:
                 self.epoch, self.within = self.epoch + 1, 0
@@ -171,11 +172,18 @@ class Run:
         """Where to start again from, beside the model's own state: the present point of the run."""
         states = [callback.state_dict() for callback in self.callbacks] if self.step.calibrates else []
         place = {"count": self.step.count, "within": self.within, "sums": dict(self._sums)}
-        return {**place, "rows": len(self.history), "callbacks": states}
+        return {**place, **self._rates(), "rows": len(self.history), "callbacks": states}
+
+    def _rates(self) -> dict[str, Any]:
+        return {"rates": self.step.delta_rates, "bound": self.step.delta_bound}
 
     def _go_back(self, point: dict[str, Any], safe: Snapshot, bar: Progress) -> None:
+        """Bring the run to this point, with half of the rates that were found for deltas."""
         safe.restore()
         self.step.count, self.within, self._sums = point["count"], point["within"], dict(point["sums"])
+        self.step.take_delta_rates(point["rates"], point["bound"])
+        self.step.halve_delta_rates()
+        point.update(self._rates())
         del self.history.rows[point["rows"] :]
         for callback, state in zip(self.callbacks, point["callbacks"], strict=True):
             callback.load_state_dict(state)
@@ -217,7 +225,8 @@ class Run:
                 row = self._stretch(bar)
             except NonFiniteError as error:
                 # What comes before the first update is no fault of the rates, and would come again.
-                if not self._moved or halvings == HALVINGS or not self.step.halve_delta_rates():
+                found = self.step.calibrates and any(again["rates"].values())
+                if not self._moved or halvings == HALVINGS or not found:
                     self.within = again["within"]
                     raise
                 fault = str(error)
@@ -256,7 +265,7 @@ class Run:
     def _stretch(self, bar: Progress) -> Row | None:
         """Train to where the next row or file is due, and return the row, if it is one."""
         end, sums = self._stretch_end(), self._sums
-        self._moved = False
+        self._moved = self.within > 0
         started = time.perf_counter()
         first = self.within * self.accumulate * self.batch_size
         several = _several(self.samples.batches(self.batch_size, self._order, first), self.accumulate)

@@ -10,6 +10,7 @@ from nblora.layers.parameters import Parameter
 from nblora.layers.run import Run
 from nblora.layers.sinks import Sweep, descend, tell
 
+from .calibration import Bound
 from .faults import faulty_gradient
 from .optimizers import Optimizer
 
@@ -36,7 +37,11 @@ class Training(Sweep):
         The learning rate of each delta, before a schedule's factor. One that is to be calibrated rests until then.
     calibrated : list of Parameter
         The deltas whose rate is found and not given.
+    bound : Bound or None
+        What holds their rates, once they are found.
     """
+
+    bound: Bound | None = None
 
     def __init__(
         self,
@@ -52,6 +57,7 @@ class Training(Sweep):
         self._factor = 1.0
         self._model, self._backend = model, model._backend
         self._seen: list[Parameter] = []
+        self._late = False  # whether velocities are yet to be moved after the backward
         self._names = {parameter: name for name, parameter, _ in tree.trainable(model)}
         deltas = [parameter for parameter in self._names if parameter.velocity is not None]
         self.calibrated = deltas if isinstance(delta_lr, str) else []
@@ -76,8 +82,9 @@ class Training(Sweep):
         """`rates` by the deltas' names."""
         return {self._names[delta]: rate for delta, rate in self.rates.items()}
 
-    def take_rates(self, rates: Mapping[str, float]) -> None:
-        """Go on with rates that were found before, by the deltas' names."""
+    def take_rates(self, rates: Mapping[str, float], bound: Bound | None) -> None:
+        """Go on with rates that were found before, by the deltas' names, and what holds them."""
+        self.bound = bound if self.calibrated else None
         self.rates.update((delta, rates[name]) for delta in self.calibrated if (name := self._names[delta]) in rates)
 
     def rate_of_delta(self, layer: Any) -> float:
@@ -104,9 +111,17 @@ class Training(Sweep):
         loss, and looking through it costs as much as its update.
         """
         self._seen = [p for p in self.pending if self.clip_norm is not None or not (p.dense or p.velocity)]
-        return self._backend.sums_of_squares([self.pending[parameter] for parameter in self._seen])
+        arrays = [self.pending[parameter] for parameter in self._seen]
+        self._late = any(delta in self.pending for delta in self.rates)
+        if self.bound is not None and not self._late:
+            arrays += self._velocities()
+        return self._backend.sums_of_squares(arrays)
 
-    def apply(self, step: int, squares: list[float]) -> float | None:
+    def _velocities(self) -> list[Array]:
+        """Of the deltas whose rates were found, in the order of the rates."""
+        return [delta.velocity.array for delta in self.rates if delta.velocity is not None]
+
+    def apply(self, step: int, loss: float, squares: list[float]) -> float | None:
         """Clip the gradients that the backward left, use them, and return their norm before (None without clipping).
 
         Raises
@@ -114,10 +129,11 @@ class Training(Sweep):
         NonFiniteError
             For a gradient that is not finite.
         """
-        for parameter, square in zip(self._seen, squares, strict=True):
+        for parameter, square in zip(self._seen, squares, strict=False):
             if not math.isfinite(square):
                 raise faulty_gradient(self._model, self._names[parameter], step)
-        norm = None if self.clip_norm is None else self._clip(math.sqrt(sum(squares)), self.clip_norm)
+        seen = len(self._seen)
+        norm = None if self.clip_norm is None else self._clip(math.sqrt(sum(squares[:seen])), self.clip_norm)
         for trained in self.trained:
             gradient = self.pending.get(trained.parameter)
             if gradient is not None:
@@ -127,7 +143,19 @@ class Training(Sweep):
             if parameter.velocity is not None:
                 descend(self._backend, parameter, gradient, self.lr, self._rate(parameter))
         tell(self._names)
+        if self.bound is not None:
+            backend = self._backend
+            moved = backend.read(backend.sums_of_squares(self._velocities())) if self._late else squares[seen:]
+            self.bound = self._held_rates(self.bound.after(loss), moved)
         return norm
+
+    def _held_rates(self, bound: Bound, squares: list[float]) -> Bound:
+        """Lower all rates that were found where steps of velocities with these Σ V² promise too much."""
+        promised = sum(self._rate(delta) * square for delta, square in zip(self.rates, squares, strict=True))
+        factor = bound.factor(promised)
+        if factor < 1:
+            self.rates = {delta: factor * rate for delta, rate in self.rates.items()}
+        return bound
 
     def _clip(self, norm: float, most: float) -> float:
         """Scale all gradients so that their global norm is at most `most`, as `torch.nn.utils.clip_grad_norm_`."""

@@ -11,7 +11,7 @@ from nblora.errors import NonFiniteError
 from nblora.layers import Layer
 from nblora.layers.run import Run
 
-from .calibration import calibrate
+from .calibration import Bound, calibrate
 from .faults import first_fault
 from .losses import Loss, Part
 from .optimizers import Optimizer
@@ -73,18 +73,25 @@ class Step:
         sink = self._sink
         waiting = [delta for delta in sink.calibrated if delta not in sink.rates]
         if waiting:
-            sink.rates.update(calibrate(self.model, self.loss, batches, waiting, self.clip_norm))
+            found = calibrate(self.model, self.loss, batches, waiting, len(sink.calibrated), self.clip_norm)
+            if found.rates:
+                before = 0.0 if sink.bound is None else sink.bound.share
+                sink.rates.update(found.rates)
+                sink.bound = Bound(found.loss, before + found.promise)
 
-    def take_delta_rates(self, rates: Mapping[str, float]) -> None:
-        """Go on with rates that were found before."""
-        self._sink.take_rates(rates)
+    @property
+    def delta_bound(self) -> Bound | None:
+        """What holds the rates that were found."""
+        return self._sink.bound
 
-    def halve_delta_rates(self) -> bool:
-        """Halve the rates that were found; False where none was."""
+    def take_delta_rates(self, rates: Mapping[str, float], bound: Bound | None = None) -> None:
+        """Go on with rates that were found before, and what holds them."""
+        self._sink.take_rates(rates, bound)
+
+    def halve_delta_rates(self) -> None:
+        """Halve the rates that were found."""
         sink = self._sink
-        found = {delta: sink.rates[delta] / 2 for delta in sink.calibrated if sink.rates.get(delta)}
-        sink.rates.update(found)
-        return bool(found)
+        sink.rates.update((delta, sink.rates[delta] / 2) for delta in sink.calibrated if delta in sink.rates)
 
     def __call__(self, batches: Sequence[tuple[Any, Any]], factor: float) -> StepResult:
         """Train by one batch, or by several whose gradients are added up, every learning rate multiplied by `factor`.
@@ -114,7 +121,7 @@ class Step:
                 if name == "loss":
                     self._require_finite(figure, x)
                 total[name] = total.get(name, 0.0) + share * figure
-        return StepResult(total, self._sink.apply(self.count, read[place:]))
+        return StepResult(total, self._sink.apply(self.count, total["loss"], read[place:]))
 
     def _shares(self, batches: Sequence[tuple[Any, Any]]) -> list[float]:
         if len(batches) == 1:

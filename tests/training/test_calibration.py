@@ -1,4 +1,5 @@
-"""`delta_lr="auto"`: how far the first step moves a layer, that finding it changes nothing, and what a fault does."""
+"""`delta_lr="auto"`: how far the first steps move a layer's output, how rates fall, that finding them changes nothing,
+and what a fault does."""
 
 import math
 import warnings
@@ -10,6 +11,7 @@ import nblora
 from nblora.errors import NonFiniteError
 from nblora.storage.checkpoint import read_checkpoint, write_checkpoint
 from nblora.training import SGD, AdamW, Callback, CrossEntropy, EarlyStopping, MeanSquaredError, Schedule, calibration
+from nblora.training.step import Step
 from tests.models.test_tree import Twice
 
 from . import support
@@ -23,9 +25,18 @@ def fit(model, **settings):
     return nblora.fit(model, x, y, **(defaults | settings))
 
 
-def share(delta, model, weight):
-    """By what part of its weight's norm a change of the delta has moved a layer."""
-    return model.delta_scaling * np.linalg.norm(delta) / np.linalg.norm(weight)
+def share(delta, model, weight, x=None):
+    """By what part of its own norm a change of the delta has moved x W; without x the weight."""
+    moved, own = (part if x is None else x @ part for part in (delta, weight))
+    return model.delta_scaling * np.linalg.norm(moved) / np.linalg.norm(own)
+
+
+def at_rest(model):
+    """The model with velocities of zero: those that were never trained."""
+    for name in model.parameter_names():
+        if name.endswith("velocity"):
+            model.set_parameter(name, np.zeros(model.parameter_shape(name)))
+    return model
 
 
 class Times(MeanSquaredError):
@@ -41,33 +52,46 @@ class Times(MeanSquaredError):
 @pytest.mark.parametrize("kind", [nblora.Dense, nblora.FullyConnected])
 @pytest.mark.parametrize(("m", "c", "scale", "width"), [(0.0, 0.1, 1.0, 5), (0.95, 0.01, 1e6, 32), (0.5, 0.5, 1e-3, 9)])
 def test_the_first_step_is_a_fixed_share(m, c, scale, width, kind, clip):
-    """Of the weight's norm, once the velocity has grown; its first step is 1 - m of that."""
+    """Of the output, once the velocity has grown; its first step is 1 - m of that."""
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(6, 7)), rng.normal(size=(6, width))
     base = kind.random(7, width, dtype="float64", seed=1)
     model = nblora.DeltaLoRAAdapter(base, 2, delta_scaling=c, momentum_factor=m, seed=0)
     weight = model.get_parameter("base.weight")
     nblora.fit(model, x, y, loss=Times(scale), optimizer=SGD(0.0), epochs=1, clip_norm=clip)
-    assert share(model.get_current_delta(), model, weight) == pytest.approx((1 - m) * calibration.SHARE, rel=1e-6)
+    assert share(model.get_current_delta(), model, weight, x) == pytest.approx((1 - m) * calibration.SHARE, rel=1e-6)
 
 
 def test_the_root_mean_square_of_the_first_batches_decides():
     x, y = support.data()
     model = nblora.DeltaLoRAAdapter(nblora.Dense.random(7, 3, dtype="float64", seed=0), 2, seed=0)
-    squares = []
+    moved, own = [], []
     twin = model.clone()
     for start in range(0, 24, 3):  # eight batches
-        twin.backward(CrossEntropy().value_and_gradient(twin(x[start : start + 3]), y[start : start + 3])[1])
-        squares.append(np.sum(twin.get_parameter_gradients()[-21:] ** 2))
-    expected = calibration.SHARE * np.linalg.norm(twin.base_layer.weight) / (0.1 * math.sqrt(np.mean(squares)))
+        batch = x[start : start + 3]
+        twin.backward(CrossEntropy().value_and_gradient(twin(batch), y[start : start + 3])[1])
+        moved.append(np.sum((0.1 * batch @ twin.get_parameter_gradients()[-21:].reshape(7, 3)) ** 2))
+        own.append(np.sum((batch @ twin.base_layer.weight) ** 2))
+    expected = calibration.SHARE * math.sqrt(np.sum(own) / np.sum(moved))
     history = fit(model, epochs=1, batch_size=3, shuffle=False)
     assert history.delta_lr == {"delta": pytest.approx(expected, rel=1e-9)}
+
+
+def test_deltas_that_move_together_share_the_change():
+    """Two deltas move their layers' outputs by half as much each as one alone."""
+    alone, together = at_rest(support.network()), at_rest(support.network(head=False))
+    for name in ("middle.delta", "head.delta"):
+        together.set_parameter(name, np.zeros(together.parameter_shape(name)))
+    alone.set_parameter("middle.delta", np.zeros(alone.parameter_shape("middle.delta")))
+    together.set_parameter("head.lora_B", np.zeros(together.parameter_shape("head.lora_B")))
+    rates = [fit(model, epochs=1, batch_size=64).delta_lr["middle.delta"] for model in (alone, together)]
+    assert rates[0] == pytest.approx(2 * rates[1], rel=1e-6)
 
 
 @pytest.mark.parametrize("clip", [None, 0.5])
 def test_finding_a_rate_changes_nothing(clip):
     """A run with the number that was found is the same bit for bit: order and dropout masks too."""
-    found, given = (support.network(dropout=0.4) for _ in range(2))
+    found, given = (at_rest(support.network(dropout=0.4)) for _ in range(2))
     history = fit(found, epochs=3, optimizer=AdamW(0.01), clip_norm=clip, delta_lr="auto")
     (rate,) = history.delta_lr.values()
     again = fit(given, epochs=3, optimizer=AdamW(0.01), clip_norm=clip, delta_lr=rate)
@@ -89,7 +113,7 @@ def test_a_schedule_scales_the_rates_found():
         def factor(self, step, total_steps):
             return 0.2
 
-    models = support.network(), support.network()
+    models = at_rest(support.network()), at_rest(support.network())
     rates = [
         fit(m, epochs=1, batch_size=64, optimizer=SGD(0.0), schedule=s).delta_lr
         for m, s in zip(models, (None, Fifth()), strict=True)
@@ -120,22 +144,22 @@ def test_a_layer_that_runs_twice_counts_the_sum_of_its_gradients():
     twice = Twice(shared)
     weight = shared.base_layer.weight.copy()
     nblora.fit(twice, x, x, loss="mse", optimizer=SGD(0.0), epochs=1)
-    assert share(shared.get_current_delta(), shared, weight) == pytest.approx(calibration.SHARE)
+    hidden = np.concatenate([x, x @ weight + shared.base_layer.bias])
+    assert share(shared.get_current_delta(), shared, weight, hidden) == pytest.approx(calibration.SHARE)
 
 
 def test_convolutions_and_embeddings_have_rates_too():
     rng = np.random.default_rng(0)
     images, table = (
-        nblora.Conv2d.random(2, 3, 2, dtype="float64", seed=0),
+        nblora.Conv2d.random(2, 3, 2, bias=False, dtype="float64", seed=0),
         nblora.Embedding.random(9, 4, dtype="float64", seed=0),
     )
     inputs = rng.normal(size=(6, 2, 5, 5)), rng.integers(9, size=(6, 5))
     for base, x in zip((images, table), inputs, strict=True):
         model = nblora.DeltaLoRAAdapter(base, 2, momentum_factor=0.0, seed=0)
-        weight = model.get_parameter("base.weight")
-        target = rng.normal(size=model(x).shape)
-        nblora.fit(model, x, target, loss="mse", optimizer=SGD(0.0), epochs=1)
-        assert share(model.get_current_delta(), model, weight) == pytest.approx(calibration.SHARE)
+        before = model(x)
+        nblora.fit(model, x, rng.normal(size=before.shape), loss="mse", optimizer=SGD(0.0), epochs=1)
+        assert np.linalg.norm(model(x) - before) / np.linalg.norm(before) == pytest.approx(calibration.SHARE)
 
 
 def test_a_delta_without_gradients_rests_until_it_has_some():
@@ -148,6 +172,82 @@ def test_a_delta_without_gradients_rests_until_it_has_some():
     np.testing.assert_array_equal(watch.states[0][0]["middle.delta"], before[0])
     assert np.any(watch.states[1][0]["middle.delta"] != before[0])
     assert 0 < history.delta_lr["middle.delta"] < math.inf
+
+
+# --- a pretrained network behind a new head --------------------------------------------------------------------------
+
+
+def pretrained(depth=16, head=0.003, width=96):
+    """Layers of usual size with adapters, a new head of small weights, and classes that inputs tell apart.
+
+    Gradients are small until the head has grown, and then many times as large; a batch's have few directions.
+    """
+    rng = np.random.default_rng(0)
+
+    def layer(outputs, size, activation):
+        return nblora.Dense((size * rng.normal(size=(width, outputs))).astype(np.float32), activation=activation)
+
+    layers = {f"layer{place}": layer(width, math.sqrt(2 / width), "relu") for place in range(depth)}
+    model = nblora.Sequential({**layers, "head": layer(2, head, "identity")})
+    y = rng.integers(2, size=256)
+    x = (0.25 * rng.normal(size=(2, width))[y] + rng.normal(size=(256, width))).astype(np.float32)
+    model.adapt([*layers], "delta", rank=4, modules_to_save="head", seed=0)
+    return model, x, y
+
+
+@pytest.mark.parametrize(("depth", "head"), [(16, 0.003), (12, 0.01)])
+def test_the_default_learns_behind_a_new_head(depth, head):
+    """More than LoRA alone, which the model is at a rate of zero; steps of 1 % of the weights' norm learn less."""
+    left = []
+    for rate in (0.0, "auto"):
+        model, x, y = pretrained(depth, head)
+        settings = {"loss": "cross_entropy", "optimizer": AdamW(1e-3), "epochs": 4, "batch_size": 16, "seed": 0}
+        left.append(nblora.fit(model, x, y, delta_lr=rate, **settings)["loss"][-1])
+    assert left[1] < 0.7 * left[0]
+
+
+def test_no_step_promises_more_of_the_loss_than_the_first_or_a_tenth():
+    """To first order Σ lr·|V|² is how far a step lowers the loss; rates that fell for it stay."""
+    model, x, y = pretrained()
+    batches = [(x[start : start + 16], y[start : start + 16]) for start in range(0, 256, 16)]
+    step = Step(model, CrossEntropy(), AdamW(1e-3), "auto", None)
+    step.calibrate(batches[:8])
+    first, lowest = step.delta_rates, step.delta_rates
+    most = max(0.1, step.delta_bound.share)
+    mean = step.delta_bound.loss
+    velocities = {name: name.replace("delta", "velocity") for name in first}
+    for batch in 3 * batches:
+        mean = 0.9 * mean + 0.1 * step([batch], 1.0).figures["loss"]
+        rates = step.delta_rates
+        promised = sum(rates[name] * np.sum(model.get_parameter(v) ** 2.0) for name, v in velocities.items())
+        assert promised <= most * mean * (1 + 1e-5)
+        assert all(rates[name] <= lowest[name] for name in first)
+        lowest = rates
+    assert all(lowest[name] < 0.2 * first[name] for name in first)
+
+
+def test_a_loss_that_is_not_positive_bounds_nothing():
+    assert calibration.Bound(-1.0, 0.0).factor(5.0) == 1.0
+    assert calibration.Bound(0.0, 0.0).factor(5.0) == 1.0
+    assert calibration.Bound(1.0, 0.0).factor(5.0) == pytest.approx(0.02)
+    assert calibration.Bound(1.0, 0.5).factor(5.0) == pytest.approx(0.1)
+    assert calibration.Bound(1.0, 0.5).factor(0.4) == 1.0
+    assert calibration.Bound(1.0, 0.5).factor(math.inf) == 1.0
+
+
+def test_no_first_step_promises_more_than_the_whole_loss():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(32, 64))
+    base = nblora.Dense.random(64, 64, dtype="float64", seed=0)
+    y = 0.999 * base(x)  # a small change is enough
+    model = nblora.DeltaLoRAAdapter(base, 2, seed=0)
+    step = Step(model, MeanSquaredError(), SGD(0.0), "auto", None)
+    step.calibrate([(x, y)])
+    assert step.delta_bound.share == pytest.approx(1.0)
+    gradient = MeanSquaredError().value_and_gradient(model(x), y)[1]
+    model.backward(gradient)
+    dD = model.get_parameter_gradients()[-64 * 64 :]
+    assert step.delta_rates["delta"] * np.sum(dD**2) == pytest.approx(step.delta_bound.loss)
 
 
 # --- going on --------------------------------------------------------------------------------------------------------
@@ -198,8 +298,9 @@ class Fragile(CrossEntropy):
 
 def fragile(monkeypatch, model, **settings):
     """A run whose rates are at first far too large: its history, its warnings, and by what the rates were divided."""
-    first = 1024 * fit(model.clone(), epochs=1).delta_lr["middle.delta"]  # a power of two: halving comes back exactly
     with monkeypatch.context() as patch:
+        patch.setattr(calibration, "PROMISES", (math.inf, math.inf))  # what holds rates would heal it first
+        first = 1024 * fit(model.clone(), epochs=1).delta_lr["middle.delta"]  # a power of two: halves exactly
         patch.setattr(calibration, "SHARE", 1024 * calibration.SHARE)
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
