@@ -57,9 +57,12 @@ class Bound(NamedTuple):
         return self._replace(loss=MEMORY * self.loss + (1 - MEMORY) * loss)
 
     def factor(self, promised: float) -> float:
-        """What to multiply rates with whose steps promise so much; a loss that is not positive bounds nothing."""
+        """What to multiply rates with whose steps promise so much: at least a half, for one odd batch decides little.
+
+        A loss that is not positive bounds nothing.
+        """
         most = max(PROMISES[0], self.share) * self.loss
-        return most / promised if 0 < most < promised < math.inf else 1.0
+        return max(0.5, most / promised) if 0 < most < promised < math.inf else 1.0
 
 
 class Calibration(NamedTuple):

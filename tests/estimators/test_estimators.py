@@ -163,13 +163,15 @@ def test_partial_fit_keeps_the_optimizer_going(blobs):
 
 
 def test_partial_fit_goes_on_with_the_deltas_rates(blobs):
-    """One found on the first samples, and kept: the samples of later calls, a hundred times as large, find no other."""
+    """Found on the first samples, and kept: later ones, a hundred times smaller, find none. Larger ones lower them."""
     X, y = blobs
     classifier = LoRAClassifier(method="delta", random_state=0).partial_fit(X[:60], y[:60], classes=[0, 1, 2])
     found = dict(classifier._delta_rates)
     assert set(found) == {"hidden1.delta", "head.delta"}
-    classifier.partial_fit(100 * X[60:], y[60:])
+    classifier.partial_fit(X[60:] / 100, y[60:])
     assert classifier._delta_rates == found
+    classifier.partial_fit(100 * X[60:], y[60:])
+    assert all(classifier._delta_rates[name] < rate for name, rate in found.items())
 
 
 @pytest.mark.parametrize("scale", [1e-3, 2e5])

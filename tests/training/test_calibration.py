@@ -207,7 +207,7 @@ def test_the_default_learns_behind_a_new_head(depth, head):
 
 
 def test_no_step_promises_more_of_the_loss_than_the_first_or_a_tenth():
-    """To first order Σ lr·|V|² is how far a step lowers the loss; rates that fell for it stay."""
+    """To first order Σ lr·|V|² is how far a step lowers the loss. Rates that fell for it stay; a step halves at most."""
     model, x, y = pretrained()
     batches = [(x[start : start + 16], y[start : start + 16]) for start in range(0, 256, 16)]
     step = Step(model, CrossEntropy(), AdamW(1e-3), "auto", None)
@@ -220,7 +220,8 @@ def test_no_step_promises_more_of_the_loss_than_the_first_or_a_tenth():
         mean = 0.9 * mean + 0.1 * step([batch], 1.0).figures["loss"]
         rates = step.delta_rates
         promised = sum(rates[name] * np.sum(model.get_parameter(v) ** 2.0) for name, v in velocities.items())
-        assert promised <= most * mean * (1 + 1e-5)
+        halved = all(rates[name] == lowest[name] / 2 for name in first)
+        assert halved or promised <= most * mean * (1 + 1e-5)
         assert all(rates[name] <= lowest[name] for name in first)
         lowest = rates
     assert all(lowest[name] < 0.2 * first[name] for name in first)
@@ -229,8 +230,9 @@ def test_no_step_promises_more_of_the_loss_than_the_first_or_a_tenth():
 def test_a_loss_that_is_not_positive_bounds_nothing():
     assert calibration.Bound(-1.0, 0.0).factor(5.0) == 1.0
     assert calibration.Bound(0.0, 0.0).factor(5.0) == 1.0
-    assert calibration.Bound(1.0, 0.0).factor(5.0) == pytest.approx(0.02)
-    assert calibration.Bound(1.0, 0.5).factor(5.0) == pytest.approx(0.1)
+    assert calibration.Bound(1.0, 0.0).factor(0.16) == pytest.approx(0.625)
+    assert calibration.Bound(1.0, 0.5).factor(0.8) == pytest.approx(0.625)
+    assert calibration.Bound(1.0, 0.5).factor(50.0) == 0.5
     assert calibration.Bound(1.0, 0.5).factor(0.4) == 1.0
     assert calibration.Bound(1.0, 0.5).factor(math.inf) == 1.0
 
