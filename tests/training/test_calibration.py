@@ -207,7 +207,7 @@ def test_the_default_learns_behind_a_new_head(depth, head):
 
 
 def test_no_step_promises_more_of_the_loss_than_the_first_or_a_tenth():
-    """To first order Σ lr·|V|² is how far a step lowers the loss. Rates that fell for it stay; a step halves at most."""
+    """To first order Σ lr·|V|² is how far a step lowers the loss; rates that fell stay, and a step halves at most."""
     model, x, y = pretrained()
     batches = [(x[start : start + 16], y[start : start + 16]) for start in range(0, 256, 16)]
     step = Step(model, CrossEntropy(), AdamW(1e-3), "auto", None)
