@@ -4,7 +4,7 @@ import pytest
 
 import nblora
 from nblora import backends
-from tests.cuda import contract
+from tests.cuda import contract, models
 
 pytestmark = [
     pytest.mark.gpu,
@@ -32,6 +32,16 @@ def test_life(rng, tmp_path):
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_fit(rng, optimizer):
     contract.check_fit(rng, move, optimizer)
+
+
+@pytest.mark.parametrize("name", models.CASES)
+def test_models(name):
+    models.check_learning(move, name)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_generation(name):
+    models.check_generation(move, name, tokens=12)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

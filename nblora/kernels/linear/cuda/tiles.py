@@ -44,7 +44,8 @@ from nblora.kernels.common.cuda.target import cuda, device_function, int32, int6
 class Tile:
     """Sizes of a tile. Every thread sums 2 x 2 squares of `lanes` x `lanes`; on tensor cores every warp 32 x 32.
 
-    `groups`, a power of two, share the inner dimension.
+    `groups`, a power of two, share the inner dimension. What follows from the sizes is worked out once: a step asks for
+    it a thousand times.
     """
 
     rows: int
@@ -54,24 +55,24 @@ class Tile:
     tensor: bool = False
     groups: int = 1
 
-    @property
+    @functools.cached_property
     def lanes(self) -> int:
         """Elements of a 128-bit vector."""
         return 16 // np.dtype(self.dtype).itemsize
 
-    @property
+    @functools.cached_property
     def group(self) -> int:
         """Threads a group."""
         if self.tensor:
             return self.rows * self.columns // 32
         return self.rows * self.columns // (2 * self.lanes) ** 2
 
-    @property
+    @functools.cached_property
     def threads(self) -> int:
         """Threads a block."""
         return self.groups * self.group
 
-    @property
+    @functools.cached_property
     def blocks(self) -> int:
         """Blocks an SM that the compiler must leave registers for.
 
@@ -80,13 +81,13 @@ class Tile:
         """
         return self.resident if self.dtype == "float32" or self.groups > 1 else 1
 
-    @property
+    @functools.cached_property
     def resident(self) -> int:
         """Blocks an SM that are meant to run at once: two of 256 threads, three of the grouped skinny products', whose
         sums and steps take more than the 128 registers that four would leave them."""
         return max(2, 384 // self.threads) if self.threads < 512 else 1
 
-    @property
+    @functools.cached_property
     def padding(self) -> int:
         """Elements after every row of shared memory, so that transposing stores and tensor loads meet few conflicts.
 
@@ -95,27 +96,27 @@ class Tile:
         """
         return 8 if self.tensor else self.lanes
 
-    @property
+    @functools.cached_property
     def sums(self) -> int:
         """Sums a thread holds."""
         return 32 if self.tensor else (2 * self.lanes) ** 2
 
-    @property
+    @functools.cached_property
     def shared_elements(self) -> int:
         """Elements of shared memory: two steps a group, or half of every group's sums."""
         return max(self.groups * self.share, self.groups // 2 * self.rows * self.columns)
 
-    @property
+    @functools.cached_property
     def parts(self) -> int:
         """Vectors of the result that a thread writes."""
         return self.sums // self.lanes // self.groups
 
-    @property
+    @functools.cached_property
     def share(self) -> int:
         """Elements of shared memory that two steps of a group take."""
         return 2 * self.depth * (self.rows + self.columns + 2 * self.padding)
 
-    @property
+    @functools.cached_property
     def type(self) -> Any:
         """Numba's type of an element."""
         return getattr(types, self.dtype)
