@@ -142,6 +142,7 @@ class PretrainedModel(Model, abstract=True):
             owner._set_child(key, layers[name])
         tree.tie_again(model, tree.ties(self))
         model._adapter_config = self._adapter_config
+        model._move(self._backend)
         return model
 
     def named_layers(self) -> Iterator[tuple[str, Layer]]:
@@ -489,7 +490,6 @@ class PretrainedModel(Model, abstract=True):
             origin = replace(origin, config=origin.config | {"tie_word_embeddings": False})
         model = self._with({name: merged(layer) for name, layer in self.named_layers()}, origin)
         model._adapter_config = None
-        model._move(self._backend)
         model._set_mode(self.training)
         return model
 

@@ -128,7 +128,8 @@ class EarlyStopping(Callback):
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {"best": self.best, "best_epoch": self.best_epoch, "waited": self.waited}
         if self._snapshot is not None:
-            state.update({f"best.{name}": array for name, array in self._snapshot.arrays.items()})
+            fetch = self.model._backend.to_host
+            state.update({f"best.{name}": fetch(array) for name, array in self._snapshot.arrays.items()})
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ import nblora
 from nblora import backends
 from nblora.backends.device import DeviceArray
 from nblora.errors import DeviceMemoryError, DeviceUnavailableError
+from nblora.training import EarlyStopping
 from tests.cuda import contract
 from tests.cuda.emulated import make_backend
 
@@ -69,6 +70,22 @@ def test_device_arrays(rng, move):
 @pytest.mark.parametrize(("optimizer", "settings"), [("adamw", {}), ("sgd", {"clip_norm": 1.0})])
 def test_fit(rng, move, optimizer, settings):
     contract.check_fit(rng, move, optimizer, **settings)
+
+
+def test_a_run_goes_on_where_it_was_stopped(rng, move, tmp_path):
+    """With the best state so far, which lies on the device, in the file."""
+    x, y = rng.normal(size=(24, 6)).astype(np.float32), rng.integers(3, size=24)
+    base = contract.make_layer(rng, (6, 3), dtype="float32")
+    results = []
+    for stops in ((4,), (2, 4)):
+        model = move(contract.make_adapter(np.random.default_rng(0), base=base.clone(), rank=2))
+        for epochs in stops:
+            best, file = EarlyStopping(patience=9, restore_best=True), tmp_path / f"{len(stops)}.safetensors"
+            settings = {"checkpoint": file, "resume": file if epochs > stops[0] else None, "callbacks": [best]}
+            nblora.fit(model, x, y, loss="cross_entropy", epochs=epochs, batch_size=8, lr=0.01, delta_lr=0.01, seed=0,
+                       validation=(x[:9], y[:9]), progress=False, **settings)  # fmt: skip
+        results.append(model.get_parameters())
+    np.testing.assert_array_equal(*results)
 
 
 def test_adapter_around_a_model(rng, move):

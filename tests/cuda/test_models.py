@@ -1,20 +1,25 @@
 """Pretrained models on the CUDA backend: on the emulator, on Numba's simulator in a process of its own."""
 
 import os
+import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 pytest.importorskip("greenlet", reason="the emulator needs greenlet (extra test)")
 
 import nblora
 from nblora import backends
+from nblora.cli import main
 from nblora.errors import NonFiniteError
 from tests.cuda import models
 from tests.cuda.emulated import make_backend
+from tests.finetuning import support
 
 ROOT = Path(__file__).parents[2]
 FAST = ("bert", "llama", "resnet")
@@ -96,6 +101,63 @@ def test_a_frozen_base_in_bfloat16(move):
     device.to("cuda", precision="bf16-base")
     expected, found = host.eval()(x), device.eval()(x)
     assert 0 < np.abs(found - expected).max() < 0.05 * np.abs(expected).max()
+
+
+@pytest.mark.slow
+def test_files_and_several_adapters(move, tmp_path):
+    """What is saved on a device is loaded anywhere; sums of adapters, clones and pickles stay on it."""
+    host, device = models.load("bert"), move(models.load("bert"))
+    x, y = models.data(host)
+    for model in (host, device):
+        nblora.fit(model, x, y, epochs=1, batch_size=8, lr=1e-2, seed=0, progress=False)
+    expected = host.eval()(x)
+    device.eval().save_adapter(tmp_path / "adapter")
+    device.merge().save_pretrained(tmp_path / "merged")
+    device.save(tmp_path / "model.safetensors")
+    plain = {"task": "sequence-classification"}
+    base = models.FOLDER / "bert_cls_qv" / "base"
+    for model in (
+        nblora.load_pretrained(base, **plain).load_adapter(tmp_path / "adapter"),
+        nblora.load_pretrained(tmp_path / "merged", **plain),
+        nblora.load(tmp_path / "model.safetensors"),
+        pickle.loads(pickle.dumps(device)),
+        device.clone(),
+    ):
+        np.testing.assert_allclose(model.eval()(x), expected, **models.CLOSE)
+    both, folder = [], models.FOLDER / "llama_clm_all"
+    texts = models.data(models.load("llama"))[0]
+    for bring in (lambda model: model, move):
+        model = bring(nblora.load_pretrained(folder / "base", task="causal-lm"))
+        for name in ("one", "two"):
+            model.load_adapter(folder / "adapter", name)
+        both.append((model.device, model.set_adapter({"one": 0.5, "two": 0.25}).eval()(texts)))
+    assert [name for name, _ in both] == ["cpu", "cuda:0"]
+    np.testing.assert_allclose(both[1][1], both[0][1], **models.CLOSE)
+
+
+@pytest.mark.slow
+def test_the_commands(move, monkeypatch, tmp_path):
+    """`finetune`, `predict` and `generate` with the device of `NBLORA_DEVICE` say what they say on the CPU."""
+    pytest.importorskip("tokenizers", reason="texts need tokenizers (extra text)")
+    encoder, model = support.encoder(tmp_path / "encoder"), support.language_model(tmp_path / "model")
+    labels = support.write(tmp_path / "labels.jsonl", support.labelled(16))
+    turns = support.write(tmp_path / "turns.jsonl", support.completions(12))
+    said = []
+    for device in ("cpu", "cuda"):
+        monkeypatch.setenv("NBLORA_DEVICE", device)
+        classes, language = tmp_path / f"classes-{device}", tmp_path / f"language-{device}"
+        options = f"--rank 2 --seed 0 --output {classes}", f"--method delta --rank 2 --seed 0 --output {language}"
+        commands = (
+            f"finetune --model {encoder} --data {labels} --epochs 1 {options[0]}",
+            f"predict --model {encoder} --adapter {classes} --data {labels}",
+            f"finetune --model {model} --data {turns} --iters 2 {options[1]}",
+            f"generate --model {model} --adapter {language} --prompt ab --max-new-tokens 5",
+        )
+        said.append([CliRunner().invoke(main, command.split()) for command in commands])
+    for on_cpu, on_gpu in zip(*said, strict=True):
+        assert on_cpu.exit_code == on_gpu.exit_code == 0, on_gpu.output
+        same = [re.sub(r"(0\.\d{4})\d+", r"\1", done.stdout.replace("-cuda", "-cpu")) for done in (on_cpu, on_gpu)]
+        assert same[0] == same[1]
 
 
 @pytest.mark.slow
