@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import glob
+import os
 import re
 import shutil
 import subprocess
@@ -15,6 +16,10 @@ from unittest import mock
 
 ARCHITECTURES = ((7, 5), (8, 0), (9, 0), (10, 0), (12, 0))
 OUTPUTS = ("ptx", "ltoir")
+EVERY = bool(os.environ.get("NBLORA_EVERY_KERNEL"))
+"""Whether slow tests look at every combination, which takes hours, and not at the run-time default and a choice."""
+COMBINATIONS = [(a, o) for a in ARCHITECTURES for o in OUTPUTS if EVERY or o == "ltoir" or a == (8, 0)]
+"""Architectures and outputs that every kernel is compiled for."""
 
 
 @dataclass

@@ -24,7 +24,7 @@ from nblora.pretrained.families.vit import ClassToken
 from tests.cuda import machine_code, mutants, stub
 from tests.cuda.emulated import make_backend
 from tests.cuda.emulator import ORDERS
-from tests.cuda.machine_code import ARCHITECTURES, OUTPUTS, assert_fits, compile_kernel
+from tests.cuda.machine_code import COMBINATIONS, assert_fits, compile_kernel
 from tests.cuda.recorded import launched, recording_backend
 
 ROOT = Path(__file__).parents[2]
@@ -681,8 +681,7 @@ def test_machine_code():
 
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("output", OUTPUTS)
-@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
+@pytest.mark.parametrize(("architecture", "output"), COMBINATIONS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_machine_code_of_every_architecture(dtype, architecture, output):
     for one in recorded(dtype):

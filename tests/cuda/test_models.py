@@ -45,16 +45,16 @@ def test_a_step(move, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", models.CASES)
 def test_learning(move, name):
-    models.check_learning(move, name)
+    models.check_learning(move, name, samples=4, batch_size=2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "vit"])
 @pytest.mark.parametrize(
-    "settings", [{"recompute": True}, {"accumulate": 2, "batch_size": 2, "clip_norm": 0.5}], ids=str
+    "settings", [{"recompute": True}, {"accumulate": 2, "batch_size": 1, "clip_norm": 0.5}], ids=str
 )
 def test_settings_of_learning(move, name, settings):
-    models.check_learning(move, name, merged=False, **settings)
+    models.check_learning(move, name, samples=4, merged=False, **{"batch_size": 2, **settings})
 
 
 def test_generation(move):
@@ -168,7 +168,7 @@ def test_on_the_simulator(name):
 import nblora
 from tests.cuda import models
 move = lambda model: model.to("cuda")
-models.check_learning(move, {name!r})
+models.check_learning(move, {name!r}, samples=4, batch_size=2)
 {"models.check_generation(move, 'llama')" if name == "llama" else ""}
 print("as on the CPU")
 """

@@ -12,7 +12,7 @@ from nblora.kernels.common.cuda.target import COMPILED
 from tests.cuda import machine_code, mutants, rows, stub
 from tests.cuda.emulated import make_backend
 from tests.cuda.emulator import ORDERS
-from tests.cuda.machine_code import ARCHITECTURES, OUTPUTS, assert_fits, compile_kernel
+from tests.cuda.machine_code import COMBINATIONS, assert_fits, compile_kernel
 from tests.cuda.recorded import launched, recording_backend
 from tests.cuda.rows import DTYPES, vectors
 from tests.helpers import ADAPTERS, assert_close, make_adapter
@@ -249,8 +249,7 @@ def test_machine_code():
 
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("output", OUTPUTS)
-@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
+@pytest.mark.parametrize(("architecture", "output"), COMBINATIONS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_machine_code_everywhere(dtype, architecture, output):
     check_machine_code(dtype, architecture, output)
