@@ -26,12 +26,14 @@ class AttentionShapes:
 
     forward: tuple[Tile, ...]
     gradient: tuple[Tile, ...]
-    dropping: tuple[Tile, ...]  # what is dropped takes registers
+    forward_dropping: tuple[Tile, ...]  # what is dropped takes registers
+    gradient_dropping: tuple[Tile, ...]
     few: tuple[Few, ...]
     threads: int
 
 
 _128, _256 = Tile(64, 64, 128, 256, 16, resident=1), Tile(32, 128, 256, 256, resident=1)
+_NARROW = tuple(Tile(64, 32, size, 128) for size in (32, 64))
 _128_64 = Tile(32, 32, 128, 256, 16, "float64", resident=1)
 _256_64 = Tile(16, 64, 256, 256, dtype="float64", resident=1)
 _NARROW_64 = tuple(Tile(32, 32, size, 128, dtype="float64") for size in (32, 64))
@@ -39,14 +41,14 @@ ATTENTION = {
     "float32": AttentionShapes(
         (*(Tile(64, 64, size, 128) for size in (32, 64, 128)), Tile(64, 64, 256, 256, resident=1)),
         (*(Tile(64, 64, size, 128) for size in (32, 64)), _128, _256),
-        (*(Tile(64, 32, size, 128) for size in (32, 64)), _128, _256),
+        (*_NARROW, _128, Tile(32, 64, 256, 128, resident=1)),
+        (*_NARROW, _128, _256),
         tuple(Few(64, size, 128) for size in (32, 64, 128, 256)),
         256,
     ),
     "float64": AttentionShapes(
         (*_NARROW_64, Tile(32, 32, 128, 128, dtype="float64"), Tile(32, 32, 256, 256, 16, "float64", resident=1)),
-        (*_NARROW_64, _128_64, _256_64),
-        (*_NARROW_64, _128_64, _256_64),
+        *((*_NARROW_64, _128_64, _256_64),) * 3,
         tuple(Few(64, size, 128, "float64") for size in (32, 64, 128, 256)),
         256,
     ),
@@ -56,9 +58,7 @@ ATTENTION = {
 def _tiny(rows: int, columns: int, dtype: str) -> AttentionShapes:
     sizes, lanes = (16, 32, 64, 128, 256), 16 // np.dtype(dtype).itemsize
     tiles = tuple(Tile(rows, columns, size, 8, 4, dtype) for size in sizes)
-    return AttentionShapes(
-        tiles, tiles, tiles, tuple(Few(16, size, max(8, size // lanes), dtype) for size in sizes), 16
-    )
+    return AttentionShapes(*(tiles,) * 4, tuple(Few(16, size, max(8, size // lanes), dtype) for size in sizes), 16)
 
 
 TINY_ATTENTION = {"float32": _tiny(8, 16, "float32"), "float64": _tiny(4, 8, "float64")}
@@ -94,7 +94,7 @@ class Attention(Deferred):
                 few.few(block), grid, block.threads, q, k, v, tiles, *sequences, *numbers, aligned, o, sums
             )
             return o, sums
-        tile = _fitting(shapes.dropping if shape.bar else shapes.forward, size)
+        tile = _fitting(shapes.forward_dropping if shape.bar else shapes.forward, size)
         tiles = self._row_tiles(shape.begins, tile.rows)
         kernel, grid = forward.forward(tile, bool(shape.bar)), (tiles.shape[0], shape.heads, 1)
         dropping = _dropping(shape, q.dtype)
@@ -109,7 +109,7 @@ class Attention(Deferred):
         """Gradients of q, k and v."""
         gq, gk, gv = (self._device.empty(array.shape, array.dtype) for array in (q, k, v))
         shapes, size = self._attention[NAMES[q.dtype]], q.shape[1] // shape.heads
-        tile, dtype = _fitting(shapes.dropping if shape.bar else shapes.gradient, size), q.dtype
+        tile, dtype = _fitting(shapes.gradient_dropping if shape.bar else shapes.gradient, size), q.dtype
         products = self._device.empty(sums.shape, dtype)
         aligned = self._heads_aligned(size, grad, q, k, v, o, gq, gk, gv)
         sequences, numbers = self._sequences(shape), self._head_numbers(q, shape)
