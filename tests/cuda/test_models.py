@@ -19,7 +19,6 @@ from nblora.cli import main
 from nblora.errors import NonFiniteError
 from tests.cuda import models
 from tests.cuda.emulated import make_backend
-from tests.finetuning import support
 
 ROOT = Path(__file__).parents[2]
 FAST = ("bert", "llama", "resnet")
@@ -138,7 +137,10 @@ def test_files_and_several_adapters(move, tmp_path):
 @pytest.mark.slow
 def test_the_commands(move, monkeypatch, tmp_path):
     """`finetune`, `predict` and `generate` with the device of `NBLORA_DEVICE` say what they say on the CPU."""
-    pytest.importorskip("tokenizers", reason="texts need tokenizers (extra text)")
+    for package in ("tokenizers", "jinja2", "gguf"):
+        pytest.importorskip(package, reason="the commands' models and texts need it (extra test)")
+    from tests.finetuning import support
+
     encoder, model = support.encoder(tmp_path / "encoder"), support.language_model(tmp_path / "model")
     labels = support.write(tmp_path / "labels.jsonl", support.labelled(16))
     turns = support.write(tmp_path / "turns.jsonl", support.completions(12))
