@@ -218,14 +218,19 @@ def test_ctrl_c_on_a_sweep_ends_it_with_130_and_no_traceback(tmp_path, rng):
     )
     words = [sys.executable, "-c", "from nblora.cli import main; main()", "sweep", "sweep.toml", "--workers", "2"]
     process = subprocess.Popen(
-        words, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
+        words, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
+        env=os.environ | {"PYTHONFAULTHANDLER": "1"},
+    )  # fmt: skip
     deadline = time.monotonic() + 60
     while not (tmp_path / "sweep.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     time.sleep(4)  # by now its workers train
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    _, text = process.communicate(timeout=60)
+    try:
+        _, text = process.communicate(timeout=180)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGABRT)  # has every process say where it stands
+        pytest.fail(process.communicate()[1])
     assert process.returncode == 130, text
     assert "Traceback" not in text
     assert "interrupted" in text
