@@ -216,10 +216,11 @@ def test_ctrl_c_on_a_sweep_ends_it_with_130_and_no_traceback(tmp_path, rng):
     (tmp_path / "sweep.toml").write_text(
         '[data]\nfile = "a.npz"\n[grid]\nmethod = ["full"]\nseed = [0, 1, 2, 3]\n[fixed]\nepochs = 100000\n'
     )
-    words = [sys.executable, "-c", "from nblora.cli import main; main()", "sweep", "sweep.toml", "--workers", "2"]
+    # A shell's background jobs ignore Ctrl-C, and what they start does too; a terminal's do not.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from nblora.cli import main; main()"
     process = subprocess.Popen(
-        words, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
-        env=os.environ | {"PYTHONFAULTHANDLER": "1"},
+        [sys.executable, "-c", code, "sweep", "sweep.toml", "--workers", "2"], cwd=tmp_path, stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE, text=True, start_new_session=True, env=os.environ | {"PYTHONFAULTHANDLER": "1"},
     )  # fmt: skip
     deadline = time.monotonic() + 60
     while not (tmp_path / "sweep.jsonl").exists() and time.monotonic() < deadline:
