@@ -217,7 +217,9 @@ def test_ctrl_c_on_a_sweep_ends_it_with_130_and_no_traceback(tmp_path, rng):
         '[data]\nfile = "a.npz"\n[grid]\nmethod = ["full"]\nseed = [0, 1, 2, 3]\n[fixed]\nepochs = 100000\n'
     )
     # A shell's background jobs ignore Ctrl-C, and what they start does too; a terminal's do not.
-    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from nblora.cli import main; main()"
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from nblora.cli import main; main()"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", code, "sweep", "sweep.toml", "--workers", "2"], cwd=tmp_path, stderr=subprocess.PIPE,
         stdout=subprocess.PIPE, text=True, start_new_session=True, env=os.environ | {"PYTHONFAULTHANDLER": "1"},
